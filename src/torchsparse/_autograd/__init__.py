@@ -1,0 +1,1 @@
+"""Differentiable operations: each derivative is written once, over `_ops`."""

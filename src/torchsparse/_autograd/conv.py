@@ -1,0 +1,116 @@
+"""Sparse convolution with its derivatives, over a given kernel map."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from torchsparse._kernel_map import KernelMap
+from torchsparse._ops.conv import gather_gemm, weight_grad
+
+__all__ = ["pointwise", "sparse_conv"]
+
+
+def sparse_conv(
+    feats: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    kmap: KernelMap,
+    transposed: bool,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Convolve features along a map.
+
+    Args:
+        feats: [N, C_in], on the map's inputs (its outputs if ``transposed``).
+        weight: [K, C_in, C_out].
+        bias: [C_out] or None.
+        kmap: From fine to coarse.
+        transposed: Read the map from coarse to fine.
+        dtype: Of the products and of the result; sums are float32, or float64 for float64.
+
+    Returns:
+        [M, C_out] in ``dtype``. Differentiable in feats, weight and bias; each gradient has the
+        dtype of its tensor and is summed in float32 or better.
+    """
+    if torch.is_grad_enabled() and (
+        feats.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+    ):
+        return _SparseConv.apply(feats, weight, bias, kmap, transposed, dtype)
+    return _forward(feats, weight, bias, kmap, transposed, dtype)
+
+
+def _forward(
+    feats: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    kmap: KernelMap,
+    transposed: bool,
+    dtype: torch.dtype,
+) -> Tensor:
+    plan = kmap.plan(weight.shape[1], weight.shape[2], transposed)
+    bias = None if bias is None else bias.to(dtype)
+    return gather_gemm(feats.to(dtype), weight.to(dtype), bias, plan)
+
+
+class _SparseConv(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        feats: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        kmap: KernelMap,
+        transposed: bool,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        ctx.save_for_backward(feats, weight)
+        ctx.kmap, ctx.transposed, ctx.dtype = kmap, transposed, dtype
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return _forward(feats, weight, bias, kmap, transposed, dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        feats, weight = ctx.saved_tensors
+        kmap, transposed, dtype = ctx.kmap, ctx.transposed, ctx.dtype
+        grad = grad.to(dtype)
+        grad_feats = grad_weight = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            plan = kmap.plan(weight.shape[2], weight.shape[1], not transposed)
+            swapped = weight.to(dtype).transpose(1, 2)
+            grad_feats = gather_gemm(grad, swapped, None, plan).to(feats.dtype)
+        if ctx.needs_input_grad[1]:
+            pairs = kmap.pairs
+            if transposed:
+                pairs = pairs._replace(inputs=pairs.outputs, outputs=pairs.inputs)
+            grad_weight = weight_grad(feats.to(dtype), grad, pairs).to(weight.dtype)
+        if ctx.needs_input_grad[2]:
+            total = grad.sum(0, dtype=_sum_dtype(dtype))
+            grad_bias = total.to(ctx.bias_dtype)
+        return grad_feats, grad_weight, grad_bias, None, None, None
+
+
+def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def pointwise(feats: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """A 1x1 convolution: ``feats @ weight + bias`` in ``dtype``.
+
+    Args:
+        feats: [N, C_in].
+        weight: [C_in, C_out].
+        bias: [C_out] or None.
+        dtype: Of the result.
+    """
+    # Half products on a CPU are computed in float32 and rounded once; a GPU does so by itself.
+    compute = _sum_dtype(dtype) if feats.device.type == "cpu" else dtype
+    with torch.autocast(feats.device.type, enabled=False):
+        feats, weight = feats.to(compute), weight.to(compute)
+        if bias is None:
+            return torch.mm(feats, weight).to(dtype)
+        return torch.addmm(bias.to(compute), feats, weight).to(dtype)

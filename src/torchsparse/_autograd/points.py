@@ -1,0 +1,149 @@
+"""Derivatives of the moves between points, voxels and dense grids."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from torchsparse._flags import Complaint, complain_if
+from torchsparse._ops import points, reduce
+from torchsparse._validate import check_coords, check_feats, check_rows, check_same_device
+
+__all__ = ["Devoxelize", "ToDense", "Voxelize", "devoxelize", "to_dense", "voxelize"]
+
+# The methods of a Function have the signature of what they compute, not that of the base class.
+# pyright: reportIncompatibleMethodOverride=false
+
+
+class ToDense(Function):
+    """Voxels to a dense grid; the gradient is gathered from the cells."""
+
+    @staticmethod
+    def forward(ctx: Any, feats: Tensor, index: Tensor, extents: tuple[int, ...]) -> Tensor:
+        ctx.save_for_backward(index)
+        grid = points.scatter_rows(feats, index, math.prod(extents))
+        return grid.view(*extents, feats.shape[1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (index,) = ctx.saved_tensors
+        return points.gather_rows(grad, index), None, None
+
+
+def to_dense(feats: Tensor, coords: Tensor, spatial_range: Any) -> Tensor:
+    """Write voxels into a dense grid, channels last.
+
+    Args:
+        feats: [N, C] floating.
+        coords: [N, 4] integers, columns (b, x, y, z). Of equal rows one is kept.
+        spatial_range: (B, X, Y, Z); further entries are ignored.
+
+    Returns:
+        [B, X, Y, Z, C] in the dtype of ``feats``, 0 where no voxel is. Differentiable in
+        ``feats``.
+
+    Raises:
+        TypeError: Features that are not floating, coordinates that are not integers.
+        ValueError: Shapes that do not fit, a range with too few entries, a row outside it.
+    """
+    check_feats(feats)
+    check_coords(coords, ndim=None)
+    check_rows(feats, coords)
+    check_same_device(feats=feats, coords=coords)
+    columns = coords.shape[1]
+    entries = spatial_range.tolist() if hasattr(spatial_range, "tolist") else spatial_range
+    extents = tuple(int(entry) for entry in entries)[:columns]
+    if len(extents) < columns or min(extents, default=0) < 0:
+        raise ValueError(
+            f"`spatial_range` must hold {columns} extents, batch size first, got {spatial_range}"
+        )
+    index = points.flat_index(coords, extents)
+    complain_if((index < 0).any(), Complaint.DENSE, lambda: f"spatial_range = {extents}")
+    return ToDense.apply(feats, index, extents)  # pyright: ignore[reportReturnType]
+
+
+class Voxelize(Function):
+    """Sums of rows per voxel, divided by given counts."""
+
+    @staticmethod
+    def forward(ctx: Any, feats: Tensor, index: Tensor, counts: Tensor) -> Tensor:
+        ctx.save_for_backward(index, counts)
+        sums = reduce.segment_sum(feats, reduce.group_rows(index, counts.shape[0]))
+        return _divide(sums, counts).to(feats.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        index, counts = ctx.saved_tensors
+        share = _divide(grad.to(torch.promote_types(grad.dtype, torch.float32)), counts)
+        # A number behind the last voxel is none, like a negative one.
+        index = torch.where(index < counts.shape[0], index, -1)
+        return points.gather_rows(share.to(grad.dtype), index), None, None
+
+
+def _divide(rows: Tensor, counts: Tensor) -> Tensor:
+    """Rows over counts; 0 where the count is 0, even under NaN."""
+    counts = counts[:, None]
+    return torch.where(counts == 0, 0, rows / counts.to(rows.dtype))
+
+
+def voxelize(feats: Tensor, index: Tensor, counts: Tensor) -> Tensor:
+    """Sum rows per voxel and divide by ``counts``.
+
+    Args:
+        feats: [N, C] floating.
+        index: [N] integers, voxel of each row; outside 0 <= i < M = none.
+        counts: [M] integers; a voxel with count 0 stays 0.
+
+    Returns:
+        [M, C] in the dtype of ``feats``, summed in float32 (float64 in float64). Differentiable in
+        ``feats``.
+    """
+    return Voxelize.apply(feats, index, counts)  # pyright: ignore[reportReturnType]
+
+
+class Devoxelize(Function):
+    """Weighted sums of voxel rows around points."""
+
+    @staticmethod
+    def forward(ctx: Any, feats: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        # Features are needed for the gradient of the weights alone.
+        saved = feats if weights.requires_grad else None
+        ctx.save_for_backward(index, weights, saved)
+        ctx.num_voxels = feats.shape[0]
+        return points.devoxelize(feats, index, weights)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
+        index, weights, feats = ctx.saved_tensors
+        grad_feats = grad_weights = None
+        if ctx.needs_input_grad[0]:
+            groups = reduce.group_rows(index.flatten(), ctx.num_voxels)
+            shares = weights.flatten().index_select(0, groups.order)
+            pairs = reduce.Groups(groups.order // max(index.shape[1], 1), groups.starts)
+            grad_feats = reduce.segment_sum(grad, pairs, shares).to(grad.dtype)
+        if ctx.needs_input_grad[2]:
+            grad_weights = points.devoxelize_weight_grad(feats, index, grad).to(weights.dtype)
+        return grad_feats, None, grad_weights
+
+
+def devoxelize(feats: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    """Interpolate voxel rows at points.
+
+    Args:
+        feats: [M, C] floating.
+        index: [N, J] integers, rows around each point; outside 0 <= i < M = none.
+        weights: [N, J] floating.
+
+    Returns:
+        [N, C] in the dtype of ``feats``, summed in float32 (float64 in float64). Differentiable in
+        ``feats`` and ``weights``.
+    """
+    return Devoxelize.apply(feats, index, weights)  # pyright: ignore[reportReturnType]

@@ -1,0 +1,155 @@
+"""Kernel maps: which input row meets which tap in which output row.
+
+A map always runs from the fine sites (inputs) to the coarse ones (outputs); a transposed
+convolution reads the same map from its other end. The record holds facts. Whatever an
+implementation likes better is a view, made when asked for and remembered beside its source.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from torchsparse._geometry import Geometry
+from torchsparse._ops import conv as conv_ops
+from torchsparse._ops import coords as coords_ops
+
+__all__ = ["KernelMap", "KernelMapKey"]
+
+
+@dataclass(frozen=True)
+class KernelMapKey:
+    """Everything that determines a map between two given levels, and its output sites."""
+
+    stride: tuple[int, ...]  # tensor stride of the fine level (of the coarse one if generative)
+    geometry: Geometry
+    sites: str  # rule of the coarse sites: "same", "spconv", "minkowski", "given", "generative"
+    infer_range: bool = True
+    spatial_range: tuple[int, ...] | None = None  # of the layer's input
+    allow_negative: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class KernelMap:
+    """Input row ``neighbors[k, m]`` meets tap k in output row m.
+
+    1-D, kernel 3, coordinates [4, 5, 9]:  neighbors = [[-1, 0, -1], [0, 1, 2], [1, -1, -1]]
+    (taps -1, 0, +1).
+
+    Reading it as TorchSparse 2.1's dictionary works too: ``kmap["out_in_map"]`` and the names
+    listed by ``kmap.keys()``.
+    """
+
+    neighbors: Tensor  # [K, M] int32, -1 = none; natural row order, tap-major
+    in_coords: Tensor  # [N, 1 + D] int32
+    out_coords: Tensor  # [M, 1 + D] int32
+    geometry: Geometry
+    in_range: tuple[int, ...] | None = None  # spatial range of the inputs
+    spatial_range: tuple[int, ...] | None = None  # of the outputs
+    in_order: Tensor | None = (
+        None  # [N] int32, a spatial order of the inputs; None: they are in one
+    )
+    out_order: Tensor | None = None  # [M] int32, the same for the outputs
+    _views: dict[Any, Any] = field(default_factory=dict, repr=False)
+
+    @property
+    def num_inputs(self) -> int:
+        return self.in_coords.shape[0]
+
+    @property
+    def num_outputs(self) -> int:
+        return self.out_coords.shape[0]
+
+    def _view(self, key: Any, make: Callable[[], Any]) -> Any:
+        """``make()``, remembered under ``key``; not stored while a compiler traces."""
+        if key not in self._views:
+            view = make()
+            if torch.compiler.is_compiling():
+                return view
+            self._views[key] = view
+        return self._views[key]
+
+    # ------------------------------------------------------------------ views
+    @property
+    def transposed(self) -> KernelMap:
+        """The same pairs with inputs and outputs exchanged: result[k, neighbors[k, m]] = m."""
+        return self._view("transposed", self._transpose)
+
+    def _transpose(self) -> KernelMap:
+        if self.geometry.is_symmetric:
+            neighbors = self.neighbors.flip(0)
+        else:
+            neighbors = coords_ops.invert_taps(self.neighbors, self.num_inputs)
+        return replace(
+            self,
+            neighbors=neighbors,
+            in_coords=self.out_coords,
+            out_coords=self.in_coords,
+            in_range=self.spatial_range,
+            spatial_range=self.in_range,
+            in_order=self.out_order,
+            out_order=self.in_order,
+            _views={},
+        )
+
+    def plan(self, in_channels: int, out_channels: int, transposed: bool = False) -> Any:
+        """The layout that `_ops.conv.gather_gemm` wants for a layer of these channels."""
+        if transposed and not self.geometry.is_symmetric:
+            return self.transposed.plan(in_channels, out_channels)
+        key, make = conv_ops.make_plan(self.neighbors, self.out_order, in_channels, out_channels)
+        plan = self._view(("plan", key), make)
+        # Reversed taps of a symmetric table are its transposed, pair for pair.
+        return plan._replace(reverse=True) if transposed else plan
+
+    @property
+    def pairs(self) -> Any:
+        """(inputs, outputs, starts): the valid neighbours by tap, then by output row."""
+        return self._view("pairs", lambda: conv_ops.make_pairs(self.neighbors))
+
+    @property
+    def counts(self) -> Tensor:
+        """[K] int32, pairs per tap."""
+        return self._view("counts", lambda: (self.neighbors >= 0).sum(1, dtype=torch.int32))
+
+    # ------------------------------------------------------------------ TorchSparse 2.1's mapping
+    def _out_in_map(self, kmap: KernelMap) -> Tensor:
+        rows = -(-kmap.num_outputs // 128) * 128
+        table = kmap.neighbors.new_full((rows, kmap.geometry.volume), -1)
+        table[: kmap.num_outputs] = kmap.neighbors.t()
+        return table
+
+    def _nbmaps(self) -> Tensor:
+        return torch.stack([self.pairs.inputs, self.pairs.outputs], 1)
+
+    _FACE: ClassVar[dict[str, Callable[[Any], Any]]] = {
+        "out_in_map": lambda self: self._out_in_map(self),
+        "out_in_map_t": lambda self: self._out_in_map(self.transposed),
+        "coords": lambda self: self.out_coords,
+        "sizes": lambda self: (self.num_inputs, self.num_outputs),
+        "spatial_range": lambda self: self.spatial_range,
+        "nbmaps": _nbmaps,
+        "nbsizes": lambda self: self.counts,
+    }
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self._FACE:
+            raise KeyError(f"a kernel map has {', '.join(self._FACE)}; got {name!r}")
+        return self._view(("face", name), lambda: self._FACE[name](self))
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """``self[name]``, or ``default`` for an unknown name."""
+        return self[name] if name in self._FACE else default
+
+    def keys(self) -> Iterator[str]:
+        """Names that can be read as in a dictionary."""
+        return iter(self._FACE)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._FACE
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._FACE)

@@ -1,0 +1,1 @@
+"""One function per operation; each picks the implementation for its tensors."""

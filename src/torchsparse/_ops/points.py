@@ -1,0 +1,99 @@
+"""Rows between points, voxels and dense grids: the choice of implementation."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from torchsparse._ops.dispatch import twin
+
+__all__ = [
+    "devoxelize",
+    "devoxelize_weight_grad",
+    "flat_index",
+    "gather_rows",
+    "scatter_rows",
+    "trilinear_weights",
+]
+
+
+def flat_index(coords: Tensor, extents: tuple[int, ...]) -> Tensor:
+    """Row-major cell of each coordinate row in a box that starts at 0.
+
+    Args:
+        coords: [N, A] integers.
+        extents: A extents.
+
+    Returns:
+        [N] int64, -1 outside the box.
+    """
+    return twin("points", coords).flat_index(coords, extents)
+
+
+def scatter_rows(feats: Tensor, index: Tensor, num: int) -> Tensor:
+    """Put rows where ``index`` says.
+
+    Args:
+        feats: [N, C].
+        index: [N] int64 below ``num``, -1 = skip. Of equal ones, one row is kept (on the CPU the
+            last).
+        num: Rows of the result.
+
+    Returns:
+        [num, C] in the dtype of ``feats``, 0 where nothing was put.
+    """
+    return twin("points", feats).scatter_rows(feats, index, num)
+
+
+def gather_rows(grid: Tensor, index: Tensor) -> Tensor:
+    """Take rows from where ``index`` says.
+
+    Args:
+        grid: [..., C], the leading axes counted row-major; any strides.
+        index: [N] int64, -1 = none.
+
+    Returns:
+        [N, C], 0 for none.
+    """
+    return twin("points", grid).gather_rows(grid, index)
+
+
+def devoxelize(feats: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    """Weighted sums of rows around points.
+
+    Args:
+        feats: [M, C] floating.
+        index: [N, J] integers; outside 0 <= i < M = none.
+        weights: [N, J] floating.
+
+    Returns:
+        [N, C] in the dtype of ``feats``, summed in float32 (float64 in float64).
+    """
+    return twin("points", feats).devoxelize(feats, index, weights)
+
+
+def devoxelize_weight_grad(feats: Tensor, index: Tensor, grad: Tensor) -> Tensor:
+    """Gradient of `devoxelize` with respect to its weights.
+
+    Args:
+        feats: [M, C] floating.
+        index: [N, J] integers; outside 0 <= i < M = none.
+        grad: [N, C] floating.
+
+    Returns:
+        [N, J] float32 (float64 in float64), 0 for none.
+    """
+    return twin("points", feats).devoxelize_weight_grad(feats, index, grad)
+
+
+def trilinear_weights(points: Tensor, scale: float) -> Tensor:
+    """Trilinear shares of the corners of the cell around each point.
+
+    Args:
+        points: [N, 3] float32 or float64.
+        scale: Edge of a cell.
+
+    Returns:
+        [N, 8] in the dtype of ``points``; corner 4 jx + 2 jy + jz has the share
+        prod_i (u_i if j_i else 1 - u_i), where u is the position within the cell, 0 <= u < 1.
+    """
+    return twin("points", points).trilinear_weights(points, scale)

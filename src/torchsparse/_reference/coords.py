@@ -1,0 +1,382 @@
+"""Coordinates in plain PyTorch: indexing, neighbour search, output sites.
+
+Everything works on sorted 64-bit keys. Neighbours along the last axis have consecutive keys, so
+one binary search serves a whole line of taps ("z-delta search", Spira, arXiv 2511.20834).
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from torchsparse._geometry import Geometry
+from torchsparse._keys import KeyLayout, fit_layout, pack
+
+__all__ = [
+    "CoordIndex",
+    "bounds",
+    "build_index",
+    "find_taps",
+    "generative_keys",
+    "has_duplicates",
+    "index_of_keys",
+    "invert_taps",
+    "strided_keys",
+]
+
+SENTINEL = torch.iinfo(torch.int64).max  # above every key (MAX_CELLS of _keys)
+NOWHERE = -(1 << 62)  # below every key, with room for deltas
+
+
+class CoordIndex(NamedTuple):
+    """Rows of one coordinate tensor in key order."""
+
+    keys: Tensor  # [N] int64, ascending
+    rows: Tensor | None  # [N] int32, keys[i] is the key of row rows[i]; None: rows[i] = i
+    layout: KeyLayout
+    lower: Tensor  # [1 + D] int64, smallest coordinate
+    upper: Tensor  # [1 + D] int64, largest coordinate
+
+
+def bounds(coords: Tensor) -> tuple[Tensor, Tensor]:
+    """Smallest and largest coordinate per column.  [N, 1 + D] -> 2 x [1 + D] int64; 0 if empty."""
+    if coords.shape[0] == 0:
+        zero = torch.zeros(coords.shape[1], dtype=torch.int64, device=coords.device)
+        return zero, zero
+    lower, upper = torch.aminmax(coords, dim=0)
+    return lower.to(torch.int64), upper.to(torch.int64)
+
+
+def _layout(lower: Tensor, upper: Tensor, margin: tuple[int, ...]) -> KeyLayout:
+    reach = torch.tensor((0, *margin), dtype=torch.int64, device=lower.device)
+    return fit_layout(lower - reach, upper + reach)
+
+
+def build_index(coords: Tensor, margin: tuple[int, ...]) -> CoordIndex:
+    """Sort coordinate rows by key, in a box ``margin`` cells wider on each side of each axis.
+
+    Args:
+        coords: [N, 1 + D] int32.
+        margin: D ints.
+    """
+    lower, upper = bounds(coords)
+    layout = _layout(lower, upper, margin)
+    keys = pack(coords, layout)
+    if bool((keys[1:] >= keys[:-1]).all()):
+        return CoordIndex(keys, None, layout, lower, upper)
+    keys, order = torch.sort(keys, stable=True)
+    return CoordIndex(keys, order.to(torch.int32), layout, lower, upper)
+
+
+def index_of_keys(keys: Tensor, layout: KeyLayout, coords: Tensor) -> CoordIndex:
+    """The index of coordinates that were unpacked from ascending ``keys``."""
+    lower, upper = bounds(coords)
+    return CoordIndex(keys, None, layout, lower, upper)
+
+
+def has_duplicates(index: CoordIndex) -> Tensor:
+    """[] bool: two rows are equal."""
+    return (index.keys[1:] == index.keys[:-1]).any()
+
+
+def find_taps(index: CoordIndex, coarse: Tensor | None, geometry: Geometry) -> Tensor:
+    """Rows of the fine sites under every tap of every coarse site.
+
+    Args:
+        index: The fine sites, with a margin of at least ``geometry.reach``.
+        coarse: [M, 1 + D] int32; None for the submanifold relation (coarse = fine).
+        geometry: Its taps; K is their number.
+
+    Returns:
+        [K, M] int32, -1 where no fine site is.
+    """
+    if geometry.is_symmetric and coarse is None:
+        table = _find_symmetric(index, geometry)
+    else:
+        table = _find_all(index, coarse, geometry)
+    return table
+
+
+def _lines(geometry: Geometry) -> list[tuple[tuple[int, ...], list[int]]]:
+    """Taps grouped by all axes but the last: (tap of the line's start, weight indices along it)."""
+    *front, last = geometry.kernel_size
+    strides = _tap_strides(geometry.kernel_size)
+    lines = []
+    for start in itertools.product(*map(range, front)):
+        first = sum(t * s for t, s in zip(start, strides))
+        lines.append(((*start, 0), [first + j * strides[-1] for j in range(last)]))
+    return lines
+
+
+def _tap_strides(kernel_size: tuple[int, ...]) -> list[int]:
+    """Weight index of a tap = sum of tap_i * stride_i (the order of `_geometry.tap_list`)."""
+    if math.prod(kernel_size) % 2:
+        return [math.prod(kernel_size[:axis]) for axis in range(len(kernel_size))]
+    return [math.prod(kernel_size[axis + 1 :]) for axis in range(len(kernel_size))]
+
+
+class _LineSearch:
+    """Positions of ``queries + j * step`` among ascending keys, for j = 0, 1, ..."""
+
+    def __init__(self, keys: Tensor) -> None:
+        self.keys = keys
+        # One sentinel behind the end keeps every position readable.
+        self.padded = torch.cat([keys, keys.new_full((1,), SENTINEL)])
+
+    def run(self, queries: Tensor, count: int, step: int) -> list[tuple[Tensor, Tensor]]:
+        """(positions [M] int64, hit [M] bool) for each of ``count`` taps along the line."""
+        found = []
+        position = torch.searchsorted(self.keys, queries)
+        for j in range(count):
+            if j:
+                queries = queries + step
+                if step == 1:  # the next key is the next entry or absent
+                    position = position + found[-1][1]
+                else:
+                    position = torch.searchsorted(self.keys, queries)
+            hit = self.padded.index_select(0, position) == queries
+            found.append((position, hit))
+        return found
+
+
+def _find_symmetric(index: CoordIndex, geometry: Geometry) -> Tensor:
+    """Half of the taps by search; the other half follows, for k sees i from j as K-1-k sees j
+    from i."""
+    n, volume = index.keys.shape[0], geometry.volume
+    centre = volume // 2
+    table = torch.full((volume, n), -1, dtype=torch.int32, device=index.keys.device)
+    own = torch.arange(n, dtype=torch.int32, device=table.device)
+    table[centre] = own
+    search = _LineSearch(index.keys)
+    offset = torch.tensor(geometry.offset, device=table.device)
+    dilation = torch.tensor(geometry.dilation, device=table.device)
+    half = math.prod(geometry.kernel_size[:-1]) // 2
+    for start, taps in _lines(geometry)[: half + 1]:
+        first = torch.tensor(start, device=table.device) * dilation - offset
+        delta = int(index.layout.delta(first[None])[0])
+        if centre in taps:
+            taps = taps[: taps.index(centre)]
+        found = search.run(index.keys + delta, len(taps), geometry.dilation[-1])
+        for tap, (position, hit) in zip(taps, found):
+            where = hit.nonzero().squeeze(1)
+            there = position.index_select(0, where)
+            table[tap].index_copy_(0, where, there.to(torch.int32))
+            table[volume - 1 - tap].index_copy_(0, there, own.index_select(0, where))
+    return _to_natural_order(table, index.rows)
+
+
+def _to_natural_order(table: Tensor, rows: Tensor | None) -> Tensor:
+    """A table over sorted positions, as one over the rows behind them (both axes)."""
+    if rows is None:
+        return table
+    inverse = torch.empty_like(rows)
+    inverse[rows.to(torch.int64)] = torch.arange(
+        rows.shape[0], dtype=torch.int32, device=rows.device
+    )
+    # Position -1 reads the appended last entry, -1.
+    values = torch.cat([rows, rows.new_full((1,), -1)])
+    table = torch.where(table < 0, rows.shape[0], table)
+    picked = table.index_select(1, inverse)
+    return values.index_select(0, picked.view(-1)).view_as(table)
+
+
+def _find_all(index: CoordIndex, coarse: Tensor | None, geometry: Geometry) -> Tensor:
+    """Every tap by search, for any relation and any order of the coarse sites."""
+    device = index.keys.device
+    offset = torch.tensor((0, *geometry.offset), device=device)
+    if coarse is None:
+        base = index.keys - index.layout.delta(offset[None, 1:])[0]
+    else:
+        base = _base_keys(index, coarse, geometry, offset)
+    table = torch.empty((geometry.volume, base.shape[0]), dtype=torch.int32, device=device)
+    search = _LineSearch(index.keys)
+    dilation = torch.tensor(geometry.dilation, device=device)
+    rows = index.rows
+    for start, taps in _lines(geometry):
+        delta = index.layout.delta((torch.tensor(start, device=device) * dilation)[None])[0]
+        found = search.run(base + delta, len(taps), geometry.dilation[-1])
+        for tap, (position, hit) in zip(taps, found):
+            if rows is None:
+                row = position.to(torch.int32)
+            else:
+                row = rows.index_select(0, position.clamp_(max=max(rows.shape[0] - 1, 0)))
+            table[tap] = torch.where(hit, row, -1)
+    if coarse is None and rows is not None:
+        natural = torch.empty_like(table)
+        natural[:, rows.to(torch.int64)] = table
+        return natural
+    return table
+
+
+def _base_keys(index: CoordIndex, coarse: Tensor, geometry: Geometry, offset: Tensor) -> Tensor:
+    """Key of the fine site under tap 0 of each coarse site; NOWHERE if no tap can meet one."""
+    layout = index.layout
+    reach = (0, *geometry.reach)
+    stride = (1, *geometry.stride)
+    keys = torch.zeros(coarse.shape[0], dtype=torch.int64, device=coarse.device)
+    outside = torch.zeros(coarse.shape[0], dtype=torch.bool, device=coarse.device)
+    for column in range(coarse.shape[1]):
+        base = coarse[:, column].to(torch.int64) * stride[column] - offset[column]
+        outside |= (base < index.lower[column] - reach[column]) | (base > index.upper[column])
+        keys += (base - layout.origin[column]) * layout.stride[column]
+    return keys.masked_fill_(outside, NOWHERE)
+
+
+def invert_taps(neighbors: Tensor, num_inputs: int) -> Tensor:
+    """The same pairs seen from the inputs: result[k, neighbors[k, m]] = m.
+
+    Args:
+        neighbors: [K, M] int32; each input meets a tap at most once.
+
+    Returns:
+        [K, num_inputs] int32, -1 = none.
+    """
+    volume, m = neighbors.shape
+    # One column more takes the absent ones, which index -1 addresses after the shift.
+    inverse = torch.full((volume, num_inputs + 1), -1, dtype=torch.int32, device=neighbors.device)
+    outputs = torch.arange(m, dtype=torch.int32, device=neighbors.device).expand(volume, m)
+    inverse.scatter_(1, (neighbors + 1).to(torch.int64), outputs)
+    return inverse[:, 1:].contiguous()
+
+
+def strided_keys(
+    coords: Tensor,
+    geometry: Geometry,
+    lower: tuple[int | None, ...],
+    upper: tuple[int | None, ...],
+    margin: tuple[int, ...],
+) -> tuple[Tensor, KeyLayout]:
+    """Ascending unique keys of all coarse sites that some tap ties to a fine site.
+
+    Args:
+        coords: Fine sites, [N, 1 + D] int32.
+        geometry: The relation.
+        lower, upper: Inclusive bounds of coarse coordinates per axis; None = unbounded.
+        margin: Of the layout that comes back.
+    """
+    axes = [
+        _coarse_candidates(coords[:, 1 + i], geometry, i, lower[i], upper[i])
+        for i in range(geometry.ndim)
+    ]
+    low, high = bounds(coords)
+    for i in range(geometry.ndim):
+        o, s, r = geometry.offset[i], geometry.stride[i], geometry.reach[i]
+        first = torch.div(low[1 + i] + o - r, s, rounding_mode="floor")
+        last = torch.div(high[1 + i] + o, s, rounding_mode="floor")
+        bottom, top = lower[i], upper[i]
+        low[1 + i] = first if bottom is None else first.clamp(min=bottom)
+        high[1 + i] = last if top is None else last.clamp(max=top)
+    high = torch.maximum(low, high)
+    layout = _layout(low, high, margin)
+    batch = (coords[:, 0].to(torch.int64) - layout.origin[0]) * layout.stride[0]
+    return _unique(_combine(batch, axes, layout)), layout
+
+
+def _unique(keys: Tensor) -> Tensor:
+    """Ascending distinct values; sorting beats torch.unique on the CPU."""
+    if keys.shape[0] == 0:
+        return keys
+    keys = torch.sort(keys).values
+    first = torch.ones(keys.shape[0], dtype=torch.bool, device=keys.device)
+    torch.ne(keys[1:], keys[:-1], out=first[1:])
+    return keys[first]
+
+
+def _coarse_candidates(
+    fine: Tensor, geometry: Geometry, axis: int, lower: int | None, upper: int | None
+) -> list[tuple[Tensor, Tensor | None]]:
+    """Coarse coordinates on one axis from which some tap reaches the fine one.
+
+    The taps that fit a residue of ``fine + offset`` modulo s are t0, t0 + s/g, ... with
+    g = gcd(s, d); going one further along them moves the coarse site back by d/g.
+
+    Returns:
+        A list of (site [N] int64, valid [N] bool or None for all).
+    """
+    k, s = geometry.kernel_size[axis], geometry.stride[axis]
+    d, o = geometry.dilation[axis], geometry.offset[axis]
+    step = s // math.gcd(s, d)
+    first_tap = [
+        next((t for t in range(min(k, step)) if (r - d * t) % s == 0), k) for r in range(s)
+    ]
+    counts = [len(range(t, k, step)) for t in first_tap]
+    shifted = fine.to(torch.int64) + o
+    if s == 1:
+        base, count = shifted, None
+    else:
+        residue = shifted.remainder(s)
+        base = shifted - torch.tensor(first_tap, device=fine.device)[residue] * d
+        base = torch.div(base, s, rounding_mode="floor")
+        count = (
+            None
+            if min(counts) == max(counts)
+            else torch.tensor(counts, device=fine.device)[residue]
+        )
+    found = []
+    for j in range(max(counts)):
+        site = base - j * (d * step // s) if j else base
+        valid = None if count is None else count > j
+        if lower is not None:
+            valid = site >= lower if valid is None else valid & (site >= lower)
+        if upper is not None:
+            valid = site <= upper if valid is None else valid & (site <= upper)
+        found.append((site, valid))
+    return found
+
+
+def generative_keys(
+    coords: Tensor,
+    geometry: Geometry,
+    lower: tuple[int | None, ...],
+    upper: tuple[int | None, ...],
+    margin: tuple[int, ...],
+) -> tuple[Tensor, KeyLayout]:
+    """Ascending unique keys of all fine sites that some tap ties to a coarse site.
+
+    Args:
+        coords: Coarse sites, [N, 1 + D] int32.
+        geometry: The relation.
+        lower, upper: Inclusive bounds of fine coordinates per axis; None = unbounded.
+        margin: Of the layout that comes back.
+    """
+    axes = []
+    low, high = bounds(coords)
+    for i in range(geometry.ndim):
+        base = coords[:, 1 + i].to(torch.int64) * geometry.stride[i] - geometry.offset[i]
+        candidates = []
+        for tap in range(geometry.kernel_size[i]):
+            site = base + tap * geometry.dilation[i]
+            valid = None
+            if lower[i] is not None:
+                valid = site >= lower[i]
+            if upper[i] is not None:
+                valid = site <= upper[i] if valid is None else valid & (site <= upper[i])
+            candidates.append((site, valid))
+        axes.append(candidates)
+        first = low[1 + i] * geometry.stride[i] - geometry.offset[i]
+        last = high[1 + i] * geometry.stride[i] - geometry.offset[i] + geometry.reach[i]
+        bottom, top = lower[i], upper[i]
+        low[1 + i] = first if bottom is None else first.clamp(min=bottom)
+        high[1 + i] = last if top is None else last.clamp(max=top)
+    layout = _layout(low, torch.maximum(low, high), margin)
+    batch = (coords[:, 0].to(torch.int64) - layout.origin[0]) * layout.stride[0]
+    return _unique(_combine(batch, axes, layout)), layout
+
+
+def _combine(
+    batch: Tensor, axes: list[list[tuple[Tensor, Tensor | None]]], layout: KeyLayout
+) -> Tensor:
+    """Keys of every combination of per-axis candidates that is valid on all axes."""
+    parts = []
+    for combination in itertools.product(*axes):
+        keys, valid = batch, None
+        for i, (site, mask) in enumerate(combination):
+            keys = keys + (site - layout.origin[1 + i]) * layout.stride[1 + i]
+            if mask is not None:
+                valid = mask if valid is None else valid & mask
+        parts.append(keys if valid is None else keys[valid])
+    return torch.cat(parts) if parts else batch[:0]

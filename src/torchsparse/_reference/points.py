@@ -1,0 +1,87 @@
+"""Rows between points, voxels and dense grids, in plain PyTorch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "devoxelize",
+    "devoxelize_weight_grad",
+    "flat_index",
+    "gather_rows",
+    "scatter_rows",
+    "trilinear_weights",
+]
+
+
+def flat_index(coords: Tensor, extents: tuple[int, ...]) -> Tensor:
+    """Row-major cell of each coordinate row; -1 outside.  [N, A], A extents -> [N] int64."""
+    index = torch.zeros(coords.shape[0], dtype=torch.int64, device=coords.device)
+    inside = torch.ones_like(index, dtype=torch.bool)
+    for column, extent in enumerate(extents):
+        c = coords[:, column]
+        inside &= (c >= 0) & (c < extent)
+        index.mul_(extent).add_(c)
+    return index.masked_fill_(~inside, -1)
+
+
+def scatter_rows(feats: Tensor, index: Tensor, num: int) -> Tensor:
+    """Row j of ``feats`` becomes row ``index[j]``; -1 is skipped, the rest is 0.  -> [num, C]."""
+    # Skipped rows land behind the result: one spare row, cut off without a copy or a view.
+    out = feats.new_zeros((num + 1, feats.shape[1]))
+    out.index_copy_(0, torch.where(index < 0, num, index), feats)
+    return out.resize_(num, feats.shape[1])
+
+
+def gather_rows(grid: Tensor, index: Tensor) -> Tensor:
+    """Row ``index[j]`` of the cells of ``grid`` [..., C], 0 for -1.  [N] int64 -> [N, C]."""
+    shape = grid.shape[:-1]
+    inside = index >= 0
+    if grid.is_contiguous():
+        rows = grid.view(-1, grid.shape[-1]).index_select(0, index.clamp(min=0))
+    else:  # a permuted or expanded gradient: a copy of the whole grid would cost more
+        rows = grid[torch.unravel_index(index.clamp(min=0), shape)]
+    return rows.masked_fill_(~inside[:, None], 0)
+
+
+def devoxelize(feats: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    """Sum of ``weights[n, j] * feats[index[n, j]]`` over j.  -> [N, C]."""
+    num, channels = feats.shape
+    dtype = torch.float64 if feats.dtype == torch.float64 else torch.float32
+    if index.numel() == 0 or channels == 0:
+        return feats.new_zeros((index.shape[0], channels))
+    absent = (index < 0) | (index >= num)
+    table, weights = feats.to(dtype), weights.to(dtype)
+    if feats.device.type != "cpu" or bool(absent.any()):
+        # Absent neighbours read a row of zeros: a weight of 0 alone would let NaN through.
+        table = torch.cat([table, table.new_zeros((1, channels))])
+        index = torch.where(absent, num, index)
+        weights = weights.masked_fill(absent, 0)
+    out = torch.nn.functional.embedding_bag(
+        index.contiguous(), table.contiguous(), mode="sum", per_sample_weights=weights.contiguous()
+    )
+    return out.to(feats.dtype)
+
+
+def devoxelize_weight_grad(feats: Tensor, index: Tensor, grad: Tensor) -> Tensor:
+    """Dot products of ``grad[n]`` and ``feats[index[n, j]]``, 0 for none.  -> [N, J]."""
+    num = feats.shape[0]
+    dtype = torch.float64 if feats.dtype == torch.float64 else torch.float32
+    out = torch.zeros(index.shape, dtype=dtype, device=feats.device)
+    if num == 0:
+        return out
+    table, grad = feats.to(dtype), grad.to(dtype)
+    absent = (index < 0) | (index >= num)
+    index = index.masked_fill(absent, 0)
+    for j in range(index.shape[1]):  # one column at a time: [N, J, C] would be large
+        torch.sum(table.index_select(0, index[:, j]) * grad, dim=1, out=out[:, j])
+    return out.masked_fill_(absent, 0)
+
+
+def trilinear_weights(points: Tensor, scale: float) -> Tensor:
+    """Shares of the 8 corners of each point's cell, corner 4 jx + 2 jy + jz.  [N, 3] -> [N, 8]."""
+    upper = (points - torch.floor(points / scale) * scale) / scale
+    both = torch.stack([1 - upper, upper], dim=2)  # [N, 3, 2]
+    x, y, z = both.unbind(1)
+    return (x[:, :, None, None] * y[:, None, :, None] * z[:, None, None, :]).flatten(1)

@@ -1,0 +1,63 @@
+"""What the user asked for: one record, read at call time, written by the public setters.
+
+Nothing here touches a device. Values that depend on the GPU are None until somebody asks
+(`torchsparse.backends`) or assigns them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from typing import Any
+
+__all__ = ["Settings", "override", "reset", "settings"]
+
+
+@dataclass
+class Settings:
+    """Every process-wide switch of the library, with its default."""
+
+    # convolution modes (nn.functional)
+    conv_mode: int = 0
+    kmap_mode: str = "hashmap_on_the_fly"
+    downsample_mode: str = "spconv"
+    conv_config: dict[str, Any] | None = None  # set_global_conv_config
+    # tensors
+    allow_negative_coordinates: bool = False
+    tensor_cache_mode: int = 0  # TensorCacheMode
+    global_tensor_cache: Any = None  # the TensorCache of the global mode, made when first needed
+    # backends
+    infer_spatial_range: bool = True
+    benchmark: bool = False
+    hash_rsv_ratio: int = 2
+    device_capability: int | None = None  # None: ask the device when read
+    allow_tf32: bool | None = None
+    allow_fp16: bool | None = None
+
+
+settings = Settings()
+
+
+def reset(*names: str) -> None:
+    """Put the named settings back to their defaults."""
+    defaults = Settings()
+    for name in names:
+        setattr(settings, name, getattr(defaults, name))
+
+
+@contextmanager
+def override(**values: Any) -> Iterator[Settings]:
+    """Change settings for the length of a ``with`` block."""
+    known = {field.name for field in fields(Settings)}
+    unknown = set(values) - known
+    if unknown:
+        raise ValueError(f"unknown settings {sorted(unknown)}; known are {sorted(known)}")
+    saved = {name: getattr(settings, name) for name in values}
+    for name, value in values.items():
+        setattr(settings, name, value)
+    try:
+        yield settings
+    finally:
+        for name, value in saved.items():
+            setattr(settings, name, value)

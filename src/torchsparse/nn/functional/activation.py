@@ -1,0 +1,29 @@
+"""Activations of sparse tensors."""
+
+from __future__ import annotations
+
+import torch
+
+from torchsparse.nn.utils.apply import fapply
+from torchsparse.tensor import SparseTensor
+
+__all__ = ["leaky_relu", "relu", "silu"]
+
+
+def relu(input: SparseTensor, inplace: bool = True) -> SparseTensor:
+    """``max(x, 0)``; in place, the features of ``input`` change too."""
+    return fapply(input, torch.nn.functional.relu, inplace=inplace)
+
+
+def silu(input: SparseTensor, inplace: bool = True) -> SparseTensor:
+    """``x * sigmoid(x)``; in place, the features of ``input`` change too."""
+    return fapply(input, torch.nn.functional.silu, inplace=inplace)
+
+
+def leaky_relu(
+    input: SparseTensor, negative_slope: float = 0.1, inplace: bool = True
+) -> SparseTensor:
+    """``x`` if positive, ``negative_slope * x`` otherwise; in place as in `relu`."""
+    return fapply(
+        input, torch.nn.functional.leaky_relu, negative_slope=negative_slope, inplace=inplace
+    )

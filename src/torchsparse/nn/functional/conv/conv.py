@@ -1,0 +1,290 @@
+"""``conv3d``: check, resolve, find the map, one call, wrap."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchsparse import _validate
+from torchsparse._autograd.conv import pointwise, sparse_conv
+from torchsparse._cache import TensorCache
+from torchsparse._geometry import Geometry, as_tuple
+from torchsparse._recipe import ConvRecipe
+from torchsparse.nn.functional.conv.conv_config import resolve_config
+from torchsparse.nn.functional.conv.kmap import (
+    Level,
+    downsampled,
+    generated,
+    int32_coords,
+    onto,
+    same_sites,
+    upsampled,
+)
+from torchsparse.tensor import SparseTensor, wrap
+
+__all__ = ["conv3d"]
+
+
+def conv3d(
+    input: SparseTensor,
+    weight: Tensor,
+    kernel_size: Any,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    config: Mapping[str, Any] | None = None,
+    transposed: bool = False,
+    generative: bool = False,
+    training: bool = False,
+    coordinates: SparseTensor | Tensor | None = None,
+) -> SparseTensor:
+    """Sparse convolution. Fine and coarse sites meet where, per axis,
+
+        fine = coarse * stride - offset + dilation * tap,   0 <= tap < kernel_size
+
+    Stride 1 keeps the sites (submanifold, offset d (k - 1) / 2, or 0 for an even volume); a larger
+    stride creates coarse sites (offset = padding; in "minkowski" mode the centre tap);
+    ``transposed`` returns to the fine sites of an earlier level; ``transposed`` and ``generative``
+    create all fine sites that a tap reaches.
+
+    Args:
+        input: [N, C_in] features on [N, 4] coordinates (b, x, y, z).
+        weight: [K, C_in, C_out], K = the product of kernel_size; [C_in, C_out] is understood for
+            K = 1. For odd K the taps run x fastest, for even K z fastest.
+        kernel_size, stride, padding, dilation: One int or three.
+        bias: [C_out] or None.
+        config: Mapping that overrides the global configuration key by key, or None.
+        transposed, generative: As above.
+        training: Accepted for compatibility; has no effect.
+        coordinates: Sites to convolve onto, a tensor or its [M, 4] coordinates, in place of those
+            that the layer would create; not for transposed layers.
+
+    Returns:
+        [M, C_out] in the dtype of the computation: the autocast dtype if autocast is on (and no
+        operand is float64), else fp16 or bf16 if an operand is, else the promoted dtype.
+
+    Raises:
+        ValueError: Shapes, devices or parameters that do not fit; duplicate, negative or
+            out-of-range coordinates; an unknown fine level.
+        TypeError: Wrong dtypes, float16 mixed with bfloat16, a bool as padding.
+        NotImplementedError: Dataflow.CodedCSR.
+    """
+    return convolve(
+        3, input, weight, kernel_size, bias, stride, padding, dilation, config,
+        transposed, generative, coordinates,
+    )  # fmt: skip
+
+
+def convolve(
+    ndim: int,
+    x: SparseTensor,
+    weight: Tensor,
+    kernel_size: Any,
+    bias: Tensor | None,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    config: Mapping[str, Any] | None,
+    transposed: bool,
+    generative: bool,
+    coordinates: SparseTensor | Tensor | None = None,
+) -> SparseTensor:
+    """`conv3d` over ``ndim`` spatial axes."""
+    kernel_size, stride, padding, dilation = check_parameters(
+        ndim, kernel_size, stride, padding, dilation, transposed, generative
+    )
+    weight = _check_operands(ndim, x, weight, bias, kernel_size)
+    recipe = resolve(config, x.feats, weight, bias)
+    coords = int32_coords(x._caches, x.coords)
+    if math.prod(kernel_size) == 1 and math.prod(stride) == 1 and coordinates is None:
+        feats = pointwise(x.feats, weight[0], bias, recipe.dtype)
+        return wrap(feats, x, coords, x.stride, x.spatial_range)
+    if x.spatial_range is not None and len(x.spatial_range) != 1 + ndim:
+        x = wrap(x.feats, x, coords, x.stride, _needed_range(x.spatial_range, ndim))
+    x._caches.record(x.stride, coords, x.spatial_range)
+    if coordinates is not None:
+        if transposed:
+            raise ValueError("`coordinates` cannot be given to a transposed convolution")
+        geometry = _relation(kernel_size, stride, padding, dilation, recipe.downsample_mode)
+        level = _target(x, coordinates, stride, ndim)
+        kmap = onto(x, coords, geometry, level)
+    elif math.prod(stride) == 1 and not generative:
+        kmap = same_sites(x, coords, Geometry.submanifold(kernel_size, dilation))
+        level = Level(coords, x.stride, x.spatial_range)
+    else:
+        kind = "generative" if generative else "strided"
+        geometry = Geometry.strided(
+            kernel_size, stride, padding, dilation, recipe.downsample_mode, kind
+        )
+        if generative:
+            kmap, level = generated(x, coords, geometry)
+        elif transposed:
+            kmap, level = upsampled(x, coords, geometry)
+        else:
+            kmap = downsampled(x, coords, geometry, recipe.downsample_mode)
+            level = Level(kmap.out_coords, _coarser(x.stride, stride), kmap.spatial_range)
+    feats = sparse_conv(x.feats, weight, bias, kmap, transposed, recipe.dtype)
+    out = wrap(feats, x, *level)
+    if generative:
+        out._caches = _generated_cache(x._caches, level)
+    else:
+        out._caches.record(*_cmap(level))
+    return out
+
+
+def _coarser(stride: tuple[int, ...], step: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(a * b for a, b in zip(stride, step))
+
+
+def _relation(
+    kernel_size: tuple[int, ...],
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    dilation: tuple[int, ...],
+    downsample_mode: str,
+) -> Geometry:
+    if math.prod(stride) == 1:
+        return Geometry.submanifold(kernel_size, dilation)
+    return Geometry.strided(kernel_size, stride, padding, dilation, downsample_mode)
+
+
+def _target(
+    x: SparseTensor, coordinates: SparseTensor | Tensor, stride: tuple[int, ...], ndim: int
+) -> Level:
+    """The level that ``coordinates`` describes."""
+    expected = _coarser(x.stride, stride)
+    if not isinstance(coordinates, SparseTensor):
+        _validate.check_coords(coordinates, ndim, "coordinates")
+        return Level(int32_coords(TensorCache(), coordinates), expected, None)
+    if coordinates.stride != expected:
+        raise ValueError(
+            f"`coordinates` must have stride {expected} for an input of stride {x.stride} and a "
+            f"convolution of stride {stride}, got {coordinates.stride}"
+        )
+    _validate.check_coords(coordinates.coords, ndim, "coordinates")
+    sites = int32_coords(coordinates._caches, coordinates.coords)
+    return Level(sites, expected, coordinates.spatial_range)
+
+
+def _cmap(level: Level) -> tuple[tuple[int, ...], Tensor, tuple[int, ...] | None]:
+    return level.stride, level.coords, level.spatial_range
+
+
+def _generated_cache(cache: TensorCache, level: Level) -> TensorCache:
+    """The cache of a generative layer's output: other levels are kept, maps are not."""
+    out = TensorCache()
+    vars(out).update(cache.extras())
+    out.cmaps.update(cache.cmaps)
+    out._recorded.update(cache._recorded)
+    out.cmaps.pop(level.stride, None)
+    out.record(*_cmap(level))
+    return out
+
+
+def check_parameters(
+    ndim: int,
+    kernel_size: Any,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    transposed: bool,
+    generative: bool,
+) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """The four as D-tuples of valid ints."""
+    if isinstance(padding, bool):
+        raise TypeError(f"`padding` must hold ints, got {padding!r}")
+    given = {
+        "kernel_size": (kernel_size, 1),
+        "stride": (stride, 1),
+        "padding": (padding, 0),
+        "dilation": (dilation, 1),
+    }
+    found = []
+    for name, (value, least) in given.items():
+        entries = as_tuple(value, ndim, name)
+        if min(entries) < least:
+            raise ValueError(f"`{name}` must be at least {least} on every axis, got {value!r}")
+        found.append(entries)
+    if generative and not transposed:
+        raise ValueError("generative=True needs transposed=True: it creates finer coordinates")
+    return tuple(found)  # pyright: ignore[reportReturnType]
+
+
+def _check_operands(
+    ndim: int, x: SparseTensor, weight: Tensor, bias: Tensor | None, kernel_size: tuple[int, ...]
+) -> Tensor:
+    """The weight as [K, C_in, C_out], once everything fits."""
+    if not isinstance(x, SparseTensor):
+        raise TypeError(f"`input` must be a SparseTensor, got {type(x).__name__}")
+    _validate.check_feats(x.feats)
+    _validate.check_coords(x.coords, ndim)
+    _validate.check_rows(x.feats, x.coords)
+    _validate.check_same_device(feats=x.feats, coords=x.coords, weight=weight, bias=bias)
+    volume, in_channels = math.prod(kernel_size), x.feats.shape[1]
+    shape = list(weight.shape)
+    if volume == 1 and len(shape) == 2:
+        weight = weight[None]
+    if weight.dim() != 3 or weight.shape[0] != volume or weight.shape[1] != in_channels:
+        raise ValueError(
+            f"`weight` must have shape [{volume}, {in_channels}, C_out] for kernel size "
+            f"{kernel_size} and features {list(x.feats.shape)}, got {shape}"
+        )
+    if not weight.is_floating_point():
+        raise TypeError(f"`weight` must be floating, got {weight.dtype}")
+    if bias is not None and bias.shape != weight.shape[2:]:
+        raise ValueError(f"`bias` must have shape [{weight.shape[2]}], got {list(bias.shape)}")
+    return weight
+
+
+def _needed_range(spatial_range: tuple[int, ...], ndim: int) -> tuple[int, ...]:
+    if len(spatial_range) < 1 + ndim:
+        raise ValueError(
+            f"`spatial_range` must have {1 + ndim} entries (batch first), got {spatial_range}"
+        )
+    return spatial_range[: 1 + ndim]
+
+
+HALVES = (torch.float16, torch.bfloat16)
+
+
+def resolve(
+    config: Mapping[str, Any] | None, feats: Tensor, weight: Tensor, bias: Tensor | None
+) -> ConvRecipe:
+    """Turn configuration, modes, dtypes and autocast into one record."""
+    complete = resolve_config(config)
+    return ConvRecipe(
+        dataflow=complete.dataflow,
+        sort=bool(complete.ifsort),
+        splits=complete.split_mask_num,
+        splits_bwd=complete.split_mask_num_bwd,
+        literal=not complete.auto,
+        kmap_mode=complete.kmap_mode,
+        downsample_mode=complete.downsample_mode,
+        dtype=compute_dtype(feats, weight, bias),
+    )
+
+
+def compute_dtype(feats: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtype:
+    """The dtype of a product of features and weights.
+
+    Raises:
+        TypeError: float16 meets bfloat16 outside autocast.
+    """
+    operands = (feats, weight) if bias is None else (feats, weight, bias)
+    found = {t.dtype for t in operands}
+    device = feats.device.type
+    if torch.is_autocast_enabled(device) and torch.float64 not in found:
+        return torch.get_autocast_dtype(device)
+    if len(found) == 1:
+        return feats.dtype
+    halves = {t.dtype for t in (feats, weight)} & set(HALVES)
+    if len(halves) > 1:
+        raise TypeError(f"float16 and bfloat16 cannot be mixed, got {feats.dtype}, {weight.dtype}")
+    if halves:
+        return halves.pop()
+    return torch.promote_types(feats.dtype, weight.dtype)

@@ -1,0 +1,11 @@
+"""``FetchOnDemandConvolutionFuntion.apply``, as TorchSparse 2.1 spells it."""
+
+from torchsparse.nn.functional.conv.func import base
+
+__all__ = ["FetchOnDemandConvolutionFuntion"]
+
+
+class FetchOnDemandConvolutionFuntion:
+    """Convolution along a given kernel map; see `base.apply`."""
+
+    apply = staticmethod(base.apply)

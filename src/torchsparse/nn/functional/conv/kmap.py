@@ -1,0 +1,427 @@
+"""From a sparse tensor and a layer's geometry to a kernel map: cached, checked, built.
+
+The one writer of ``x._caches.kmaps`` and ``x._caches.hashmaps``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from torchsparse._cache import Stamp, TensorCache
+from torchsparse._flags import Complaint, complain_if
+from torchsparse._geometry import Geometry, conv_range
+from torchsparse._kernel_map import KernelMap, KernelMapKey
+from torchsparse._keys import KeyLayout, unpack
+from torchsparse._ops import coords as ops
+from torchsparse._settings import settings
+from torchsparse.tensor import SparseTensor
+
+__all__ = [
+    "Level",
+    "downsampled",
+    "generated",
+    "int32_coords",
+    "onto",
+    "same_sites",
+    "site_coords",
+    "upsampled",
+]
+
+Range = tuple[int, ...] | None
+INT32 = torch.iinfo(torch.int32)
+# Kernels up to 9 taps wide then share one search structure per level.
+USUAL_MARGIN = 8
+
+
+class Level(NamedTuple):
+    """Sites that features live on."""
+
+    coords: Tensor  # [N, 1 + D] int32
+    stride: tuple[int, ...]
+    spatial_range: Range
+
+
+@dataclass
+class _Entry:
+    """A cached map with the coordinates it belongs to, as they were."""
+
+    kmap: KernelMap
+    inputs: Stamp
+    outputs: Stamp
+
+    @staticmethod
+    def of(kmap: KernelMap) -> _Entry:
+        return _Entry(kmap, Stamp(kmap.in_coords), Stamp(kmap.out_coords))
+
+    def serves(self, fine: Tensor | None = None, coarse: Tensor | None = None) -> bool:
+        """Whether the given ends are the ones it was built for, and neither was written to."""
+        return all(
+            stamp.unchanged() if coords is None else stamp.fits(coords)
+            for stamp, coords in ((self.inputs, fine), (self.outputs, coarse))
+        )
+
+
+# ------------------------------------------------------------------ the four kinds
+def same_sites(x: SparseTensor, coords: Tensor, geometry: Geometry) -> KernelMap:
+    """The submanifold map on the sites of ``x``."""
+    key = KernelMapKey(
+        x.stride,
+        geometry,
+        "same",
+        spatial_range=x.spatial_range,
+        allow_negative=settings.allow_negative_coordinates,
+    )
+    entry = x._caches.kmaps.get(key)
+    if entry is None or not entry.serves(coords, coords):
+        index = _index(x._caches, coords, x.stride, geometry.reach)
+        _check_sites(index, x.spatial_range)
+        neighbors = ops.find_taps(index, None, geometry)
+        limit = x.spatial_range
+        kmap = KernelMap(neighbors, coords, coords, geometry, limit, limit, index.rows, index.rows)
+        entry = x._caches.kmaps[key] = _Entry.of(kmap)
+    return entry.kmap
+
+
+def downsampled(
+    x: SparseTensor, coords: Tensor, geometry: Geometry, downsample_mode: str
+) -> KernelMap:
+    """The strided map from the sites of ``x`` to the sites it creates."""
+    key = KernelMapKey(
+        x.stride,
+        geometry,
+        downsample_mode,
+        settings.infer_spatial_range,
+        x.spatial_range,
+        settings.allow_negative_coordinates,
+    )
+    entry = x._caches.kmaps.get(key)
+    if entry is None or not entry.serves(fine=coords):
+        index = _index(x._caches, coords, x.stride, geometry.reach)
+        _check_sites(index, x.spatial_range)
+        keys, layout, out_range = _strided_sites(index, coords, geometry, key)
+        out_coords = unpack(keys, layout)
+        stride = tuple(a * b for a, b in zip(x.stride, geometry.stride))
+        coarse = ops.index_of_keys(keys, layout, out_coords)
+        x._caches.hashmaps[stride] = _Indexed(Stamp(out_coords), coarse, _margin(geometry.reach))
+        neighbors = ops.find_taps(index, out_coords, geometry)
+        kmap = KernelMap(
+            neighbors, coords, out_coords, geometry, x.spatial_range, out_range, index.rows
+        )
+        entry = x._caches.kmaps[key] = _Entry.of(kmap)
+    return entry.kmap
+
+
+def upsampled(
+    x: SparseTensor,
+    coords: Tensor,
+    geometry: Geometry,
+) -> tuple[KernelMap, Level]:
+    """The map that a transposed convolution of ``x`` reads backwards, and the level it reaches.
+
+    Args:
+        x: The coarse tensor.
+        coords: Its coordinates, int32.
+        geometry: Of the layer; its own offset counts only if no strided layer with the same
+            kernel, stride and dilation was cached.
+
+    Raises:
+        ValueError: The fine level is unknown, or the stride does not divide.
+    """
+    fine = _fine_level(x, coords, geometry.stride)
+    offset = _encoder_offset(x._caches, coords, fine.stride, geometry)
+    geometry = Geometry(
+        "strided", geometry.kernel_size, geometry.stride, geometry.dilation, offset
+    )
+    for key, entry in _strided_entries(x._caches, fine.stride):
+        if key.geometry == geometry and entry.serves(fine.coords, coords):
+            return entry.kmap, fine
+    return _between(x._caches, fine, Level(coords, x.stride, x.spatial_range), geometry), fine
+
+
+def onto(x: SparseTensor, coords: Tensor, geometry: Geometry, target: Level) -> KernelMap:
+    """The map from the sites of ``x`` to given coarse sites."""
+    key = KernelMapKey(x.stride, geometry, "given")
+    entry = x._caches.kmaps.get(key)
+    if entry is not None and entry.serves(coords, target.coords):
+        return entry.kmap
+    return _between(x._caches, Level(coords, x.stride, x.spatial_range), target, geometry)
+
+
+def _between(cache: TensorCache, fine: Level, coarse: Level, geometry: Geometry) -> KernelMap:
+    """Build and remember the map between two known levels."""
+    index = _index(cache, fine.coords, fine.stride, geometry.reach)
+    _check_sites(index, fine.spatial_range)
+    ends = _index(cache, coarse.coords, coarse.stride, (0,) * geometry.ndim)
+    _check_sites(ends, coarse.spatial_range)
+    kmap = KernelMap(
+        ops.find_taps(index, coarse.coords, geometry),
+        fine.coords,
+        coarse.coords,
+        geometry,
+        fine.spatial_range,
+        coarse.spatial_range,
+        index.rows,
+        ends.rows,
+    )
+    cache.kmaps[KernelMapKey(fine.stride, geometry, "given")] = _Entry.of(kmap)
+    return kmap
+
+
+def generated(x: SparseTensor, coords: Tensor, geometry: Geometry) -> tuple[KernelMap, Level]:
+    """The map of a generative layer, read backwards, and the fine level that it creates."""
+    key = KernelMapKey(
+        x.stride,
+        geometry,
+        "generative",
+        spatial_range=x.spatial_range,
+        allow_negative=settings.allow_negative_coordinates,
+    )
+    stride = tuple(max(1, a // b) for a, b in zip(x.stride, geometry.stride))
+    fine_range = _scaled_range(x.spatial_range, geometry.stride)
+    entry = x._caches.kmaps.get(key)
+    if entry is None or not entry.serves(coarse=coords):
+        coarse = _index(x._caches, coords, x.stride, (0,) * geometry.ndim)
+        _check_sites(coarse, x.spatial_range)
+        upper = None if fine_range is None else tuple(n - 1 for n in fine_range[1:])
+        fine_coords, index = _generative_sites(coords, geometry, upper)
+        neighbors = ops.find_taps(index, coords, geometry)
+        kmap = KernelMap(
+            neighbors,
+            fine_coords,
+            coords,
+            geometry,
+            fine_range,
+            x.spatial_range,
+            None,
+            coarse.rows,
+        )
+        entry = x._caches.kmaps[key] = _Entry.of(kmap)
+    return entry.kmap, Level(entry.kmap.in_coords, stride, fine_range)
+
+
+# ------------------------------------------------------------------ sites
+def site_coords(
+    x: SparseTensor, coords: Tensor, geometry: Geometry, rule: str, out_range: Range
+) -> Tensor:
+    """The sites alone that a layer would create, bounded by a range of the output."""
+    index = _index(x._caches, coords, x.stride, geometry.reach)
+    _check_sites(index, None)
+    upper = None if out_range is None else tuple(n - 1 for n in out_range[1:])
+    if rule == "generative":
+        return _generative_sites(coords, geometry, upper)[0]
+    if rule == "spconv" and upper is None:
+        upper = _inferred_upper(index, geometry) if settings.infer_spatial_range else None
+    keys, layout = _strided_keys(coords, geometry, rule, upper)
+    return unpack(keys, layout)
+
+
+def _strided_sites(
+    index: Any, coords: Tensor, geometry: Geometry, key: KernelMapKey
+) -> tuple[Tensor, KeyLayout, Range]:
+    """Keys of the output sites, their layout and their range."""
+    if key.sites == "minkowski":
+        out_range = minkowski_range(key.spatial_range, geometry.stride)
+        upper = None
+    else:
+        out_range = spconv_range(key.spatial_range, geometry)
+        if out_range is not None:
+            upper = tuple(n - 1 for n in out_range[1:])
+        else:
+            upper = _inferred_upper(index, geometry) if key.infer_range else None
+    return *_strided_keys(coords, geometry, key.sites, upper), out_range
+
+
+def _strided_keys(
+    coords: Tensor, geometry: Geometry, rule: str, upper: tuple[int, ...] | None
+) -> tuple[Tensor, KeyLayout]:
+    """Keys of the coarse sites, and their layout."""
+    ndim, margin = geometry.ndim, _margin(geometry.reach)
+    unbounded = (None,) * ndim
+    if rule == "minkowski":
+        cell = Geometry("strided", geometry.stride, geometry.stride, (1,) * ndim, (0,) * ndim)
+        return ops.strided_keys(coords, cell, unbounded, unbounded, margin)
+    lower = unbounded if settings.allow_negative_coordinates else (0,) * ndim
+    return ops.strided_keys(coords, geometry, lower, upper or unbounded, margin)
+
+
+def _inferred_upper(index: Any, geometry: Geometry) -> tuple[int, ...]:
+    """TorchSparse 2.1's bound where no range is given: from the batch's largest coordinates."""
+    extents = tuple(int(v) + 1 for v in index.upper.tolist()[1:])
+    limits = conv_range(
+        extents, geometry.kernel_size, geometry.stride, geometry.offset, geometry.dilation
+    )
+    return tuple(n - 1 for n in limits)
+
+
+def spconv_range(spatial_range: Range, geometry: Geometry) -> Range:
+    """Output range of a strided layer, or None; ValueError if it would be empty."""
+    if spatial_range is None:
+        return None
+    extents = spatial_range[1 : 1 + geometry.ndim]
+    out = conv_range(
+        extents, geometry.kernel_size, geometry.stride, geometry.offset, geometry.dilation
+    )
+    if min(out) < 1:
+        raise ValueError(
+            f"the output range must be at least 1 on every axis, got {out}: input range "
+            f"{extents}, kernel size {geometry.kernel_size}, stride {geometry.stride}, padding "
+            f"{geometry.offset}, dilation {geometry.dilation}"
+        )
+    return (spatial_range[0], *out)
+
+
+def minkowski_range(spatial_range: Range, stride: tuple[int, ...]) -> Range:
+    """Output range in "minkowski" mode: it contains every ``in // stride``."""
+    if spatial_range is None:
+        return None
+    extents = spatial_range[1 : 1 + len(stride)]
+    return (spatial_range[0], *((r - 1) // s + 1 for r, s in zip(extents, stride)))
+
+
+def _scaled_range(spatial_range: Range, stride: tuple[int, ...]) -> Range:
+    if spatial_range is None:
+        return None
+    extents = spatial_range[1 : 1 + len(stride)]
+    return (spatial_range[0], *(r * s for r, s in zip(extents, stride)))
+
+
+def _generative_sites(
+    coords: Tensor, geometry: Geometry, upper: tuple[int, ...] | None
+) -> tuple[Tensor, Any]:
+    """The fine sites that some tap ties to a coarse one, and an index over them."""
+    lower = (None if settings.allow_negative_coordinates else 0,) * geometry.ndim
+    bound = (None,) * geometry.ndim if upper is None else upper
+    keys, layout = ops.generative_keys(coords, geometry, lower, bound, _margin(geometry.reach))
+    out = torch.stack([layout.lower, layout.upper])[:, 1:]
+    complain_if(
+        ((out < INT32.min) | (out > INT32.max)).any() & (keys.shape[0] > 0), Complaint.OVERFLOW
+    )
+    fine = unpack(keys, layout)
+    return fine, ops.index_of_keys(keys, layout, fine)
+
+
+# ------------------------------------------------------------------ the fine level of an upsampling
+def _strided_entries(
+    cache: TensorCache, fine_stride: tuple[int, ...]
+) -> Iterator[tuple[KernelMapKey, _Entry]]:
+    """Cached strided maps that start at a level."""
+    for key, entry in cache.kmaps.items():
+        if isinstance(key, KernelMapKey) and key.geometry.kind == "strided":
+            if key.stride == fine_stride:
+                yield key, entry
+
+
+def _fine_level(x: SparseTensor, coords: Tensor, stride: tuple[int, ...]) -> Level:
+    if any(a % b for a, b in zip(x.stride, stride)):
+        raise ValueError(
+            f"the tensor's stride must be divisible by the stride of a transposed convolution, "
+            f"got {x.stride} and {stride}"
+        )
+    fine = tuple(a // b for a, b in zip(x.stride, stride))
+    for key, entry in _strided_entries(x._caches, fine):
+        if key.geometry.stride == stride and key.sites != "given" and entry.serves(coarse=coords):
+            return Level(entry.kmap.in_coords, fine, entry.kmap.in_range)
+    known = x._caches.level(fine, coords.device)
+    if known is None:
+        raise ValueError(
+            f"a transposed convolution from stride {x.stride} needs the coordinates at stride "
+            f"{fine}; the strides known to this tensor are {sorted(x._caches.cmaps)}. Use "
+            f"generative=True to create coordinates"
+        )
+    level_coords, level_range = known
+    return Level(int32_coords(x._caches, level_coords), fine, level_range)
+
+
+def _encoder_offset(
+    cache: TensorCache, coords: Tensor, fine_stride: tuple[int, ...], geometry: Geometry
+) -> tuple[int, ...]:
+    """The offset of the strided layer that a transposed one inverts; else the layer's own."""
+    found = None
+    for key, entry in _strided_entries(cache, fine_stride):
+        same = (
+            key.sites != "given"
+            and key.geometry.kernel_size == geometry.kernel_size
+            and key.geometry.stride == geometry.stride
+            and key.geometry.dilation == geometry.dilation
+        )
+        if same and entry.serves(coarse=coords):
+            return key.geometry.offset
+        if same and found is None:
+            found = key.geometry.offset
+    return geometry.offset if found is None else found
+
+
+# ------------------------------------------------------------------ search structures and checks
+class _Indexed(NamedTuple):
+    """A search structure, the coordinates it belongs to, and how far it can look around."""
+
+    stamp: Stamp
+    index: Any
+    margin: tuple[int, ...]
+
+
+def _margin(reach: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(max(r, USUAL_MARGIN) for r in reach)
+
+
+def _index(
+    cache: TensorCache, coords: Tensor, stride: tuple[int, ...], reach: tuple[int, ...]
+) -> Any:
+    """A search structure over a level that can look ``reach`` cells around it."""
+    known = cache.hashmaps.get(stride)
+    if isinstance(known, _Indexed) and known.stamp.fits(coords):
+        if all(a >= b for a, b in zip(known.margin, reach)):
+            return known.index
+    margin = _margin(reach)
+    try:
+        index = ops.build_index(coords, margin)
+    except ValueError:  # a huge box may fit without the usual margin
+        margin = reach
+        index = ops.build_index(coords, margin)
+    complain_if(ops.has_duplicates(index), Complaint.DUPLICATE)
+    cache.hashmaps[stride] = _Indexed(Stamp(coords), index, margin)
+    return index
+
+
+def _check_sites(index: Any, spatial_range: Range) -> None:
+    """Complain about coordinates outside the range that holds for them."""
+    lower, upper = index.lower, index.upper
+    complain_if(lower[0] < 0, Complaint.BATCH, lambda: f"smallest: {int(lower[0])}")
+    if not settings.allow_negative_coordinates:
+        complain_if(
+            (lower[1:] < 0).any(),
+            Complaint.NEGATIVE,
+            lambda: f"smallest (x, y, z): {lower[1:].tolist()}",
+        )
+    if spatial_range is not None and index.keys.shape[0]:
+        extents = spatial_range[: upper.shape[0]]
+        limit = torch.tensor(extents, device=upper.device)
+        complain_if(
+            (upper >= limit).any() | (lower < 0).any(),
+            Complaint.RANGE,
+            lambda: f"range {extents}, coordinates from {lower.tolist()} to {upper.tolist()}",
+        )
+
+
+def int32_coords(cache: TensorCache, coords: Tensor) -> Tensor:
+    """Coordinates as int32; the conversion of one tensor is remembered, so that maps are shared."""
+    if coords.dtype == torch.int32:
+        return coords
+    known = cache.hashmaps.get("int32")
+    if known is not None and known[0].fits(coords):
+        return known[1]
+    if coords.numel():
+        low, high = torch.aminmax(coords)
+        complain_if(
+            (low < INT32.min) | (high > INT32.max),
+            Complaint.OVERFLOW,
+            lambda: f"from {int(low)} to {int(high)}",
+        )
+    converted = coords.to(torch.int32)
+    cache.hashmaps["int32"] = (Stamp(coords), converted)
+    return converted

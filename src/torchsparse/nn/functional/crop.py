@@ -1,0 +1,45 @@
+"""Cutting a box out of a sparse tensor."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from torchsparse._cache import new_cache
+from torchsparse._geometry import as_tuple
+from torchsparse._validate import check_coords, check_rows, check_same_device
+from torchsparse.tensor import SparseTensor, wrap
+
+__all__ = ["spcrop"]
+
+
+def spcrop(input: SparseTensor, coords_min: Any = None, coords_max: Any = None) -> SparseTensor:
+    """Keep the rows with ``coords_min <= (x, y, z) < coords_max``.
+
+    Args:
+        input: Its coordinates are compared as they are, on its own lattice.
+        coords_min, coords_max: 3 ints each (or one for all axes), None = unbounded.
+
+    Returns:
+        The kept rows in their order, with the stride and range of ``input`` and a cache of its
+        own. Differentiable.
+    """
+    feats, coords = input.feats, input.coords
+    check_coords(coords, ndim=None)
+    check_rows(feats, coords)
+    check_same_device(feats=feats, coords=coords)
+    ndim = coords.shape[1] - 1
+    keep = torch.ones(coords.shape[0], dtype=torch.bool, device=coords.device)
+    if coords_min is not None:
+        lower = as_tuple(coords_min, ndim, "coords_min")
+        for axis, bound in enumerate(lower):
+            keep &= coords[:, 1 + axis] >= bound
+    if coords_max is not None:
+        upper = as_tuple(coords_max, ndim, "coords_max")
+        for axis, bound in enumerate(upper):
+            keep &= coords[:, 1 + axis] < bound
+    rows = keep.nonzero().squeeze(1)
+    out = wrap(feats[rows], input, coords[rows], input.stride, input.spatial_range)
+    out._caches = new_cache()
+    return out

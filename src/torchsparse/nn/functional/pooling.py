@@ -1,0 +1,73 @@
+"""Pooling over all rows of a sample."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from torchsparse._autograd.points import voxelize
+from torchsparse._autograd.reduce import segment_max
+from torchsparse._flags import Complaint, complain_if, raise_pending
+from torchsparse._ops import reduce
+from torchsparse._validate import check_coords, check_feats, check_rows, check_same_device
+from torchsparse.tensor import SparseTensor
+
+__all__ = ["global_avg_pool", "global_max_pool", "samples"]
+
+
+def global_avg_pool(input: SparseTensor, batch_size: int | None = None) -> Tensor:
+    """Mean of the rows of each sample.
+
+    Args:
+        input: Features [N, C]; the batch index is the first column of its coordinates.
+        batch_size: B. None: the largest batch index + 1, which waits for the device.
+
+    Returns:
+        [B, C] in the dtype of the features, summed in float32 (float64 in float64), also under
+        autocast; 0 for samples without rows. Differentiable.
+
+    Raises:
+        ValueError: A batch index below 0, or of ``batch_size`` and more (noticed later on a GPU).
+    """
+    batch, num = samples(input, batch_size)
+    return voxelize(input.feats, batch, reduce.count(batch, num))
+
+
+def global_max_pool(input: SparseTensor, batch_size: int | None = None) -> Tensor:
+    """Maximum of each channel over the rows of each sample.
+
+    The arguments and errors are those of `global_avg_pool`.
+
+    Returns:
+        [B, C] in the dtype of the features; 0 for samples without rows. The gradient goes to one
+        maximal row (the first).
+    """
+    batch, num = samples(input, batch_size)
+    return segment_max(input.feats, batch, num)
+
+
+def samples(input: SparseTensor, batch_size: int | None = None) -> tuple[Tensor, int]:
+    """The sample of each row, and their number.
+
+    Returns:
+        [N] integers, and ``batch_size`` or, without one, the largest batch index + 1.
+    """
+    feats, coords = input.feats, input.coords
+    check_feats(feats)
+    check_coords(coords, ndim=None)
+    check_rows(feats, coords)
+    check_same_device(feats=feats, coords=coords)
+    batch = coords[:, 0].contiguous()
+    if batch_size is not None:
+        complain_if((batch < 0).any(), Complaint.BATCH)
+        complain_if(
+            (batch >= batch_size).any(), Complaint.BATCH_SIZE, lambda: f"batch_size = {batch_size}"
+        )
+        return batch, int(batch_size)
+    if batch.shape[0] == 0:
+        return batch, 0
+    lowest, highest = torch.stack(torch.aminmax(batch)).tolist()
+    raise_pending(batch.device)  # the line above has waited for the device
+    if lowest < 0:
+        raise ValueError(f"{Complaint.BATCH.value} (got {lowest})")
+    return batch, highest + 1

@@ -1,0 +1,126 @@
+"""Convolution modules."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torchsparse._geometry import default_padding
+from torchsparse.nn.functional.conv.conv import check_parameters, convolve
+from torchsparse.tensor import SparseTensor
+
+__all__ = ["Conv3d"]
+
+
+class Conv3d(nn.Module):
+    """Sparse convolution; see `torchsparse.nn.functional.conv3d` for what it computes.
+
+    On an axis with odd kernel size and stride 1 the padding is always d (k - 1) / 2, whatever was
+    passed: the kernel stays centred.
+
+    Args:
+        in_channels, out_channels: C_in and C_out.
+        kernel_size, stride, padding, dilation: One int or three.
+        bias: Learn a bias.
+        transposed: Return to a finer level.
+        generative: With ``transposed``: create the finer coordinates.
+        config: Mapping that overrides the global configuration key by key, or None.
+
+    Attributes:
+        kernel: [K, C_in, C_out]; [C_in, C_out] for kernel size 1 and stride 1.
+        bias: [C_out] or None.
+        kernel_volume: K.
+
+    Raises:
+        ValueError, TypeError: Parameters outside their range.
+    """
+
+    ndim = 3
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Any = 3,
+        stride: Any = 1,
+        padding: Any = 0,
+        dilation: Any = 1,
+        bias: bool = False,
+        transposed: bool = False,
+        generative: bool = False,
+        config: Any = None,
+    ) -> None:
+        super().__init__()
+        self.in_channels = in_channels
+        self.out_channels = out_channels
+        self.kernel_size, self.stride, padding, self.dilation = check_parameters(
+            self.ndim, kernel_size, stride, padding, dilation, transposed, generative
+        )
+        self.padding = default_padding(self.kernel_size, self.stride, padding, self.dilation)
+        self.kernel_volume = math.prod(self.kernel_size)
+        self.transposed = transposed
+        self.generative = generative
+        self._config = config
+        shape = (in_channels, out_channels)
+        if self.kernel_volume > 1 or math.prod(self.stride) > 1:
+            shape = (self.kernel_volume, *shape)
+        self.kernel = nn.Parameter(torch.empty(shape))
+        self.bias = nn.Parameter(torch.empty(out_channels)) if bias else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw kernel, then bias, from U(-a, a) with a = 1 / sqrt(C K), C = C_in (C_out if
+        transposed)."""
+        channels = self.out_channels if self.transposed else self.in_channels
+        bound = 1 / math.sqrt(max(channels * self.kernel_volume, 1))
+        with torch.no_grad():
+            self.kernel.uniform_(-bound, bound)
+            if self.bias is not None:
+                self.bias.uniform_(-bound, bound)
+
+    def forward(
+        self, input: SparseTensor, coordinates: SparseTensor | Tensor | None = None
+    ) -> SparseTensor:
+        """[N, C_in] features -> [M, C_out], on ``coordinates`` if they are given."""
+        return convolve(
+            self.ndim,
+            input,
+            self.kernel,
+            self.kernel_size,
+            self.bias,
+            self.stride,
+            self.padding,
+            self.dilation,
+            self._config,
+            self.transposed,
+            self.generative,
+            coordinates,
+        )
+
+    def extra_repr(self) -> str:
+        parts = [f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}"]
+        ones, zeros = (1,) * self.ndim, (0,) * self.ndim
+        if self.stride != ones:
+            parts.append(f"stride={self.stride}")
+        if self.padding != zeros:
+            parts.append(f"padding={self.padding}")
+        if self.dilation != ones:
+            parts.append(f"dilation={self.dilation}")
+        parts += [f"{name}=True" for name in ("transposed", "generative") if getattr(self, name)]
+        if self.bias is not None:
+            parts.append("bias=True")
+        return ", ".join(parts)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        """A kernel of volume 1 is understood with and without its first axis."""
+        key = prefix + "kernel"
+        kernel = state_dict.get(key)
+        if self.kernel_volume == 1 and isinstance(kernel, Tensor):
+            if kernel.dim() != self.kernel.dim() and kernel.numel() == self.kernel.numel():
+                state_dict[key] = kernel.reshape(self.kernel.shape)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
