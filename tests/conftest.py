@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-# Interim form, while the package is being written: the state fixture arrives with nn.functional.
+import torchsparse
+from torchsparse.nn import functional as F
+from torchsparse.utils.tensor_cache import (
+    TensorCacheMode,
+    clear_global_tensor_cache,
+    set_tensor_cache_mode,
+)
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
@@ -19,6 +27,27 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 settings.load_profile("repeatable")
+
+
+def reset_global_state() -> None:
+    """Everything a user can set for the whole process, back to what an import gives."""
+    F.set_conv_mode(0)
+    F.set_kmap_mode("hashmap_on_the_fly")
+    F.set_downsample_mode("spconv")
+    F.conv_config.clear_global_conv_config()
+    torchsparse.tensor.set_allow_negative_coordinates(False)
+    set_tensor_cache_mode(TensorCacheMode.SEPARATE_TENSOR_CACHE)
+    clear_global_tensor_cache()
+    torchsparse.backends.init()
+
+
+@pytest.fixture(autouse=True)
+def clean_state() -> Iterator[None]:
+    """Each test starts from the defaults and in full float32, and leaves no trace."""
+    reset_global_state()
+    torchsparse.backends.allow_tf32 = False
+    yield
+    reset_global_state()
 
 
 @pytest.fixture(scope="session", params=DEVICES)

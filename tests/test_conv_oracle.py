@@ -58,6 +58,10 @@ CASES = [
     Case(Layer.of((5, 3, 1), (2, 3, 1), (2, 1, 0), (2, 1, 1)), "odd"),
     Case(Layer.of((2, 3, 4), (2, 1, 3), (0, 1, 2), (3, 1, 2)), "batch_gap"),
     Case(Layer.of(7, 1), "odd"),
+    *(
+        Case(Layer.of(k, s, p, allow_negative=True), "negative", ranged=True)
+        for k, s, p in ((2, 2, 0), (3, 2, 1), (3, (1, 2, 3), 2), (4, 3, 3), (3, 1, 0))
+    ),
     Case(Layer.of(7, 2, 3), "odd", ranged=True),
 ]
 
@@ -206,7 +210,14 @@ def test_a_submanifold_layer_is_torch_conv3d_at_its_sites(
 
 # Speed switches change nothing.
 
-FAST = [Layer.of(3), Layer.of(2), Layer.of(3, 2, 1), Layer.of(5, 2, 0), Layer.of(2, 2)]
+FAST = [
+    Layer.of(1),
+    Layer.of(3),
+    Layer.of(2),
+    Layer.of(3, 2, 1),
+    Layer.of(5, 2, 0),
+    Layer.of(2, 2),
+]
 
 
 def by_default(layer: Layer, device: torch.device) -> tuple[SparseTensor, ...]:
@@ -291,6 +302,20 @@ def test_half_products_are_summed_in_float32_and_rounded_once(
     bias = torch.ones(1, dtype=dtype).to(device)
     z = F.conv3d(x, kernel.to(device), (3, 1, 1), bias)
     assert z.feats[0].item() == big + 2  # (big + 1) + 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("channels", [2, 3])
+def test_a_pointwise_bias_is_added_before_the_rounding(
+    channels: int, dtype: torch.dtype, device: torch.device
+) -> None:
+    """(big + 1) + 1, over channels and a bias."""
+    big = 2.0 ** (11 if dtype == torch.float16 else 8)
+    feats = torch.tensor([[big, 1.0, 0.0][:channels]], dtype=dtype, device=device)
+    coords = torch.zeros(1, 4, dtype=torch.int32, device=device)
+    one = torch.ones(1, channels, 1, dtype=dtype, device=device)
+    y = F.conv3d(SparseTensor(feats, coords), one, 1, one[0, 0])
+    assert y.feats.item() == big + 2
 
 
 def test_an_infinite_partial_sum_of_halves_does_not_overflow(device: torch.device) -> None:

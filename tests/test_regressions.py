@@ -166,7 +166,7 @@ def test_05_dilation_is_honoured(volume: int, dilation: int, device: torch.devic
     F.conv3d(x, counting(device, 1), 1, None, 2, 0, dilation)
 
 
-@pytest.mark.parametrize("order", itertools.permutations((0, 1, 2)))
+@pytest.mark.parametrize("order", list(itertools.permutations((0, 1, 2))))
 def test_06_two_paddings_in_one_cache(order: Any, device: torch.device) -> None:
     x = sparse(device)
     for padding in (*order, *order):
@@ -317,7 +317,7 @@ def test_18_a_map_built_in_evaluation_serves_training(device: torch.device) -> N
     assert_close(layer.kernel.grad, to_kernel, F64)
 
 
-@pytest.mark.parametrize("order", itertools.permutations((0, 1, 2)))
+@pytest.mark.parametrize("order", list(itertools.permutations((0, 1, 2))))
 @pytest.mark.parametrize("layer", [Layer.of(3), Layer.of(3, 2, 1)], ids=str)
 def test_19_one_map_for_all_dataflows(layer: Layer, order: Any, device: torch.device) -> None:
     x = sparse(device)

@@ -296,6 +296,7 @@ def test_layers_travel(travel: Any, device: torch.device) -> None:
     assert torch.equal(again(x).feats, want.feats)
 
 
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # Python 3.12 on threads
 def test_data_loader_workers_can_send_tensors() -> None:
     """The worker's end of the queue: pickled in shared memory."""
     loader = torch.utils.data.DataLoader(

@@ -99,6 +99,7 @@ def test_decoder_inverts_its_encoder(layer: Layer, cloud: str, device: torch.dev
 def test_decoder_in_the_other_modes(layer: Layer, device: torch.device) -> None:
     cloud = "negative" if layer.allow_negative else "odd"
     _, y = encode(layer, device, cloud)
+    assert len(y.coords) > 1
     check(y, up(layer), decode(y, up(layer)), clouds.CLOUDS[cloud]())
 
 
@@ -177,6 +178,20 @@ def test_another_kernel_than_the_encoders_uses_its_own_padding(device: torch.dev
     z = decode(y, layer)
     check(y, layer, z, clouds.batch_gap(), offset=(1, 1, 1))
     assert z.coords is x.coords
+
+
+def test_a_map_of_another_coarse_level_still_gives_the_offset(device: torch.device) -> None:
+    """The only cached map with the decoder's kernel decides, though another made its input."""
+    x, _ = encode(Layer.of(3, 2, 1), device)
+    y = convolve(Layer.of(2, 2), x, weight(device, 8, 3, 4))
+    layer = Layer.of(3, 2, 0, transposed=True)
+    check(y, layer, decode(y, layer), clouds.batch_gap(), offset=(1, 1, 1))
+
+
+def test_a_minkowski_encoder_keeps_its_offset_in_another_mode(device: torch.device) -> None:
+    _, y = encode(Layer.of(3, 2, 0, minkowski=True), device)
+    layer = Layer.of(3, 2, 0, transposed=True)
+    check(y, layer, decode(y, layer), clouds.batch_gap(), offset=(1, 1, 1))
 
 
 def test_without_a_map_minkowski_centres_the_taps(device: torch.device) -> None:

@@ -24,12 +24,12 @@ class Complaint(enum.Enum):
         "torchsparse.tensor.set_allow_negative_coordinates(True) was called"
     )
     BATCH = "the batch index, the first of the columns (b, x, y, z), must not be negative"
-    RANGE = "coordinates must lie inside `spatial_range` = (B, X, Y, Z)"
+    RANGE = "coordinates (b, x, y, z) must lie inside `spatial_range` = (B, X, Y, Z)"
     DUPLICATE = (
         "coordinates must be unique rows (b, x, y, z); "
         "torchsparse.utils.quantize.sparse_quantize merges points of one voxel"
     )
-    OVERFLOW = "coordinates must fit into 32-bit integers"
+    OVERFLOW = "coordinates must fit into int32"
     DISAGREE = "tensors must have the same coordinates in the same row order"
     DENSE = "every coordinate must lie inside the dense tensor's `spatial_range`"
     BATCH_SIZE = "every batch index must be smaller than `batch_size`"

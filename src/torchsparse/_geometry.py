@@ -23,8 +23,7 @@ def as_tuple(value: Any, ndim: int, name: str = "value") -> tuple[int, ...]:
     """``value`` as ``ndim`` ints: a number is repeated, a sequence, array or tensor is converted.
 
     Raises:
-        ValueError: Another number of entries.
-        TypeError: Entries that are not whole numbers.
+        ValueError: Another number of entries, or entries that are not whole numbers.
     """
     if hasattr(value, "tolist"):  # NumPy scalars and arrays, tensors
         value = value.tolist()
@@ -38,7 +37,7 @@ def _as_int(entry: Any, name: str) -> int:
     if isinstance(entry, bool) or not hasattr(entry, "__index__"):
         if isinstance(entry, float) and entry.is_integer():
             return int(entry)
-        raise TypeError(f"`{name}` must hold ints, got {entry!r}")
+        raise ValueError(f"`{name}` must be one int or one per axis, got {entry!r}")
     return int(entry)
 
 
@@ -56,7 +55,7 @@ def default_padding(
     padding: tuple[int, ...],
     dilation: tuple[int, ...],
 ) -> tuple[int, ...]:
-    """The padding rule of the modules: an odd kernel at stride 1 is always centred on that axis."""
+    """The modules' padding rule: an odd kernel at stride 1 is always centred on that axis."""
     return tuple(
         d * (k - 1) // 2 if k % 2 and s == 1 else p
         for k, s, p, d in zip(kernel_size, stride, padding, dilation)
@@ -92,7 +91,8 @@ class Geometry:
 
     @staticmethod
     def submanifold(kernel_size: tuple[int, ...], dilation: tuple[int, ...]) -> Geometry:
-        """Stride 1 on unchanged sites: an odd volume is centred, an even one starts at the site."""
+        """Stride 1 on unchanged sites; an odd volume is centred, an even one starts at the
+        site."""
         odd = math.prod(kernel_size) % 2
         offset = tuple(d * (k - 1) // 2 if odd else 0 for k, d in zip(kernel_size, dilation))
         return Geometry("submanifold", kernel_size, (1,) * len(kernel_size), dilation, offset)

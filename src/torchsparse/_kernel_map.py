@@ -50,9 +50,7 @@ class KernelMap:
     geometry: Geometry
     in_range: tuple[int, ...] | None = None  # spatial range of the inputs
     spatial_range: tuple[int, ...] | None = None  # of the outputs
-    in_order: Tensor | None = (
-        None  # [N] int32, a spatial order of the inputs; None: they are in one
-    )
+    in_order: Tensor | None = None  # [N] int32, a spatial order of the inputs; None: as is
     out_order: Tensor | None = None  # [M] int32, the same for the outputs
     _views: dict[Any, Any] = field(default_factory=dict, repr=False)
 

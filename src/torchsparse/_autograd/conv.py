@@ -74,10 +74,10 @@ class _SparseConv(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         feats, weight = ctx.saved_tensors
         kmap, transposed, dtype = ctx.kmap, ctx.transposed, ctx.dtype
-        grad = grad.to(dtype)
+        grad = grads[0].to(dtype)
         grad_feats = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
             plan = kmap.plan(weight.shape[2], weight.shape[1], not transposed)

@@ -27,7 +27,8 @@ class ToDense(Function):
     def forward(ctx: Any, feats: Tensor, index: Tensor, extents: tuple[int, ...]) -> Tensor:
         ctx.save_for_backward(index)
         grid = points.scatter_rows(feats, index, math.prod(extents))
-        return grid.view(*extents, feats.shape[1])
+        # Not a view: the output of a Function can then be changed in place.
+        return grid.resize_(*extents, feats.shape[1])
 
     @staticmethod
     @once_differentiable

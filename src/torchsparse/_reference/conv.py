@@ -69,7 +69,7 @@ def make_plan(neighbors: Tensor, order: Tensor | None, size: int) -> Plan:
     table = table.view(volume, chunks, rows).transpose(0, 1).contiguous()
     present = table >= 0
     counts = present.sum(2)  # [chunks, K]
-    position = present.view(chunks, -1).cumsum(1, dtype=torch.int32).sub_(1).view_as(table)
+    position = present.flatten(1).cumsum(1, dtype=torch.int32).sub_(1).view_as(table)
     offsets = torch.zeros((chunks, rows + 1), dtype=torch.int32, device=device)
     torch.cumsum(present.sum(1, dtype=torch.int32), 1, dtype=torch.int32, out=offsets[:, 1:])
     return Plan(

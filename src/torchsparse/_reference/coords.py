@@ -102,7 +102,7 @@ def find_taps(index: CoordIndex, coarse: Tensor | None, geometry: Geometry) -> T
 
 
 def _lines(geometry: Geometry) -> list[tuple[tuple[int, ...], list[int]]]:
-    """Taps grouped by all axes but the last: (tap of the line's start, weight indices along it)."""
+    """Taps in lines along the last axis: (first tap of the line, weight indices along it)."""
     *front, last = geometry.kernel_size
     strides = _tap_strides(geometry.kernel_size)
     lines = []
@@ -320,12 +320,19 @@ def _coarse_candidates(
     for j in range(max(counts)):
         site = base - j * (d * step // s) if j else base
         valid = None if count is None else count > j
-        if lower is not None:
-            valid = site >= lower if valid is None else valid & (site >= lower)
-        if upper is not None:
-            valid = site <= upper if valid is None else valid & (site <= upper)
-        found.append((site, valid))
+        found.append((site, _within(site, valid, lower, upper)))
     return found
+
+
+def _within(
+    site: Tensor, valid: Tensor | None, lower: int | None, upper: int | None
+) -> Tensor | None:
+    """``valid`` and ``lower <= site <= upper``; None stands for "all" and "unbounded"."""
+    if lower is not None:
+        valid = site >= lower if valid is None else valid & (site >= lower)
+    if upper is not None:
+        valid = site <= upper if valid is None else valid & (site <= upper)
+    return valid
 
 
 def generative_keys(
@@ -350,12 +357,7 @@ def generative_keys(
         candidates = []
         for tap in range(geometry.kernel_size[i]):
             site = base + tap * geometry.dilation[i]
-            valid = None
-            if lower[i] is not None:
-                valid = site >= lower[i]
-            if upper[i] is not None:
-                valid = site <= upper[i] if valid is None else valid & (site <= upper[i])
-            candidates.append((site, valid))
+            candidates.append((site, _within(site, None, lower[i], upper[i])))
         axes.append(candidates)
         first = low[1 + i] * geometry.stride[i] - geometry.offset[i]
         last = high[1 + i] * geometry.stride[i] - geometry.offset[i] + geometry.reach[i]

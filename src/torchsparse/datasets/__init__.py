@@ -8,7 +8,9 @@ from torchsparse.datasets.objects import (
     SemanticClass,
     Solid,
 )
-from torchsparse.datasets.scenes import Ground, Scene, room, street
+from torchsparse.datasets.readers import FORMATS, Format, FormatError, PointCloud, read_points
+from torchsparse.datasets.rooms import room
+from torchsparse.datasets.scenes import Ground, Scene, street
 from torchsparse.datasets.voxelized import (
     FEATURES,
     Voxelized,
@@ -39,6 +41,12 @@ __all__ = [
     "Scan",
     "Sensor",
     "scan",
+    # files
+    "FORMATS",
+    "Format",
+    "FormatError",
+    "PointCloud",
+    "read_points",
     # voxels
     "FEATURES",
     "Voxelized",

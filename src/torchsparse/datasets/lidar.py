@@ -1,8 +1,8 @@
 """A rotating LiDAR: which ray meets what first, and what the sensor reports of it.
 
-Rays form a grid of beams and azimuth steps. Each solid is tested only against the block of the grid
-that its bounding box covers as seen from the sensor, which makes a scan of some 600 solids a
-matter of a few tenths of a second on one core.
+Rays form a grid of beams and azimuth steps. Each solid is tested only against the block of the
+grid that its bounding box covers as seen from the sensor: 120 000 rays and 2500 solids take half a
+second on one core.
 """
 
 from dataclasses import dataclass
@@ -71,7 +71,7 @@ INDOOR = Sensor(
     max_range=20.0,
     min_range=0.3,
     range_noise=0.008,
-    cell=0.03,
+    cell=0.05,
 )
 SENSORS = {sensor.name: sensor for sensor in (HDL64, HDL32, TOP64, INDOOR)}
 
@@ -134,7 +134,7 @@ def _pose(stand: Array, height: float, rng: np.random.Generator) -> _Pose:
     yaw = np.array([[cy, -sy, 0], [sy, cy, 0], [0, 0, 1]])
     nod = np.array([[cp, 0, sp], [0, 1, 0], [-sp, 0, cp]])
     lean = np.array([[1, 0, 0], [0, cr, -sr], [0, sr, cr]])
-    return _Pose(stand[:3] + [0.0, 0.0, height], yaw @ nod @ lean, float(stand[3]))
+    return _Pose(stand[:3] + height * np.eye(3)[2], yaw @ nod @ lean, float(stand[3]))
 
 
 def _turn(
@@ -174,7 +174,11 @@ def _directions(sensor: Sensor, pose: _Pose, rng: np.random.Generator) -> Array:
     beams, step = len(sensor.elevations), 2 * np.pi / sensor.steps
     up = np.deg2rad(sensor.elevations)[:, None]
     turn = np.arange(sensor.steps) * step + rng.uniform(-0.5, 0.5, (beams, 1)) * step
-    rays = [np.cos(up) * np.cos(turn), np.cos(up) * np.sin(turn), np.broadcast_to(np.sin(up), turn.shape)]
+    rays = [
+        np.cos(up) * np.cos(turn),
+        np.cos(up) * np.sin(turn),
+        np.broadcast_to(np.sin(up), turn.shape),
+    ]
     return np.stack(rays, axis=-1) @ pose.rotation.T
 
 
@@ -228,7 +232,11 @@ def _blocks(
 
 
 def _meet(
-    hits: _Hits, solid: Solid, rays: NDArray[np.int64], directions: Array, origin: Array,
+    hits: _Hits,
+    solid: Solid,
+    rays: NDArray[np.int64],
+    directions: Array,
+    origin: Array,
     rng: np.random.Generator,
 ) -> None:
     """Overwrite the ``rays`` of ``hits`` that meet the solid before anything else."""
@@ -270,7 +278,9 @@ def _in_window(at: Array, half: Array, solid: Solid) -> NDArray[np.bool_]:
     return across & (np.abs((up / bays.storey) % 1.0 - 0.55) < bays.share / 2)
 
 
-def _meet_ground(hits: _Hits, ground: Ground, directions: Array, sensor: Sensor, pose: _Pose) -> None:
+def _meet_ground(
+    hits: _Hits, ground: Ground, directions: Array, sensor: Sensor, pose: _Pose
+) -> None:
     """Meet the land, which is two smooth layers: the roadway, and all else a curb higher."""
 
     def upper(x: Array, y: Array) -> Array:
@@ -286,7 +296,9 @@ def _meet_ground(hits: _Hits, ground: Ground, directions: Array, sensor: Sensor,
     met = np.flatnonzero(np.isfinite(distance))
     rays, t = directions[met], distance[met]
     outside, above = where(rays, t)
-    closing = np.maximum((above - where(rays, t + 0.1)[1]) / 0.1, 1e-4)  # metres of height per metre
+    closing = np.maximum(
+        (above - where(rays, t + 0.1)[1]) / 0.1, 1e-4
+    )  # metres of height per metre
     lower = t + np.where(outside < 0, above / closing, 0.0)
     landing = where(rays, lower)[0]
     face = (outside < 0) & (landing >= 0)  # dives below the curb line before it reaches the road
@@ -294,7 +306,9 @@ def _meet_ground(hits: _Hits, ground: Ground, directions: Array, sensor: Sensor,
     t = t + share * (lower - t)
     label = ground.label(np.where(face, 0.0, landing))
     hits.distance[met] = t
-    hits.cosine[met] = np.where(face, np.linalg.norm(rays[:, :2], axis=1), np.minimum(closing, 1.0))
+    hits.cosine[met] = np.where(
+        face, np.linalg.norm(rays[:, :2], axis=1), np.minimum(closing, 1.0)
+    )
     hits.label[met] = label
     hits.reflectivity[met] = ground.reflectivity[label]  # the first three classes, in this order
     hits.bumps[met] = ground.roughness[label]

@@ -115,9 +115,17 @@ def car(rng: Random, foot: Point, yaw: float) -> list[Solid]:
     top = (cabin / 2, width / 2 - 0.04, (height - belt) / 2)
     lean = (cabin * 0.10, 0.10) if van else (cabin * 0.22, 0.20)
     solids = [
-        Solid("box", _at(foot, yaw, 0, 0, (belt + sill) / 2), body, label, paint, yaw, (0.12, 0.06)),
         Solid(
-            "box", _at(foot, yaw, shift, 0, (belt + height) / 2), top, label, paint, yaw, lean,
+            "box", _at(foot, yaw, 0, 0, (belt + sill) / 2), body, label, paint, yaw, (0.12, 0.06)
+        ),
+        Solid(
+            "box",
+            _at(foot, yaw, shift, 0, (belt + height) / 2),
+            top,
+            label,
+            paint,
+            yaw,
+            lean,
             fill=0.9 if van else 0.6,
         ),
     ]
@@ -138,8 +146,12 @@ def pedestrian(rng: Random, foot: Point, yaw: float) -> list[Solid]:
         ("ellipsoid", (0.02, 0, 1.63), (0.10 * s, 0.09 * s, 0.12 * s), coat),
     ]
     for side in (-1, 1):
-        parts.append(("cylinder", (side * step, side * 0.1, 0.43), (0.08, 0.07, 0.43 * s), trousers))
-        parts.append(("cylinder", (-side * step, side * 0.25 * girth / s, 1.1), (0.05, 0.05, 0.3 * s), coat))
+        parts.append(
+            ("cylinder", (side * step, side * 0.1, 0.43), (0.08, 0.07, 0.43 * s), trousers)
+        )
+        parts.append(
+            ("cylinder", (-side * step, side * 0.25 * girth / s, 1.1), (0.05, 0.05, 0.3 * s), coat)
+        )
     return [
         Solid(shape, _at(foot, yaw, x * s, y * s, z * s), half, label, tone, yaw, roughness=0.01)
         for shape, (x, y, z), half, tone in parts
@@ -156,10 +168,23 @@ def tree(rng: Random, foot: Point) -> list[Solid]:
     top = stem + 0.5 * rise
     bark, leaf, lean = reflectivity(rng, "wood"), reflectivity(rng, "leaf"), rng.normal(0, 0.1, 2)
     solids = [
-        Solid("cylinder", _at(foot, 0, 0, 0, top / 2), (radius, radius, top / 2), LABEL["trunk"], bark,
-              roughness=0.01),
-        Solid("box", _at(foot, 0, 0, 0, 0.2), (1.5 * radius, 1.5 * radius, 0.25), LABEL["trunk"], bark,
-              float(rng.uniform(0, 3)), (0.8 * radius, 0.8 * radius)),
+        Solid(
+            "cylinder",
+            _at(foot, 0, 0, 0, top / 2),
+            (radius, radius, top / 2),
+            LABEL["trunk"],
+            bark,
+            roughness=0.01,
+        ),
+        Solid(
+            "box",
+            _at(foot, 0, 0, 0, 0.2),
+            (1.5 * radius, 1.5 * radius, 0.25),
+            LABEL["trunk"],
+            bark,
+            float(rng.uniform(0, 3)),
+            (0.8 * radius, 0.8 * radius),
+        ),
     ]
     clumps = int(rng.integers(6, 14))
     for k in range(clumps):
@@ -169,9 +194,14 @@ def tree(rng: Random, foot: Point) -> list[Solid]:
         size = rng.uniform(0.25, 0.5) * spread * (1.2 - 0.6 * up)
         dx, dy = reach * np.cos(angle) + lean[0] * rise, reach * np.sin(angle) + lean[1] * rise
         solids.append(
-            Solid("ellipsoid", _at(foot, 0, dx, dy, stem + up * rise + 0.3 * size),
-                  (size, size * rng.uniform(0.8, 1.2), size * rng.uniform(0.5, 0.9)),
-                  LABEL["vegetation"], leaf, density=rng.uniform(0.4, 1.6))
+            Solid(
+                "ellipsoid",
+                _at(foot, 0, dx, dy, stem + up * rise + 0.3 * size),
+                (size, size * rng.uniform(0.8, 1.2), size * rng.uniform(0.5, 0.9)),
+                LABEL["vegetation"],
+                leaf,
+                density=rng.uniform(0.4, 1.6),
+            )
         )
     return solids
 
@@ -185,8 +215,14 @@ def bush(rng: Random, foot: Point) -> list[Solid]:
         a, b, c = height * rng.uniform(0.25, 0.6, 3)
         foot_of = _at(foot, 0, dx, dy, rng.uniform(0.2, 1.0) * height)
         solids.append(
-            Solid("ellipsoid", foot_of, (a, b, c), LABEL["vegetation"], leaf,
-                  density=rng.uniform(0.5, 2.5))
+            Solid(
+                "ellipsoid",
+                foot_of,
+                (a, b, c),
+                LABEL["vegetation"],
+                leaf,
+                density=rng.uniform(0.5, 2.5),
+            )
         )
     return solids
 
@@ -195,21 +231,44 @@ def hedge(rng: Random, foot: Point, yaw: float, length: float, height: float) ->
     """A trimmed, nearly opaque hedge along its local x axis."""
     half = (length / 2, rng.uniform(0.25, 0.5), height / 2)
     return [
-        Solid("box", _at(foot, yaw, 0, 0, height / 2 - 0.1), half, LABEL["vegetation"],
-              reflectivity(rng, "leaf"), yaw, (0.1, 0.2), density=rng.uniform(5, 12), roughness=0.04)
+        Solid(
+            "box",
+            _at(foot, yaw, 0, 0, height / 2 - 0.1),
+            half,
+            LABEL["vegetation"],
+            reflectivity(rng, "leaf"),
+            yaw,
+            (0.1, 0.2),
+            density=rng.uniform(5, 12),
+            roughness=0.04,
+        )
     ]
 
 
-def fence(rng: Random, foot: Point, yaw: float, length: float, height: float, fill: float) -> list[Solid]:
+def fence(
+    rng: Random, foot: Point, yaw: float, length: float, height: float, fill: float
+) -> list[Solid]:
     """A thin panel that stops a share ``fill`` of the rays, with a post at its start."""
     material = "metal" if fill < 0.5 else "wood" if fill < 1 else "masonry"
     tone, label = reflectivity(rng, material), LABEL["fence"]
     thickness = 0.1 if fill == 1 else 0.02
     return [
-        Solid("box", _at(foot, yaw, 0, 0, height / 2 - 0.05), (length / 2, thickness, height / 2), label,
-              tone, yaw, fill=fill),
-        Solid("cylinder", _at(foot, yaw, -length / 2, 0, height / 2), (0.04, 0.04, height / 2 + 0.05),
-              label, tone),
+        Solid(
+            "box",
+            _at(foot, yaw, 0, 0, height / 2 - 0.05),
+            (length / 2, thickness, height / 2),
+            label,
+            tone,
+            yaw,
+            fill=fill,
+        ),
+        Solid(
+            "cylinder",
+            _at(foot, yaw, -length / 2, 0, height / 2),
+            (0.04, 0.04, height / 2 + 0.05),
+            label,
+            tone,
+        ),
     ]
 
 
@@ -217,11 +276,14 @@ def pole(rng: Random, foot: Point, yaw: float) -> list[Solid]:
     """A bollard, a traffic sign, or a lamp post with an arm towards local y."""
     label, tone, kind = LABEL["pole"], reflectivity(rng, "metal"), rng.random()
     if kind < 0.15:
-        half = (rng.uniform(0.05, 0.1),) * 2 + (rng.uniform(0.4, 0.6),)
+        radius, top = rng.uniform(0.05, 0.1), rng.uniform(0.4, 0.6)
+        half = (radius, radius, top)
         return [Solid("cylinder", _at(foot, 0, 0, 0, half[2]), half, label, tone)]
     height = rng.uniform(2.3, 3.2) if kind < 0.55 else rng.uniform(5.0, 9.0)
     radius = rng.uniform(0.03, 0.05) if kind < 0.55 else rng.uniform(0.06, 0.16)
-    shaft = Solid("cylinder", _at(foot, 0, 0, 0, height / 2), (radius, radius, height / 2), label, tone)
+    shaft = Solid(
+        "cylinder", _at(foot, 0, 0, 0, height / 2), (radius, radius, height / 2), label, tone
+    )
     if kind < 0.55:
         plate = (0.01, rng.uniform(0.2, 0.45), rng.uniform(0.2, 0.4))
         center = _at(foot, yaw, radius + 0.02, 0, height - plate[2])
@@ -243,14 +305,29 @@ def building(
     bays = Bays(rng.uniform(1.8, 3.6), storey, rng.uniform(0.35, 0.6), rng.uniform(0.05, 0.25))
     half = (length / 2, depth / 2, height / 2 + 0.5)
     solids = [
-        Solid("box", _at(foot, yaw, 0, 0, height / 2 - 0.5), half, label, tone, yaw, bays=bays,
-              roughness=0.015)
+        Solid(
+            "box",
+            _at(foot, yaw, 0, 0, height / 2 - 0.5),
+            half,
+            label,
+            tone,
+            yaw,
+            bays=bays,
+            roughness=0.015,
+        )
     ]
     if storeys <= 2:
         roof = (length / 2 + 0.3, depth / 2 + 0.4, rng.uniform(0.8, 2.0))
         solids.append(
-            Solid("box", _at(foot, yaw, 0, 0, height + roof[2]), roof, label,
-                  reflectivity(rng, "masonry"), yaw, (0.0, roof[1]))
+            Solid(
+                "box",
+                _at(foot, yaw, 0, 0, height + roof[2]),
+                roof,
+                label,
+                reflectivity(rng, "masonry"),
+                yaw,
+                (0.0, roof[1]),
+            )
         )
     for side in (-1, 1):
         for _ in range(int(rng.integers(0, 4))):  # porches, stairs, oriels, balconies

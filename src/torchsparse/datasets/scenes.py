@@ -1,7 +1,7 @@
-"""Worlds to look at: a street on uneven ground, and a furnished room.
+"""A world to look at: a street on uneven ground, as labelled solids drawn from a seed.
 
-Both are drawn from a seed, as a list of labelled solids. The street runs along x and the sensor
-stands near its origin; distances across the street are counted from its axis.
+The street runs along x and the sensor stands near x = 0; distances across the street are counted
+from its axis.
 """
 
 from dataclasses import dataclass
@@ -105,9 +105,15 @@ class Style(NamedTuple):
 
 
 STYLES = (
-    Style((5.5, 10), (4.0, 7.0), (0.5, 7.0), (9, 24), (0, 6), (3, 7), (9, 24), (12, 28), 16, (8, 22)),
-    Style((5.0, 7.0), (2.0, 4.0), (5.5, 11), (8, 15), (3, 10), (1, 4), (9, 26), (9, 20), 60, (4, 14)),
-    Style((5.0, 9.5), (1.5, 4.0), (9, 20), (12, 35), (6, 24), (1, 6), (12, 40), (8, 18), 90, (3, 12)),
+    Style(
+        (5.5, 10), (4.0, 7.0), (0.5, 7.0), (9, 24), (0, 6), (3, 7), (9, 24), (12, 28), 16, (8, 22)
+    ),
+    Style(
+        (5.0, 7.0), (2.0, 4.0), (5.5, 11), (8, 15), (3, 10), (1, 4), (9, 26), (9, 20), 60, (4, 14)
+    ),
+    Style(
+        (5.0, 9.5), (1.5, 4.0), (9, 20), (12, 35), (6, 24), (1, 6), (12, 40), (8, 18), 90, (3, 12)
+    ),
 )
 
 
@@ -162,7 +168,9 @@ def _ground(rng: Random, style: Style) -> Ground:
     )
 
 
-def _along(rng: Random, spacing: Span, ground: Ground, margin: float, reach: float = 75.0) -> list[float]:
+def _along(
+    rng: Random, spacing: Span, ground: Ground, margin: float, reach: float = 75.0
+) -> list[float]:
     """Positions on x, ``spacing`` apart, that leave the side street free."""
     gaps = rng.uniform(*spacing, int(2 * reach / spacing[0]) + 1)
     x = -reach + np.cumsum(gaps) - gaps[0] * rng.random()
@@ -232,7 +240,9 @@ def _garden(rng: Random, style: Style, ground: Ground, side: int) -> list[Thing]
     inner = ground.road + ground.sidewalk + 0.8
     outer = inner + max(style.setback[1], 2.0)
     for _ in range(style.bushes):
-        things.append(bush(rng, ground.foot(rng.uniform(-60, 60), side * rng.uniform(inner, outer + 5))))
+        things.append(
+            bush(rng, ground.foot(rng.uniform(-60, 60), side * rng.uniform(inner, outer + 5)))
+        )
     for _ in range(style.bushes // 4):
         x, away = rng.uniform(-60, 60), rng.uniform(inner + 1, outer + 12)
         things.append(tree(rng, ground.foot(x, side * away)))
@@ -259,74 +269,3 @@ def _traffic(rng: Random, style: Style, ground: Ground, side: int) -> list[Thing
             away = ground.road + ground.sidewalk + rng.uniform(2.6, 4.0)
             things.append(car(rng, ground.foot(x, side * away), np.pi / 2 + rng.normal(0, 0.1)))
     return things
-
-
-def room(seed: int) -> Scene:
-    """A furnished room, 4 to 9 m a side, with several places for a scanner.
-
-    Args:
-        seed: Chooses everything: the same seed gives the same room.
-    """
-    rng = np.random.default_rng([seed, 0x40])
-    a, b, height = rng.uniform(2.0, 4.5), rng.uniform(2.0, 4.5), rng.uniform(2.3, 3.0)
-    solids = [
-        Solid("box", (0, 0, -0.1), (a, b, 0.1), LABEL["floor"], reflectivity(rng, "wood")),
-        Solid("box", (0, 0, height + 0.1), (a, b, 0.1), LABEL["ceiling"], reflectivity(rng, "masonry")),
-    ]
-    wall, middle = reflectivity(rng, "masonry"), height / 2
-    for sign in (-1, 1):
-        solids += [
-            Solid("box", (sign * (a + 0.1), 0, middle), (0.1, b, middle), LABEL["wall"], wall),
-            Solid("box", (0, sign * (b + 0.1), middle), (a, 0.1, middle), LABEL["wall"], wall),
-        ]
-    for _ in range(int(rng.integers(2, 5))):
-        solids += _table(rng, rng.uniform(-0.7, 0.7) * a, rng.uniform(-0.7, 0.7) * b)
-    for _ in range(int(rng.integers(3, 8))):
-        solids += _cabinet(rng, a, b)
-    stands = np.stack(
-        [
-            rng.uniform(-0.6, 0.6, 5) * a,
-            rng.uniform(-0.6, 0.6, 5) * b,
-            np.zeros(5),
-            rng.uniform(0, 2 * np.pi, 5),
-        ],
-        axis=1,
-    )
-    return Scene(tuple(solids), None, stands)
-
-
-def _table(rng: Random, x: float, y: float) -> list[Solid]:
-    """A table, or a bed without legs, and the chairs around it."""
-    label, tone, yaw = LABEL["furniture"], reflectivity(rng, "wood"), rng.choice([0.0, np.pi / 2])
-    a, b, height = rng.uniform(0.4, 1.0), rng.uniform(0.3, 0.5), rng.uniform(0.4, 0.78)
-    turn = np.array([[np.cos(yaw), np.sin(yaw)], [-np.sin(yaw), np.cos(yaw)]])
-
-    def piece(dx: float, dy: float, z: float, half: tuple[float, float, float]) -> Solid:
-        at = np.array([dx, dy]) @ turn
-        return Solid("box", (x + at[0], y + at[1], z), half, label, tone, float(yaw))
-
-    if rng.random() < 0.25:
-        return [piece(0, 0, height / 2, (1.0, 0.5 + b, height / 2))]
-    solids = [piece(0, 0, height, (a, b, 0.02))]
-    for sx in (-1, 1):
-        for sy in (-1, 1):
-            solids.append(piece(sx * (a - 0.05), sy * (b - 0.05), height / 2, (0.03, 0.03, height / 2)))
-        if rng.random() < 0.7:
-            seat = sx * (a + 0.15)
-            solids.append(piece(seat, 0, 0.45, (0.21, 0.21, 0.03)))
-            solids.append(piece(seat + sx * 0.2, 0, 0.7, (0.02, 0.2, 0.25)))
-            solids.append(piece(seat, 0, 0.2, (0.03, 0.03, 0.2)))
-    return solids
-
-
-def _cabinet(rng: Random, a: float, b: float) -> list[Solid]:
-    """A cabinet, shelf or sofa with its back to a wall."""
-    depth, width, height = rng.uniform(0.15, 0.45), rng.uniform(0.3, 1.0), rng.uniform(0.25, 1.1)
-    sign, tone = rng.choice([-1.0, 1.0]), reflectivity(rng, "wood")
-    if rng.random() < 0.5:
-        center, half = (sign * (a - depth), rng.uniform(-0.8, 0.8) * b), (depth, width)
-    else:
-        center, half = (rng.uniform(-0.8, 0.8) * a, sign * (b - depth)), (width, depth)
-    return [
-        Solid("box", (*center, height), (*half, height), LABEL["furniture"], tone, roughness=0.005)
-    ]

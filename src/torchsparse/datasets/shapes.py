@@ -1,8 +1,8 @@
 """Where rays meet solids: boxes, cylinders, ellipsoids and height fields.
 
 All rays of a call share one origin. The solids stand in their own frame, centred at 0 with z up;
-``to_local`` takes rays there. A solid answers with one :class:`Crossing`, so that callers can treat
-a surface (stop at ``enter``) and a porous volume (stop somewhere before ``leave``) alike.
+``to_local`` takes rays there. A solid answers with one :class:`Crossing`, so that callers can
+treat a surface (stop at ``enter``) and a porous volume (stop before ``leave``) alike.
 """
 
 from collections.abc import Callable
@@ -27,9 +27,7 @@ class Crossing:
     cosine: Array  # [R] float64 in 0..1, between the ray and the surface normal where it enters
 
 
-def to_local(
-    origin: Array, directions: Array, center: Array, yaw: float
-) -> tuple[Array, Array]:
+def to_local(origin: Array, directions: Array, center: Array, yaw: float) -> tuple[Array, Array]:
     """Move rays into the frame of a solid at ``center`` that is turned by ``yaw`` about z.
 
     Args:
@@ -93,7 +91,9 @@ def box(
         ],
         dtype=np.float64,
     )
-    offsets = np.array([a - taper[0] / 2, a - taper[0] / 2, b - taper[1] / 2, b - taper[1] / 2, c, c])
+    offsets = np.array(
+        [a - taper[0] / 2, a - taper[0] / 2, b - taper[1] / 2, b - taper[1] / 2, c, c]
+    )
     lengths = np.linalg.norm(normals, axis=1)
     return halfspaces(origin, directions, normals / lengths[:, None], offsets / lengths)
 

@@ -35,7 +35,9 @@ class Voxels:
 
     coords: NDArray[np.int32]  # [N, 3] = floor(points / voxel_size) - corner, unique, from 0
     feats: NDArray[np.float32]  # [N, 6], see FEATURES
-    labels: NDArray[np.int64] | None  # [N] the most frequent label of the points, ties to the lower
+    labels: (
+        NDArray[np.int64] | None
+    )  # [N] the most frequent label of the points, ties to the lower
     inverse: NDArray[np.int64]  # [P] voxel of each point
     corner: NDArray[np.int64]  # [3] smallest index of a voxel
 
@@ -90,14 +92,13 @@ def voxelize(
 def ground_level(points: NDArray[np.floating]) -> float:
     """Height of the ground around the origin of a scan, metres.
 
-    The lower quartile, over 2 m columns, of the low surface in each; the nearest 300 columns count.
+    The lower quartile of the low surfaces of the 300 nearest columns, 2 m wide each.
 
     Args:
         points: [P, 3], metres, z up.
     """
     _, lowest, _, centers = _low_surface(np.asarray(points, dtype=np.float64))
-    nearest = np.argsort((centers**2).sum(1), kind="stable")[:300]
-    return float(np.quantile(lowest[nearest], 0.25))
+    return _level(lowest, centers)
 
 
 def split(count: int, held_out: float = 0.2, seed: int = 0) -> tuple[list[int], list[int]]:
@@ -214,15 +215,20 @@ def _low_surface(
     counts = np.bincount(of)
     # The 5 % quantile, not the minimum: mirrored echoes lie below the ground.
     lowest = points[order[np.cumsum(counts) - counts + counts // 20], 2]
-    centers = (np.stack([keys >> 21, keys & (2 * _BIAS - 1)], axis=1) - _BIAS + 0.5) * _CELL
+    columns = np.stack([keys >> 21, keys & (2 * _BIAS - 1)], axis=1) - _BIAS
+    centers = _CELL * (columns.astype(np.float64) + 0.5)
     return keys, lowest, of, centers
+
+
+def _level(lowest: NDArray[np.float64], centers: NDArray[np.float64]) -> float:
+    nearest = np.argsort((centers**2).sum(1), kind="stable")[:300]
+    return float(np.quantile(lowest[nearest], 0.25))
 
 
 def _heights(points: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """The features ``height`` and ``clearance`` of each point."""
     keys, lowest, of, centers = _low_surface(points)
-    nearest = np.argsort((centers**2).sum(1), kind="stable")[:300]
-    level = np.quantile(lowest[nearest], 0.25)
+    level = _level(lowest, centers)
     floor = lowest.copy()
     for dx in (-1, 0, 1):
         for dy in (-1, 0, 1):

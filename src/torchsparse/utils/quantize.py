@@ -86,7 +86,7 @@ def _cells(
     if points.shape[0] == 0:
         return scaled.to(torch.int64), [0, 0, 0], [0, 0, 0]
     lower, upper = torch.stack(torch.aminmax(scaled, dim=1)).tolist()
-    if not (min(lower) >= INT32.min and max(upper) <= INT32.max):  # NaN compares as False
+    if not all(INT32.min <= bound <= INT32.max for bound in lower + upper):  # NaN: False
         raise ValueError(
             f"`coords` / `voxel_size` must be finite and fit into 32-bit integers, "
             f"got cells from {lower} to {upper}"

@@ -196,7 +196,9 @@ def check_parameters(
     generative: bool,
 ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
     """The four as D-tuples of valid ints."""
-    if isinstance(padding, bool):
+    if isinstance(padding, bool) or (
+        isinstance(padding, (list, tuple)) and any(isinstance(p, bool) for p in padding)
+    ):
         raise TypeError(f"`padding` must hold ints, got {padding!r}")
     given = {
         "kernel_size": (kernel_size, 1),
@@ -232,7 +234,7 @@ def _check_operands(
     if weight.dim() != 3 or weight.shape[0] != volume or weight.shape[1] != in_channels:
         raise ValueError(
             f"`weight` must have shape [{volume}, {in_channels}, C_out] for kernel size "
-            f"{kernel_size} and features {list(x.feats.shape)}, got {shape}"
+            f"{kernel_size} and `feats` {list(x.feats.shape)}, got {shape}"
         )
     if not weight.is_floating_point():
         raise TypeError(f"`weight` must be floating, got {weight.dtype}")

@@ -305,7 +305,7 @@ def _generative_sites(
     return fine, ops.index_of_keys(keys, layout, fine)
 
 
-# ------------------------------------------------------------------ the fine level of an upsampling
+# ------------------------------------------------------------------ upsampling: the fine level
 def _strided_entries(
     cache: TensorCache, fine_stride: tuple[int, ...]
 ) -> Iterator[tuple[KernelMapKey, _Entry]]:
@@ -409,14 +409,14 @@ def _check_sites(index: Any, spatial_range: Range) -> None:
 
 
 def int32_coords(cache: TensorCache, coords: Tensor) -> Tensor:
-    """Coordinates as int32; the conversion of one tensor is remembered, so that maps are shared."""
+    """Coordinates as int32; a conversion is remembered, so that layers share their maps."""
     if coords.dtype == torch.int32:
         return coords
     known = cache.hashmaps.get("int32")
     if known is not None and known[0].fits(coords):
         return known[1]
     if coords.numel():
-        low, high = torch.aminmax(coords)
+        low, high = (v.to(torch.int64) for v in torch.aminmax(coords))
         complain_if(
             (low < INT32.min) | (high > INT32.max),
             Complaint.OVERFLOW,
