@@ -63,8 +63,8 @@ class Layer:
         dilation: int | Sequence[int] = 1,
         **switches: bool,
     ) -> Layer:
-        sizes = (kernel_size, stride, padding, dilation)
-        return Layer(*(triple(size) for size in sizes), **switches)
+        k, s, p, d = (triple(size) for size in (kernel_size, stride, padding, dilation))
+        return Layer(k, s, p, d, **switches)
 
     def __str__(self) -> str:
         def short(value: Triple) -> str:
@@ -223,7 +223,7 @@ def bounds(
         elif layer.infer_range and sites:
             p, reach, s = layer.padding, layer.reach, layer.stride
             highest = [max(site[1 + i] for site in sites) for i in AXES]
-            upper = [(highest[i] + 2 * p[i] - reach[i]) // s[i] for i in AXES]
+            upper = [float((highest[i] + 2 * p[i] - reach[i]) // s[i]) for i in AXES]
     elif layer.kind == "generative" and spatial_range is not None:
         upper = [spatial_range[1 + i] * layer.stride[i] - 1.0 for i in AXES]
     elif layer.kind == "minkowski":
@@ -377,14 +377,14 @@ def dense_convolve(
     fine_size = [(coarse_size[i] - 1) * s[i] + layer.reach[i] + 1 for i in AXES]
     fine_low = low * torch.tensor(s) - torch.tensor(o)
     batch = int(max(inputs[:, 0].max(), outputs[:, 0].max())) + 1
-    how = {"stride": s, "dilation": layer.dilation}
+    d = layer.dilation
     if layer.scatters:
         box = to_box(feats, inputs, low, coarse_size, batch)
-        dense = torch.conv_transpose3d(box, weight.permute(3, 4, 0, 1, 2), **how)
+        dense = torch.conv_transpose3d(box, weight.permute(3, 4, 0, 1, 2), stride=s, dilation=d)
         out = from_box(dense, outputs, fine_low)
     else:
         box = to_box(feats, inputs, fine_low, fine_size, batch)
-        dense = torch.conv3d(box, weight.permute(4, 3, 0, 1, 2), **how)
+        dense = torch.conv3d(box, weight.permute(4, 3, 0, 1, 2), stride=s, dilation=d)
         out = from_box(dense, outputs, low)
     return out if bias is None else out + bias
 
@@ -415,8 +415,10 @@ def dense_sites(
     if layer.kind == "strided" and spatial_range is not None:
         empty = torch.empty(1, 1, *spatial_range[1:4], device="meta")
         tap = torch.empty(1, 1, *layer.kernel_size, device="meta")
-        how = {"stride": layer.stride, "padding": layer.padding, "dilation": layer.dilation}
-        upper = [size - 1.0 for size in torch.conv3d(empty, tap, **how).shape[2:]]
+        out = torch.conv3d(
+            empty, tap, stride=layer.stride, padding=layer.padding, dilation=layer.dilation
+        )
+        upper = [size - 1.0 for size in out.shape[2:]]
     elif spatial_range is not None:
         upper = [spatial_range[1 + i] * layer.stride[i] - 1.0 for i in AXES]
     kept = (c for c in as_sites(grid[hit].numpy()) if within(c, lower, upper))

@@ -70,7 +70,7 @@ def test_a_full_table_is_an_error():
         table(4, "cpu")[0].insert_vals(keys)
     t, *_ = table(3, "cpu")
     t.insert_vals(keys[:3])
-    with pytest.raises(RuntimeError, match="capacity 3"):
+    with pytest.raises(RuntimeError, match=r"capacity 3"):
         t.insert_vals(keys[3:])
 
 
@@ -131,20 +131,20 @@ def test_says_what_it_expected():
     keys, vals = torch.zeros(4, dtype=torch.int64), torch.zeros(4, dtype=torch.int32)
     with pytest.raises(TypeError, match=r"int64 and int32, got torch.int64 and torch.int64"):
         GPUHashTable(keys, keys)
-    with pytest.raises(TypeError, match="int64 and int32, got torch.int64 and NoneType"):
+    with pytest.raises(TypeError, match=r"int64 and int32, got torch.int64 and NoneType"):
         GPUHashTable(keys)
     with pytest.raises(ValueError, match=r"equal length, got \[4\] and \[3\]"):
         GPUHashTable(keys, vals[:3])
-    with pytest.raises(ValueError, match="`capacity` must be at least 1, got 0"):
+    with pytest.raises(ValueError, match=r"`capacity` must be at least 1, got 0"):
         GPUHashTable(0)
     with pytest.raises(TypeError, match=r"\(capacity\), got \(int, vals\)"):
         GPUHashTable(4, vals)
     t = GPUHashTable(keys, vals)
-    with pytest.raises(TypeError, match="`keys` must be int64, got torch.int32"):
+    with pytest.raises(TypeError, match=r"`keys` must be int64, got torch.int32"):
         t.insert_vals(vals)
     with pytest.raises(ValueError, match=r"shape \[n\], got \[2, 2\]"):
         t.lookup_vals(keys.view(2, 2))
-    with pytest.raises(TypeError, match="`coords` must be int32, got torch.int64"):
+    with pytest.raises(TypeError, match=r"`coords` must be int32, got torch.int64"):
         t.insert_coords(keys.view(1, 4))
     with pytest.raises(ValueError, match=r"\(x, y, z, b\), got \[2, 2\]"):
         t.insert_coords(vals.view(2, 2))

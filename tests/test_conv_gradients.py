@@ -124,6 +124,7 @@ def test_gradient_through_a_module_in_eval_mode(kernel_size: int, device: torch.
     x.feats.requires_grad_()
     module(x).feats.sum().backward()
     assert x.feats.grad is not None and x.feats.grad.abs().max() > 0
+    assert module.bias is not None
     assert module.kernel.grad is not None and module.bias.grad is not None
     assert_close(module.bias.grad, torch.full((2,), float(len(x.coords))), F64)
 

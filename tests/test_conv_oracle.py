@@ -560,6 +560,7 @@ def test_module_applies_its_padding_rule(
     y = module(x)
     want = oracles.relate(clouds.batch_gap(), Layer.of(k, s, padding, d))
     assert_rows(y.coords, want.coords)
+    assert module.bias is not None
     arrays = [t.detach().cpu().numpy() for t in (x.feats, module.kernel, module.bias)]
     out = oracles.convolve(arrays[0], arrays[1], want, arrays[2])
     assert_close(y.feats, out, torch.float32)
@@ -586,6 +587,7 @@ def test_module_parameters(
     torch.manual_seed(7)
     module = spnn.Conv3d(3, 2, kernel_size, stride, bias=True, transposed=transposed)
     assert list(module.state_dict()) == ["kernel", "bias"]
+    assert module.bias is not None
     assert module.kernel.shape == shape and module.bias.shape == (2,)
     assert (module.in_channels, module.out_channels) == (3, 2)
     assert (module.transposed, module.generative) == (transposed, False)
@@ -695,6 +697,7 @@ def test_pointwise_needs_no_map(device: torch.device) -> None:
         assert y.coords is coords and y._caches is x._caches
         assert (y.stride, y.spatial_range) == ((4, 4, 4), (1, 9, 9, 9))
         assert not y._caches.kmaps
+        assert layer.bias is not None
         want = x.feats.double() @ layer.kernel.double() + layer.bias.double()
         assert_close(y.feats, want, torch.float32)
 

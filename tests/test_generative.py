@@ -128,7 +128,7 @@ def test_repeating_the_layer_reuses_its_map(device: torch.device) -> None:
 def test_the_output_has_its_own_cache(device: torch.device) -> None:
     """cmaps copied with the new level in place, maps empty, extra attributes by reference."""
     x = sparse(device, "odd", stride=2)
-    x._caches.extra = ["shared"]
+    x._caches.extra = mine = ["shared"]  # pyright: ignore[reportAttributeAccessIssue]
     other = torch.from_numpy(clouds.plane()).to(device)
     x._caches.cmaps[(1, 1, 1)] = other
     convolve(Layer.of(3), x, weight(device, 27))
@@ -138,7 +138,7 @@ def test_the_output_has_its_own_cache(device: torch.device) -> None:
     assert y._caches.cmaps[(1, 1, 1)][0] is y.coords
     assert y._caches.cmaps[(2, 2, 2)][0] is x.coords
     assert not y._caches.kmaps and not y._caches.hashmaps
-    assert y._caches.extra is x._caches.extra
+    assert y._caches.extra is mine  # pyright: ignore[reportAttributeAccessIssue]
     kept = x._caches.cmaps[(1, 1, 1)]
     assert (kept if torch.is_tensor(kept) else kept[0]) is other
     assert x._caches.kmaps

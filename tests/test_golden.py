@@ -108,7 +108,7 @@ def chain_modules(case: Case, kernels: list[Array], biases: list[Array]) -> torc
         )
         with torch.no_grad():
             module.kernel.copy_(torch.from_numpy(kernel).reshape(module.kernel.shape))
-            if layer["bias"]:
+            if module.bias is not None:
                 module.bias.copy_(torch.from_numpy(bias))
         modules.append(module)
     return torch.nn.Sequential(*modules).train()

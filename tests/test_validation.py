@@ -371,6 +371,18 @@ def test_box_limit(device: torch.device) -> None:
             convolve(layer, fresh, weight(device, layer.volume))
 
 
+def test_sites_below_zero_inside_a_range_are_legal_when_allowed(device: torch.device) -> None:
+    """Padding 2 puts site -1 beside voxel 0; the next layers must take what the first one gave."""
+    x = rows(device, (0, 0, 0, 0), (0, 6, 6, 6))
+    x.spatial_range = (1, 8, 8, 8)
+    layer = Layer.of(5, 2, 2, allow_negative=True)
+    y = convolve(layer, x, weight(device, 125))
+    assert y.spatial_range == (1, 4, 4, 4) and y.coords[:, 1:].min().item() == -1
+    for after in (Layer.of(3, allow_negative=True), Layer.of(2, 2, allow_negative=True)):
+        z = convolve(after, y, weight(device, after.volume, 2, 3))
+        assert len(z.coords) > 0
+
+
 # Not errors.
 
 

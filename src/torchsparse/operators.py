@@ -75,7 +75,8 @@ def _union(coords: Tensor) -> tuple[Tensor, Tensor]:
     """Distinct rows, sorted, and where each given row went.  [N, 4] -> [M, 4] int32, [N] int64."""
     if coords.shape[0] == 0:
         return coords.to(torch.int32), torch.zeros(0, dtype=torch.int64, device=coords.device)
-    lower, upper = torch.aminmax(coords.to(torch.int64), dim=0)
+    bounds = torch.stack([torch.stack(torch.aminmax(axis)) for axis in coords.unbind(1)])
+    lower, upper = bounds.to(torch.int64).unbind(1)
     layout = fit_layout(lower, upper)
     keys, order = torch.sort(pack(coords, layout), stable=True)
     keys, inverse = torch.unique_consecutive(keys, return_inverse=True)

@@ -7,6 +7,12 @@ from torchsparse.datasets import ROOM_CLASSES, STREET_CLASSES, room, street
 from torchsparse.datasets.objects import CLASSES, LABEL
 
 
+def _ground(seed):
+    ground = street(seed).ground
+    assert ground is not None
+    return ground
+
+
 @pytest.mark.parametrize("world", [street, room], ids=["street", "room"])
 def test_a_seed_gives_one_scene(world):
     first, again, other = world(5), world(5), world(6)
@@ -41,15 +47,15 @@ def test_nothing_stands_where_the_sensor_is(seed):
 
 @pytest.mark.parametrize("seed", range(4))
 def test_trunks_stand_on_the_ground(seed):
-    scene = street(seed)
+    scene, ground = street(seed), _ground(seed)
     for solid in scene.solids:
         if solid.label == LABEL["trunk"] and solid.shape == "cylinder":
             x, y, z = solid.center
-            assert z - solid.half[2] == pytest.approx(scene.ground.foot(x, y)[2], abs=1e-9)
+            assert z - solid.half[2] == pytest.approx(ground.foot(x, y)[2], abs=1e-9)
 
 
 def test_ground_labels_follow_the_distance_to_the_roadway():
-    ground = street(0).ground
+    ground = _ground(0)
     edge, walk = ground.road, ground.sidewalk
     far = np.full(3, 1000.0)  # beyond any side street
     outside = ground.outside(far, np.array([edge - 0.1, edge + 0.1, edge + walk + 0.1]))
@@ -60,7 +66,7 @@ def test_ground_labels_follow_the_distance_to_the_roadway():
 def test_ground_is_uneven_but_passable():
     """Heights differ by centimetres to metres over 40 m, and no step is steeper than 20 %."""
     for seed in range(10):
-        ground = street(seed).ground
+        ground = _ground(seed)
         x = np.linspace(-40, 40, 801)
         z = ground.height(x, np.zeros_like(x))
         assert 0.02 < np.ptp(z) < 5

@@ -79,7 +79,7 @@ def test_cosine_of_a_box_face_is_that_of_the_ray():
 
 
 def test_a_miss_is_infinite_and_dark():
-    behind = shapes.box(np.array([3.0, 0, 0]), np.array([[1.0, 0, 0], [0, 1.0, 0]]), np.ones(3))
+    behind = shapes.box(np.array([1.5, 0, 0]), np.array([[1.0, 0, 0], [0, 1.0, 0]]), np.ones(3))
     assert np.isinf(behind.enter).all() and np.isinf(behind.leave).all()
     assert (behind.cosine == 0).all()
 

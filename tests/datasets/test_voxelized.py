@@ -41,7 +41,7 @@ def test_grouping_matches_a_dict(size):
     cells = {}
     for row, point in enumerate(points):
         cells.setdefault(tuple(np.floor(point / size).astype(int)), []).append(row)
-    assert len(voxels.coords) == len(cells)
+    assert len(voxels.coords) == len(cells) and voxels.labels is not None
     for row, (cell, rows) in enumerate(sorted(cells.items())):
         np.testing.assert_array_equal(voxels.coords[row] + voxels.corner, cell)
         assert (voxels.inverse[rows] == row).all()
@@ -152,6 +152,6 @@ def test_dataset_ends_where_its_seeds_end():
 
 def test_rooms_can_be_learned_too():
     item = Voxelized([0], sensors=[INDOOR], world=room)[0]
-    assert set(np.unique(item.labels)) == {10, 11, 12, 13}
+    assert item.labels is not None and set(np.unique(item.labels)) == {10, 11, 12, 13}
     floor = item.labels == 10
     assert np.abs(np.median(item.feats[floor, 3])) < 0.15

@@ -1,4 +1,5 @@
 import copy
+from typing import Any
 
 import numpy as np
 import pytest
@@ -82,7 +83,7 @@ def test_labels():
 
 
 def test_says_what_it_expected():
-    with pytest.raises(ValueError, match="at least one sparse tensor, got none"):
+    with pytest.raises(ValueError, match=r"at least one sparse tensor, got none"):
         sparse_collate([])
     batched = SparseTensor(torch.ones(2, 1), torch.zeros(2, 4).int())
     with pytest.raises(
@@ -130,8 +131,7 @@ def test_read_only_arrays():
 
 
 def test_works_in_a_data_loader():
-    loader = torch.utils.data.DataLoader(
-        [{"input": x} for x in samples()], batch_size=3, collate_fn=sparse_collate_fn
-    )
+    data: Any = [{"input": x} for x in samples()]
+    loader = torch.utils.data.DataLoader(data, batch_size=3, collate_fn=sparse_collate_fn)
     (batch,) = loader
     assert batch["input"].coords[:, 0].tolist() == [0, 0, 0, 0, 2, 2, 2]

@@ -114,7 +114,9 @@ def test_cells_that_are_no_int32(bad):
     "bad", [0, -1, (1, 2), (1, 0, 1), float("nan"), float("inf"), [[1, 1, 1]]]
 )
 def test_voxel_size_is_one_or_three_positive_numbers(bad):
-    with pytest.raises(ValueError, match="`voxel_size` must be one positive number or three, got"):
+    with pytest.raises(
+        ValueError, match=r"`voxel_size` must be one positive number or three, got"
+    ):
         sparse_quantize(np.zeros((4, 3)), bad)
 
 

@@ -100,7 +100,7 @@ def test_says_what_it_expected():
     feats, coords = example(torch.device("cpu"), clouds.odd)
     with pytest.raises(ValueError, match=r"4 extents, batch size first, got \(13, 14, 15\)"):
         to_dense(feats, coords, (13, 14, 15))
-    with pytest.raises(ValueError, match="same number of rows, got 60 and 61"):
+    with pytest.raises(ValueError, match=r"same number of rows, got 60 and 61"):
         to_dense(feats[1:], coords, RANGE)
-    with pytest.raises(TypeError, match="integers"):
+    with pytest.raises(TypeError, match=r"integers"):
         to_dense(feats, coords.float(), RANGE)

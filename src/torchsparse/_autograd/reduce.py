@@ -98,16 +98,14 @@ class SampleNorm(Function):
         groups = reduce.group_rows(batch, num_samples)
         mean, var = norm.sample_moments(feats, batch, groups, num_groups)
         rstd = torch.rsqrt(var + eps)
-        scale = _per_channel(rstd, feats.shape[1])
-        shift = _per_channel(-mean * rstd, feats.shape[1])
+        centre, scale = _per_channel(mean, feats.shape[1]), _per_channel(rstd, feats.shape[1])
         if weight is not None:
-            scale, shift = scale * weight.to(scale.dtype), shift * weight.to(scale.dtype)
-        if bias is not None:
-            shift = shift + bias.to(shift.dtype)
+            scale = scale * weight.to(scale.dtype)
+        shift = None if bias is None else bias.to(scale.dtype).expand_as(scale)
         ctx.save_for_backward(feats, weight, batch, *groups, mean, rstd)
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.mark_non_differentiable(mean, var)
-        return norm.scale_shift(feats, batch, scale, shift), mean, var
+        return norm.affine(feats, batch, centre, scale, shift, feats.dtype), mean, var
 
     @staticmethod
     @once_differentiable
@@ -118,7 +116,7 @@ class SampleNorm(Function):
         mean_c, rstd_c = _per_channel(mean, channels), _per_channel(rstd, channels)
         # Per sample and channel: sum of dy, and of dy * x_hat with x_hat = (x - mean) * rstd.
         sums = reduce.segment_sum(grad, groups)
-        products = norm.scale_shift(feats, batch, rstd_c, -mean_c * rstd_c, dtype=sums.dtype)
+        products = norm.affine(feats, batch, mean_c, rstd_c, None, sums.dtype)
         dots = reduce.segment_sum(products.mul_(grad), groups)
         grad_weight = None if weight is None else dots.sum(0).to(weight.dtype)
         grad_bias = None if ctx.bias_dtype is None else sums.sum(0).to(ctx.bias_dtype)
@@ -130,11 +128,10 @@ class SampleNorm(Function):
         plain = _per_channel(_over_groups(w * sums, mean.shape[1]) / sizes, channels)
         along = _per_channel(_over_groups(w * dots, mean.shape[1]) / sizes, channels)
         slope = -rstd_c * rstd_c * along
-        grad_feats = norm.scale_shift(
-            feats, batch, slope, -rstd_c * plain - mean_c * slope, dtype=sums.dtype
+        grad_feats = norm.affine(
+            feats, batch, mean_c, slope, -rstd_c * plain, feats.dtype, (grad, w * rstd_c)
         )
-        grad_feats += norm.scale_shift(grad, batch, w * rstd_c, None, dtype=sums.dtype)
-        return grad_feats.to(feats.dtype), grad_weight, grad_bias, None, None, None, None
+        return grad_feats, grad_weight, grad_bias, None, None, None, None
 
 
 def _per_channel(values: Tensor, channels: int) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor
 from torchsparse._ops.dispatch import twin
 from torchsparse._reference.reduce import Groups
 
-__all__ = ["sample_moments", "scale_shift"]
+__all__ = ["affine", "sample_moments"]
 
 
 def sample_moments(
@@ -28,22 +28,29 @@ def sample_moments(
     return twin("norm", feats).sample_moments(feats, batch, groups, num_groups)
 
 
-def scale_shift(
+def affine(
     feats: Tensor,
     batch: Tensor,
+    mean: Tensor,
     scale: Tensor | None,
     shift: Tensor | None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype,
+    extra: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """``feats * scale[batch] + shift[batch]``.
+    """Centre and scale rows by the values of their sample.
+
+    ``(feats - mean[b]) * scale[b] + shift[b]``; the difference comes first, so that nothing
+    cancels where the variance is small.
 
     Args:
         feats: [N, C] floating.
         batch: [N] integers, 0 <= b < B.
-        scale, shift: [B, C] float32 or float64, None = 1 and 0.
-        dtype: Of the result; that of ``feats`` if None.
+        mean: [B, C] float32 or float64, which is the dtype of the computation and of the tables.
+        scale, shift: [B, C], None = 1 and 0.
+        dtype: Of the result.
+        extra: Rows [N, C] and a table [B, C], whose product is added.
 
     Returns:
-        [N, C], computed in the dtype of ``scale`` and ``shift``.
+        [N, C].
     """
-    return twin("norm", feats).scale_shift(feats, batch, scale, shift, dtype)
+    return twin("norm", feats).affine(feats, batch, mean, scale, shift, dtype, extra)

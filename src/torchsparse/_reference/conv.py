@@ -2,46 +2,57 @@
 
 Output rows are cut into chunks. For each chunk, the input rows of all its pairs are gathered in
 tap order, one matrix product per tap fills a buffer, and an embedding bag sums the buffer's rows
-into output rows (an index_add_ of single rows takes five times as long). Every output row is
-summed by one thread in a fixed order: results have the same bits for any number of threads.
+into output rows (an index_add_ of single rows takes five times as long). Sums run in a fixed
+order: every run gives the same bits.
 """
 
 from __future__ import annotations
 
-import threading
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from torchsparse._reference.parallel import run_pieces
+__all__ = [
+    "Chunk",
+    "Pairs",
+    "Plan",
+    "chunk_pairs",
+    "gather_gemm",
+    "make_pairs",
+    "make_plan",
+    "weight_grad",
+]
 
-__all__ = ["Pairs", "Plan", "chunk_pairs", "gather_gemm", "make_pairs", "make_plan", "weight_grad"]
+
+class Chunk(NamedTuple):
+    """The pairs of some consecutive output rows, listed by tap.
+
+    1-D, kernel 3, rows at [4, 5, 9]: neighbors = [[-1, 0, -1], [0, 1, 2], [1, -1, -1]] give
+        inputs = [0, 0, 1, 2, 1]    sizes = [1, 3, 1]
+        order = [1, 4, 0, 2, 3]     offsets = [0, 2, 4, 5]
+    """
+
+    inputs: Tensor  # [P] int32, input row of each pair; by tap, then output row
+    sizes: list[int]  # [K], pairs per tap
+    order: Tensor  # [P] int32, pairs by output row, then tap
+    offsets: Tensor  # [R + 1] int32, where each output row starts in `order`
 
 
 class Plan(NamedTuple):
-    """A neighbour table, cut into chunks of R output rows and listed pair by pair.
+    """A neighbour table, cut into chunks."""
 
-    1-D, kernel 3, rows at [4, 5, 9]: neighbors = [[-1, 0, -1], [0, 1, 2], [1, -1, -1]], one chunk:
-        inputs = [0, 0, 1, 2, 1]    order = [1, 4, 0, 2, 3]    offsets = [[0, 2, 4, 5]]
-        sizes = [[1, 3, 1]]         starts = [0, 5]
-    """
-
-    inputs: Tensor  # [P] int32, input row of each pair; by chunk, then tap, then output row
-    order: Tensor  # [P] int32, a pair's position in its chunk; by chunk, then output row, then tap
-    offsets: Tensor  # [chunks, R + 1] int32, where each row starts in its chunk's part of `order`
-    sizes: list[list[int]]  # [chunks][K], pairs per tap
-    starts: list[int]  # [chunks + 1], first pair of each chunk
-    rows: int  # R
-    num_outputs: int  # M
+    chunks: list[Chunk]
+    num_outputs: int  # M = sum of R over the chunks
     inverse: Tensor | None = None  # [M] int32, where each output row lies in the plan's order
     reverse: bool = False  # tap k of the table multiplies weight K - 1 - k
 
 
 def chunk_pairs(in_channels: int, out_channels: int) -> int:
     """Pairs of a chunk: enough for products of hundreds of rows, few enough for its buffers to
-    stay in the cache (two sizes, so that layers of one map share their plans)."""
-    return 32768 if in_channels + out_channels <= 96 else 16384
+    stay in a cache of some megabytes (few sizes, so that layers of one map share plans)."""
+    channels = in_channels + out_channels
+    return 65536 if channels <= 32 else 32768 if channels <= 96 else 16384
 
 
 def make_plan(neighbors: Tensor, order: Tensor | None, size: int) -> Plan:
@@ -53,42 +64,32 @@ def make_plan(neighbors: Tensor, order: Tensor | None, size: int) -> Plan:
             spatial order neighbouring rows are still cached when their neighbours need them.
         size: Pairs of a chunk, from `chunk_pairs`.
     """
-    volume, m = neighbors.shape
-    device = neighbors.device
+    m = neighbors.shape[1]
     inverse = None
     if order is not None:
         inverse = torch.empty_like(order)
-        inverse[order.long()] = torch.arange(m, dtype=torch.int32, device=device)
-        neighbors = neighbors.index_select(1, order)
+        inverse[order.long()] = torch.arange(m, dtype=torch.int32, device=order.device)
     pairs = int(torch.count_nonzero(neighbors >= 0))
-    # Some chunks for every thread, unless they would become tiny.
-    chunks = max(-(-pairs // size), min(8, -(-pairs // 2048)), 1)
-    rows = max(-(-m // chunks), 1)
-    chunks = -(-m // rows)
-    table = torch.nn.functional.pad(neighbors, (0, chunks * rows - m), value=-1)
-    table = table.view(volume, chunks, rows).transpose(0, 1).contiguous()
-    present = table >= 0
-    counts = present.sum(2)  # [chunks, K]
-    position = present.flatten(1).cumsum(1, dtype=torch.int32).sub_(1).view_as(table)
-    offsets = torch.zeros((chunks, rows + 1), dtype=torch.int32, device=device)
-    torch.cumsum(present.sum(1, dtype=torch.int32), 1, dtype=torch.int32, out=offsets[:, 1:])
-    return Plan(
-        inputs=table[present],
-        order=position.transpose(1, 2)[present.transpose(1, 2)],
-        offsets=offsets,
-        sizes=counts.tolist(),
-        starts=[0, *counts.sum(1).cumsum(0).tolist()],
-        rows=rows,
-        num_outputs=m,
-        inverse=inverse,
-    )
+    rows = max(-(-m // max(-(-pairs // size), 1)), 1)
+    chunks = []
+    for begin in range(0, m, rows):
+        if order is None:
+            part = neighbors[:, begin : begin + rows].contiguous()
+        else:
+            part = neighbors.index_select(1, order[begin : begin + rows])
+        chunks.append(_chunk(part))
+    return Plan(chunks, m, inverse)
 
 
-class _Workspace(threading.local):
-    """Buffers of one thread for one call; fresh memory would cost a page fault per 4 KB."""
-
-    gathered: Tensor | None = None
-    products: Tensor | None = None
+def _chunk(neighbors: Tensor) -> Chunk:
+    present = neighbors >= 0
+    inputs = neighbors[present]
+    sizes = present.sum(1).tolist()
+    position = present.view(-1).cumsum(0, dtype=torch.int32).sub_(1).view_as(present)
+    by_row = present.t().contiguous()
+    offsets = torch.zeros(by_row.shape[0] + 1, dtype=torch.int32, device=neighbors.device)
+    torch.cumsum(by_row.sum(1, dtype=torch.int32), 0, dtype=torch.int32, out=offsets[1:])
+    return Chunk(inputs, sizes, position.t()[by_row], offsets)
 
 
 def gather_gemm(feats: Tensor, weight: Tensor, bias: Tensor | None, plan: Plan) -> Tensor:
@@ -111,25 +112,21 @@ def gather_gemm(feats: Tensor, weight: Tensor, bias: Tensor | None, plan: Plan) 
         taps = taps[::-1]
     bias = None if bias is None else bias.to(compute)
     feats = feats.to(compute).contiguous()
-    largest = max((b - a for a, b in zip(plan.starts, plan.starts[1:])), default=0)
-    own = _Workspace()
-
-    def chunk(c: int) -> None:
-        if own.gathered is None or own.products is None:
-            own.gathered = feats.new_empty((largest, in_channels))
-            own.products = feats.new_empty((largest, out_channels))
-        first, last = plan.starts[c], plan.starts[c + 1]
-        begin, end = c * plan.rows, min((c + 1) * plan.rows, plan.num_outputs)
-        gathered, products = own.gathered[: last - first], own.products[: last - first]
-        torch.index_select(feats, 0, plan.inputs[first:last], out=gathered)
-        sizes = plan.sizes[c]
-        for x, tap, y in zip(gathered.split(sizes), taps, products.split(sizes)):
+    # Buffers are kept over the chunks: fresh memory costs a page fault per 4 KB.
+    largest = max((chunk.inputs.shape[0] for chunk in plan.chunks), default=0)
+    gathered = feats.new_empty((largest, in_channels))
+    products = feats.new_empty((largest, out_channels))
+    begin = 0
+    for chunk in plan.chunks:
+        pairs, rows = chunk.inputs.shape[0], chunk.offsets.shape[0] - 1
+        xs, ys = gathered[:pairs], products[:pairs]
+        torch.index_select(feats, 0, chunk.inputs, out=xs)
+        for x, tap, y in zip(xs.split(chunk.sizes), taps, ys.split(chunk.sizes)):
             if x.shape[0]:
                 torch.mm(x, tap, out=y)
-        total = _bag_sum(products, plan.order[first:last], plan.offsets[c, : end - begin + 1])
-        out[begin:end] = total if bias is None else total.add_(bias)
-
-    run_pieces(chunk, range(len(plan.sizes)))
+        total = _bag_sum(ys, chunk.order, chunk.offsets)
+        out[begin : begin + rows] = total if bias is None else total.add_(bias)
+        begin += rows
     return out if plan.inverse is None else out.index_select(0, plan.inverse)
 
 
@@ -167,8 +164,8 @@ def make_pairs(neighbors: Tensor) -> Pairs:
     return Pairs(neighbors[present], outputs.expand_as(neighbors)[present], starts)
 
 
-# Pairs whose products one piece of work sums, and pairs per matrix product.
-GRAD_PAIRS, GRAD_BLOCK = 16384, 4096
+# Pairs per product: enough for the BLAS, few enough for the two gathered blocks to stay cached.
+GRAD_PAIRS = 8192
 
 
 def weight_grad(feats: Tensor, grad: Tensor, pairs: Pairs) -> Tensor:
@@ -184,35 +181,17 @@ def weight_grad(feats: Tensor, grad: Tensor, pairs: Pairs) -> Tensor:
     """
     compute = _compute_dtype(feats)
     starts = pairs.starts.tolist()
-    pieces = [
-        (k, begin, min(begin + GRAD_PAIRS, starts[k + 1]))
-        for k in range(len(starts) - 1)
-        for begin in range(starts[k], starts[k + 1], GRAD_PAIRS)
-    ]
-    out = torch.zeros(
-        (len(starts) - 1, feats.shape[1], grad.shape[1]), dtype=compute, device=feats.device
-    )
-    sums: list[Tensor | None] = [None] * len(pieces)
+    shape = (len(starts) - 1, feats.shape[1], grad.shape[1])
+    out = torch.zeros(shape, dtype=compute, device=feats.device)
     feats, grad = feats.to(compute).contiguous(), grad.to(compute).contiguous()
-    own = _Workspace()
-
-    def piece(index: int) -> None:
-        if own.gathered is None or own.products is None:
-            own.gathered = feats.new_empty((GRAD_BLOCK, feats.shape[1]))
-            own.products = feats.new_empty((GRAD_BLOCK, grad.shape[1]))
-        _, begin, end = pieces[index]
-        total = feats.new_zeros((feats.shape[1], grad.shape[1]))
-        for i in range(begin, end, GRAD_BLOCK):
-            j = min(i + GRAD_BLOCK, end)
-            x, y = own.gathered[: j - i], own.products[: j - i]
+    largest = min(GRAD_PAIRS, pairs.inputs.shape[0])
+    gathered = feats.new_empty((largest, shape[1]))
+    gradient = feats.new_empty((largest, shape[2]))
+    for tap, first, last in zip(out, starts, starts[1:]):
+        for i in range(first, last, GRAD_PAIRS):
+            j = min(i + GRAD_PAIRS, last)
+            x, y = gathered[: j - i], gradient[: j - i]
             torch.index_select(feats, 0, pairs.inputs[i:j], out=x)
             torch.index_select(grad, 0, pairs.outputs[i:j], out=y)
-            total.addmm_(x.t(), y)
-        sums[index] = total
-
-    # Longest first, so that no thread is left with a large piece at the end.
-    run_pieces(piece, sorted(range(len(pieces)), key=lambda p: pieces[p][1] - pieces[p][2]))
-    for (k, _, _), total in zip(pieces, sums):
-        if total is not None:
-            out[k] += total
+            tap.addmm_(x.t(), y)
     return out

@@ -37,12 +37,14 @@ def scatter_rows(feats: Tensor, index: Tensor, num: int) -> Tensor:
 def gather_rows(grid: Tensor, index: Tensor) -> Tensor:
     """Row ``index[j]`` of the cells of ``grid`` [..., C], 0 for -1.  [N] int64 -> [N, C]."""
     shape = grid.shape[:-1]
-    inside = index >= 0
+    absent = index < 0
     if grid.is_contiguous():
         rows = grid.view(-1, grid.shape[-1]).index_select(0, index.clamp(min=0))
     else:  # a permuted or expanded gradient: a copy of the whole grid would cost more
         rows = grid[torch.unravel_index(index.clamp(min=0), shape)]
-    return rows.masked_fill_(~inside[:, None], 0)
+    if index.device.type == "cpu" and not bool(absent.any()):
+        return rows
+    return rows.masked_fill_(absent[:, None], 0)
 
 
 def devoxelize(feats: Tensor, index: Tensor, weights: Tensor) -> Tensor:

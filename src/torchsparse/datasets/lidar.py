@@ -53,7 +53,7 @@ HDL32 = Sensor(
     1084,
     (1.75, 1.95),
     reach=75.0,
-    own_car=(1.9, 0.85, 0.35),
+    own_car=(1.3, 0.75, 0.48),
 )
 TOP64 = Sensor(
     "top64",  # beams denser towards the horizon, on a high mount

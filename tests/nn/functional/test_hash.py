@@ -43,12 +43,12 @@ def test_no_rows(device):
 
 
 def test_says_what_it_expected():
-    with pytest.raises(TypeError, match="`coords` must be an int32 tensor, got torch.int64"):
+    with pytest.raises(TypeError, match=r"`coords` must be an int32 tensor, got torch.int64"):
         F.sphash(torch.zeros((2, 4), dtype=torch.int64))
     with pytest.raises(ValueError, match=r"shape \[N, 4\], got \[2, 3\]"):
         F.sphash(torch.zeros((2, 3), dtype=torch.int32))
     coords = torch.zeros((2, 4), dtype=torch.int32)
-    with pytest.raises(TypeError, match="`offsets` must be an int32 tensor, got torch.float32"):
+    with pytest.raises(TypeError, match=r"`offsets` must be an int32 tensor, got torch.float32"):
         F.sphash(coords, torch.zeros((2, 3)))
     with pytest.raises(ValueError, match=r"shape \[K, 3\], got \[3\]"):
         F.sphash(coords, torch.zeros(3, dtype=torch.int32))

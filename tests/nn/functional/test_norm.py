@@ -115,11 +115,11 @@ def test_no_rows(device):
 
 def test_says_what_it_expected(device):
     x = tensor(device)
-    with pytest.raises(ValueError, match="divide the number of channels, got 4 and 6"):
+    with pytest.raises(ValueError, match=r"divide the number of channels, got 4 and 6"):
         F.norm.group_norm(x, 4)
     with pytest.raises(
         ValueError, match=r"`weight` must have one entry per channel, \[6\], got \[5\]"
     ):
         F.norm.group_norm(x, 2, torch.ones(5, device=device))
-    with pytest.raises(ValueError, match="`running_mean` and `running_var` are needed"):
+    with pytest.raises(ValueError, match=r"`running_mean` and `running_var` are needed"):
         F.norm.instance_norm(x, use_input_stats=False)

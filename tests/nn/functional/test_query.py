@@ -53,7 +53,9 @@ def test_non_contiguous_queries(device):
 
 def test_says_what_it_expected():
     keys = torch.zeros(3, dtype=torch.int64)
-    with pytest.raises(TypeError, match="`queries` must be an int64 tensor.*got torch.int32"):
+    with pytest.raises(TypeError, match=r"`queries` must be an int64 tensor.*got torch.int32"):
         F.sphashquery(keys.int(), keys)
-    with pytest.raises(TypeError, match="`references` must be an int64 tensor.*got torch.float32"):
+    with pytest.raises(
+        TypeError, match=r"`references` must be an int64 tensor.*got torch.float32"
+    ):
         F.sphashquery(keys, keys.float())

@@ -134,17 +134,17 @@ def test_second_derivative_is_refused(device):
     index = torch.zeros(2, dtype=torch.int64, device=device)
     y = F.spvoxelize(x, index, torch.ones(1, dtype=torch.int64, device=device))
     (g,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable|does not require grad"):
+    with pytest.raises(RuntimeError, match=r"once_differentiable|does not require grad"):
         g.sum().backward()
 
 
 def test_says_what_it_expected():
     x, index, counts = torch.ones((3, 2)), torch.zeros(3, dtype=torch.int32), torch.ones(2).int()
-    with pytest.raises(TypeError, match="`feats` must be floating, got torch.int32"):
+    with pytest.raises(TypeError, match=r"`feats` must be floating, got torch.int32"):
         F.spvoxelize(x.int(), index, counts)
     with pytest.raises(ValueError, match=r"`feats` must have shape \[N, C\], got \[3\]"):
         F.spvoxelize(x[:, 0], index, counts)
-    with pytest.raises(ValueError, match="one voxel per row of `feats`, got 2 and 3"):
+    with pytest.raises(ValueError, match=r"one voxel per row of `feats`, got 2 and 3"):
         F.spvoxelize(x, index[:2], counts)
-    with pytest.raises(TypeError, match="`counts` must hold integers, got torch.float32"):
+    with pytest.raises(TypeError, match=r"`counts` must hold integers, got torch.float32"):
         F.spvoxelize(x, index, counts.float())

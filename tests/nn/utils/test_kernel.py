@@ -39,5 +39,5 @@ def test_says_what_it_expected():
         ValueError, match=r"`dilation` must be at least 1 on every axis, got \(1, 0, 1\)"
     ):
         get_kernel_offsets(3, 1, (1, 0, 1))
-    with pytest.raises(ValueError, match="`stride` must be one int or .*, got 1.5"):
+    with pytest.raises(ValueError, match=r"`stride` must be one int or .*, got 1.5"):
         get_kernel_offsets(3, 1.5)

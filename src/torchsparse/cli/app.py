@@ -1,0 +1,40 @@
+"""The registry of commands: one file and one line each."""
+
+from typing import Annotated
+
+import typer
+
+from torchsparse.cli.demo import demo
+from torchsparse.cli.segment import segment
+from torchsparse.version import __version__
+
+__all__ = ["app"]
+
+app = typer.Typer(
+    help="Sparse convolution for point clouds and voxels.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_show_locals=False,
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"torchsparse {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
+        ),
+    ] = False,
+) -> None:
+    pass
+
+
+app.command()(demo)
+app.command()(segment)
