@@ -35,22 +35,23 @@ class KernelMapKey:
 
 @dataclass(frozen=True, eq=False)
 class KernelMap:
-    """Input row ``neighbors[k, m]`` meets tap k in output row m.
+    """The input at position ``neighbors[k, m]`` meets tap k in the output at position m.
 
     1-D, kernel 3, coordinates [4, 5, 9]:  neighbors = [[-1, 0, -1], [0, 1, 2], [1, -1, -1]]
     (taps -1, 0, +1).
 
-    Reading it as TorchSparse 2.1's dictionary works too: ``kmap["out_in_map"]`` and the names
-    listed by ``kmap.keys()``.
+    Positions are rows, or rows in a spatial order where one was computed anyway (``in_order``,
+    ``out_order``); `table` has rows throughout. Reading the map as TorchSparse 2.1's dictionary
+    works too: ``kmap["out_in_map"]`` and the names listed by ``kmap.keys()``.
     """
 
-    neighbors: Tensor  # [K, M] int32, -1 = none; natural row order, tap-major
+    neighbors: Tensor  # [K, M] int32, -1 = none; tap-major
     in_coords: Tensor  # [N, 1 + D] int32
     out_coords: Tensor  # [M, 1 + D] int32
     geometry: Geometry
     in_range: tuple[int, ...] | None = None  # spatial range of the inputs
     spatial_range: tuple[int, ...] | None = None  # of the outputs
-    in_order: Tensor | None = None  # [N] int32, a spatial order of the inputs; None: as is
+    in_order: Tensor | None = None  # [N] int32, the row at each position; None: they are equal
     out_order: Tensor | None = None  # [M] int32, the same for the outputs
     _views: dict[Any, Any] = field(default_factory=dict, repr=False)
 
@@ -61,6 +62,13 @@ class KernelMap:
     @property
     def num_outputs(self) -> int:
         return self.out_coords.shape[0]
+
+    @property
+    def identity(self) -> int | None:
+        """The tap that ties every position to itself, if there is one."""
+        if self.geometry.is_symmetric and self.in_coords is self.out_coords:
+            return self.geometry.volume // 2
+        return None
 
     def _view(self, key: Any, make: Callable[[], Any]) -> Any:
         """``make()``, remembered under ``key``; not stored while a compiler traces."""
@@ -78,7 +86,7 @@ class KernelMap:
         return self._view("transposed", self._transpose)
 
     def _transpose(self) -> KernelMap:
-        if self.geometry.is_symmetric:
+        if self.identity is not None:
             neighbors = self.neighbors.flip(0)
         else:
             neighbors = coords_ops.invert_taps(self.neighbors, self.num_inputs)
@@ -94,19 +102,32 @@ class KernelMap:
             _views={},
         )
 
-    def plan(self, in_channels: int, out_channels: int, transposed: bool = False) -> Any:
-        """The layout that `_ops.conv.gather_gemm` wants for a layer of these channels."""
-        if transposed and not self.geometry.is_symmetric:
-            return self.transposed.plan(in_channels, out_channels)
-        key, make = conv_ops.make_plan(self.neighbors, self.out_order, in_channels, out_channels)
+    def plan(self, out_channels: int, transposed: bool = False) -> Any:
+        """The layout that the operations of `_ops.conv` want for a layer of these channels."""
+        if transposed and self.identity is None:
+            return self.transposed.plan(out_channels)
+        key, make = conv_ops.make_plan(
+            self.neighbors, self.identity, self.in_order, self.out_order, out_channels
+        )
         plan = self._view(("plan", key), make)
         # Reversed taps of a symmetric table are its transposed, pair for pair.
         return plan._replace(reverse=True) if transposed else plan
 
     @property
-    def pairs(self) -> Any:
-        """(inputs, outputs, starts): the valid neighbours by tap, then by output row."""
-        return self._view("pairs", lambda: conv_ops.make_pairs(self.neighbors))
+    def table(self) -> Tensor:
+        """[K, M] int32: row ``table[k, m]`` meets tap k in output row m, -1 = none."""
+        return self._view("table", self._natural)
+
+    def _natural(self) -> Tensor:
+        table = self.neighbors
+        if self.in_order is not None and self.num_inputs:
+            rows = self.in_order.index_select(0, table.clamp(min=0).view(-1)).view_as(table)
+            table = torch.where(table < 0, table, rows)
+        if self.out_order is not None:
+            natural = torch.empty_like(table)
+            natural[:, self.out_order.long()] = table
+            table = natural
+        return table
 
     @property
     def counts(self) -> Tensor:
@@ -117,11 +138,13 @@ class KernelMap:
     def _out_in_map(self, kmap: KernelMap) -> Tensor:
         rows = -(-kmap.num_outputs // 128) * 128
         table = kmap.neighbors.new_full((rows, kmap.geometry.volume), -1)
-        table[: kmap.num_outputs] = kmap.neighbors.t()
+        table[: kmap.num_outputs] = kmap.table.t()
         return table
 
     def _nbmaps(self) -> Tensor:
-        return torch.stack([self.pairs.inputs, self.pairs.outputs], 1)
+        present = self.table >= 0
+        outputs = torch.arange(self.num_outputs, dtype=torch.int32, device=present.device)
+        return torch.stack([self.table[present], outputs.expand_as(present)[present]], 1)
 
     _FACE: ClassVar[dict[str, Callable[[Any], Any]]] = {
         "out_in_map": lambda self: self._out_in_map(self),

@@ -51,7 +51,7 @@ def _forward(
     transposed: bool,
     dtype: torch.dtype,
 ) -> Tensor:
-    plan = kmap.plan(weight.shape[1], weight.shape[2], transposed)
+    plan = kmap.plan(weight.shape[2], transposed)
     bias = None if bias is None else bias.to(dtype)
     return gather_gemm(feats.to(dtype), weight.to(dtype), bias, plan)
 
@@ -80,14 +80,12 @@ class _SparseConv(torch.autograd.Function):
         grad = grads[0].to(dtype)
         grad_feats = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
-            plan = kmap.plan(weight.shape[2], weight.shape[1], not transposed)
+            plan = kmap.plan(weight.shape[1], not transposed)
             swapped = weight.to(dtype).transpose(1, 2)
             grad_feats = gather_gemm(grad, swapped, None, plan).to(feats.dtype)
         if ctx.needs_input_grad[1]:
-            pairs = kmap.pairs
-            if transposed:
-                pairs = pairs._replace(inputs=pairs.outputs, outputs=pairs.inputs)
-            grad_weight = weight_grad(feats.to(dtype), grad, pairs).to(weight.dtype)
+            plan = kmap.plan(weight.shape[2], transposed)
+            grad_weight = weight_grad(feats.to(dtype), grad, plan).to(weight.dtype)
         if ctx.needs_input_grad[2]:
             total = grad.sum(0, dtype=_sum_dtype(dtype))
             grad_bias = total.to(ctx.bias_dtype)

@@ -44,11 +44,13 @@ def has_duplicates(index: Any) -> Tensor:
 
 
 def find_taps(index: Any, coarse: Tensor | None, geometry: Geometry) -> Tensor:
-    """Rows of the fine sites under every tap of every coarse site.
+    """Positions of the fine sites under every tap of every coarse site.
 
     Args:
-        index: Over the fine sites, with a margin of at least ``geometry.reach``.
-        coarse: [M, 1 + D] int32; None for the submanifold relation (coarse = fine).
+        index: Over the fine sites, with a margin of at least ``geometry.reach``. A position is a
+            place in its order.
+        coarse: [M, 1 + D] int32; None for the submanifold relation, where coarse positions are
+            fine positions.
         geometry: Its K taps.
 
     Returns:

@@ -84,21 +84,21 @@ def has_duplicates(index: CoordIndex) -> Tensor:
 
 
 def find_taps(index: CoordIndex, coarse: Tensor | None, geometry: Geometry) -> Tensor:
-    """Rows of the fine sites under every tap of every coarse site.
+    """Positions of the fine sites under every tap of every coarse site.
 
     Args:
-        index: The fine sites, with a margin of at least ``geometry.reach``.
-        coarse: [M, 1 + D] int32; None for the submanifold relation (coarse = fine).
+        index: The fine sites, with a margin of at least ``geometry.reach``. A position is a place
+            in its order.
+        coarse: [M, 1 + D] int32; None for the submanifold relation, where coarse positions are
+            fine positions.
         geometry: Its taps; K is their number.
 
     Returns:
         [K, M] int32, -1 where no fine site is.
     """
-    if geometry.is_symmetric and coarse is None:
-        table = _find_symmetric(index, geometry)
-    else:
-        table = _find_all(index, coarse, geometry)
-    return table
+    if coarse is None and geometry.is_symmetric:
+        return _find_symmetric(index, geometry)
+    return _find_all(index, coarse, geometry)
 
 
 def _lines(geometry: Geometry) -> list[tuple[tuple[int, ...], list[int]]]:
@@ -166,22 +166,7 @@ def _find_symmetric(index: CoordIndex, geometry: Geometry) -> Tensor:
             there = position.index_select(0, where)
             table[tap].index_copy_(0, where, there.to(torch.int32))
             table[volume - 1 - tap].index_copy_(0, there, own.index_select(0, where))
-    return _to_natural_order(table, index.rows)
-
-
-def _to_natural_order(table: Tensor, rows: Tensor | None) -> Tensor:
-    """A table over sorted positions, as one over the rows behind them (both axes)."""
-    if rows is None:
-        return table
-    inverse = torch.empty_like(rows)
-    inverse[rows.to(torch.int64)] = torch.arange(
-        rows.shape[0], dtype=torch.int32, device=rows.device
-    )
-    # Position -1 reads the appended last entry, -1.
-    values = torch.cat([rows, rows.new_full((1,), -1)])
-    table = torch.where(table < 0, rows.shape[0], table)
-    picked = table.index_select(1, inverse)
-    return values.index_select(0, picked.view(-1)).view_as(table)
+    return table
 
 
 def _find_all(index: CoordIndex, coarse: Tensor | None, geometry: Geometry) -> Tensor:
@@ -195,20 +180,11 @@ def _find_all(index: CoordIndex, coarse: Tensor | None, geometry: Geometry) -> T
     table = torch.empty((geometry.volume, base.shape[0]), dtype=torch.int32, device=device)
     search = _LineSearch(index.keys)
     dilation = torch.tensor(geometry.dilation, device=device)
-    rows = index.rows
     for start, taps in _lines(geometry):
         delta = index.layout.delta((torch.tensor(start, device=device) * dilation)[None])[0]
         found = search.run(base + delta, len(taps), geometry.dilation[-1])
         for tap, (position, hit) in zip(taps, found):
-            if rows is None:
-                row = position.to(torch.int32)
-            else:
-                row = rows.index_select(0, position.clamp_(max=max(rows.shape[0] - 1, 0)))
-            table[tap] = torch.where(hit, row, -1)
-    if coarse is None and rows is not None:
-        natural = torch.empty_like(table)
-        natural[:, rows.to(torch.int64)] = table
-        return natural
+            table[tap] = torch.where(hit, position, -1)
     return table
 
 

@@ -156,6 +156,7 @@ def _between(cache: TensorCache, fine: Level, coarse: Level, geometry: Geometry)
     """Build and remember the map between two known levels."""
     index = _index(cache, fine.coords, fine.stride, geometry.reach)
     _check_sites(index, fine.spatial_range)
+    # Only for its checks: an input that met one tap twice could not be inverted.
     ends = _index(cache, coarse.coords, coarse.stride, (0,) * geometry.ndim)
     _check_sites(ends, coarse.spatial_range)
     kmap = KernelMap(
@@ -166,7 +167,6 @@ def _between(cache: TensorCache, fine: Level, coarse: Level, geometry: Geometry)
         fine.spatial_range,
         coarse.spatial_range,
         index.rows,
-        ends.rows,
     )
     cache.kmaps[KernelMapKey(fine.stride, geometry, "given")] = _Entry.of(kmap)
     return kmap
@@ -197,8 +197,6 @@ def generated(x: SparseTensor, coords: Tensor, geometry: Geometry) -> tuple[Kern
             geometry,
             fine_range,
             x.spatial_range,
-            None,
-            coarse.rows,
         )
         entry = x._caches.kmaps[key] = _Entry.of(kmap)
     return entry.kmap, Level(entry.kmap.in_coords, stride, fine_range)
