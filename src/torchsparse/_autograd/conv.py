@@ -108,7 +108,7 @@ def pointwise(feats: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.d
     # Half products on a CPU are computed in float32 and rounded once; a GPU does so by itself.
     compute = _sum_dtype(dtype) if feats.device.type == "cpu" else dtype
     with torch.autocast(feats.device.type, enabled=False):
-        feats, weight = feats.to(compute), weight.to(compute)
+        feats, weight = feats.to(dtype).to(compute), weight.to(dtype).to(compute)
         if bias is None:
             return torch.mm(feats, weight).to(dtype)
-        return torch.addmm(bias.to(compute), feats, weight).to(dtype)
+        return torch.addmm(bias.to(dtype).to(compute), feats, weight).to(dtype)

@@ -16,6 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from torchsparse._reference.coords import flat_nonzero
+
 __all__ = ["Bags", "Chunk", "Plan", "gather_gemm", "is_narrow", "make_plan", "weight_grad"]
 
 # Up to so many output channels, products are summed by embedding bags.
@@ -100,20 +102,17 @@ def _chunk(neighbors: Tensor, begin: int, end: int, identity: int | None, narrow
     present = table >= 0
     if identity is not None:
         present[identity] = False
-    inputs = table[present]
-    outputs = torch.arange(begin, end, device=table.device).expand_as(table)[present]
-    return Chunk(
-        begin, end, inputs, outputs, present.sum(1).tolist(), _bags(present) if narrow else None
-    )
-
-
-def _bags(present: Tensor) -> Bags:
-    """[K, R] bool -> the order in which products, listed by tap, are summed by row."""
-    position = present.view(-1).cumsum(0, dtype=torch.int32).sub_(1).view_as(present)
-    by_row = present.t().contiguous()
-    offsets = torch.zeros(by_row.shape[0] + 1, dtype=torch.int32, device=present.device)
-    torch.cumsum(by_row.sum(1, dtype=torch.int32), 0, dtype=torch.int32, out=offsets[1:])
-    return Bags(position.t()[by_row], offsets)
+    pairs = flat_nonzero(present)
+    rows = pairs.remainder(end - begin)
+    bags = None
+    if narrow:
+        # A stable radix sort of 16-bit numbers: rows are fewer than NARROW_ROWS.
+        order = torch.sort(rows.to(torch.int16), stable=True).indices.to(torch.int32)
+        offsets = torch.zeros(end - begin + 1, dtype=torch.int32, device=table.device)
+        torch.cumsum(present.sum(0, dtype=torch.int32), 0, dtype=torch.int32, out=offsets[1:])
+        bags = Bags(order, offsets)
+    inputs = table.view(-1).index_select(0, pairs)
+    return Chunk(begin, end, inputs, rows.add_(begin), present.sum(1).tolist(), bags)
 
 
 def gather_gemm(feats: Tensor, weight: Tensor, bias: Tensor | None, plan: Plan) -> Tensor:

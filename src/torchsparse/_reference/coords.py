@@ -10,6 +10,7 @@ import itertools
 import math
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,6 +22,7 @@ __all__ = [
     "bounds",
     "build_index",
     "find_taps",
+    "flat_nonzero",
     "generative_keys",
     "has_duplicates",
     "index_of_keys",
@@ -112,6 +114,13 @@ def _lines(geometry: Geometry) -> list[tuple[tuple[int, ...], list[int]]]:
     return lines
 
 
+def flat_nonzero(mask: Tensor) -> Tensor:
+    """[P] int64, places of the True elements of a boolean tensor, in memory order."""
+    if mask.device.type == "cpu":  # NumPy's search is three times as fast
+        return torch.from_numpy(np.flatnonzero(mask.numpy()))
+    return mask.view(-1).nonzero().squeeze(1)
+
+
 def _tap_strides(kernel_size: tuple[int, ...]) -> list[int]:
     """Weight index of a tap = sum of tap_i * stride_i (the order of `_geometry.tap_list`)."""
     if math.prod(kernel_size) % 2:
@@ -162,7 +171,7 @@ def _find_symmetric(index: CoordIndex, geometry: Geometry) -> Tensor:
             taps = taps[: taps.index(centre)]
         found = search.run(index.keys + delta, len(taps), geometry.dilation[-1])
         for tap, (position, hit) in zip(taps, found):
-            where = hit.nonzero().squeeze(1)
+            where = flat_nonzero(hit)
             there = position.index_select(0, where)
             table[tap].index_copy_(0, where, there.to(torch.int32))
             table[volume - 1 - tap].index_copy_(0, there, own.index_select(0, where))
@@ -259,7 +268,7 @@ def _unique(keys: Tensor) -> Tensor:
     keys = torch.sort(keys).values
     first = torch.ones(keys.shape[0], dtype=torch.bool, device=keys.device)
     torch.ne(keys[1:], keys[:-1], out=first[1:])
-    return keys[first]
+    return keys.index_select(0, flat_nonzero(first))
 
 
 def _coarse_candidates(
@@ -356,5 +365,5 @@ def _combine(
             keys = keys + (site - layout.origin[1 + i]) * layout.stride[1 + i]
             if mask is not None:
                 valid = mask if valid is None else valid & mask
-        parts.append(keys if valid is None else keys[valid])
+        parts.append(keys if valid is None else keys.index_select(0, flat_nonzero(valid)))
     return torch.cat(parts) if parts else batch[:0]

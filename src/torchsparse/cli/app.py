@@ -14,7 +14,8 @@ app = typer.Typer(
     help="Sparse convolution for point clouds and voxels.",
     no_args_is_help=True,
     add_completion=False,
-    pretty_exceptions_show_locals=False,
+    rich_markup_mode=None,  # brackets in help texts are brackets
+    pretty_exceptions_enable=False,
 )
 
 

@@ -6,13 +6,18 @@ import time
 from pathlib import Path
 from typing import Annotated
 
+import numpy as np
 import typer
+
+from torchsparse import viz
+from torchsparse.datasets import FORMATS, read_points
+from torchsparse.segmentation import CheckpointError, load_checkpoint
 
 __all__ = ["segment"]
 
 
 def segment(
-    files: Annotated[list[Path], typer.Argument(help="Point clouds.", show_default=False)],
+    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Point clouds.")],
     checkpoint: Annotated[
         Path, typer.Option(help="A network that `torchsparse demo` trained.")
     ] = Path("runs/demo/checkpoint.pt"),
@@ -28,21 +33,16 @@ def segment(
 ) -> None:
     """Label every point of real scans with the network of the demo.
 
-    For each file, prints one line and writes
+    For each file, prints one line (points, seconds, share of each class) and writes
 
-      NAME.labels.npy   int64 [points], row i belongs to point i of the file; what a number
-                        means is printed at the start and is `torchsparse.datasets.CLASSES`
+    \b
+      NAME.labels.npy   int64 [points]: row i is the class of point i of the file;
+                        the line at the start says what each number means
       NAME.png          the points in the colours of their classes
 
     Files that cannot be read get one line on stderr; the others are done all the same, and the
     exit code is then 2.
     """
-    import numpy as np
-
-    from torchsparse import viz
-    from torchsparse.datasets import FORMATS, read_points
-    from torchsparse.segmentation import CheckpointError, load_checkpoint
-
     if format is not None and format not in FORMATS:
         raise typer.BadParameter(
             f"{format!r} is not one of {', '.join(FORMATS)}", param_hint="--format"
@@ -50,7 +50,8 @@ def segment(
     try:
         viz.require()
         segmenter = load_checkpoint(checkpoint)
-    except (ImportError, CheckpointError) as error:
+        out.mkdir(parents=True, exist_ok=True)
+    except (ImportError, CheckpointError, OSError) as error:
         typer.echo(f"torchsparse: {error}", err=True)
         raise typer.Exit(1) from None
     recipe = segmenter.recipe
@@ -60,7 +61,6 @@ def segment(
         f"{early if segmenter.steps < segmenter.planned else ''}; labels "
         + ", ".join(f"{label} {name}" for label, name in enumerate(recipe.classes))
     )
-    out.mkdir(parents=True, exist_ok=True)
     failed, taken = 0, set[str]()
     for path in files:
         start = time.perf_counter()

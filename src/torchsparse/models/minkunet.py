@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 from torch import Tensor, nn
 
-from torchsparse import nn as spnn
 from torchsparse.backbones.modules.blocks import (
     SparseConvBlock,
     SparseConvTransposeBlock,
@@ -100,4 +100,4 @@ class MinkUNet(nn.Module):
 
 def _residual(in_channels: int, out_channels: int, depth: int) -> nn.Sequential:
     widths = [in_channels, *[out_channels] * depth]
-    return nn.Sequential(*(SparseResBlock(a, b, 3) for a, b in zip(widths, widths[1:])))
+    return nn.Sequential(*(SparseResBlock(a, b, 3) for a, b in pairwise(widths)))

@@ -66,6 +66,27 @@ class _Entry:
         )
 
 
+# Maps under one key, for different coordinates: enough for the tensors of a batch that share a
+# cache, few enough not to hoard the memory of coordinates that nobody will bring again.
+KEPT = 8
+
+
+def _find(
+    cache: TensorCache, key: KernelMapKey, fine: Tensor | None = None, coarse: Tensor | None = None
+) -> KernelMap | None:
+    """The cached map between the given ends, if it still fits them."""
+    for entry in cache.kmaps.get(key, ()):
+        if entry.serves(fine, coarse):
+            return entry.kmap
+    return None
+
+
+def _remember(cache: TensorCache, key: KernelMapKey, kmap: KernelMap) -> None:
+    """Cache a map, and forget those whose coordinates were written to."""
+    valid = [entry for entry in cache.kmaps.get(key, ()) if entry.serves()]
+    cache.kmaps[key] = [_Entry.of(kmap), *valid[: KEPT - 1]]
+
+
 # ------------------------------------------------------------------ the four kinds
 def same_sites(x: SparseTensor, coords: Tensor, geometry: Geometry) -> KernelMap:
     """The submanifold map on the sites of ``x``."""
@@ -76,15 +97,15 @@ def same_sites(x: SparseTensor, coords: Tensor, geometry: Geometry) -> KernelMap
         spatial_range=x.spatial_range,
         allow_negative=settings.allow_negative_coordinates,
     )
-    entry = x._caches.kmaps.get(key)
-    if entry is None or not entry.serves(coords, coords):
+    kmap = _find(x._caches, key, coords, coords)
+    if kmap is None:
         index = _index(x._caches, coords, x.stride, geometry.reach)
         _check_sites(index, x.spatial_range)
         neighbors = ops.find_taps(index, None, geometry)
         limit = x.spatial_range
         kmap = KernelMap(neighbors, coords, coords, geometry, limit, limit, index.rows, index.rows)
-        entry = x._caches.kmaps[key] = _Entry.of(kmap)
-    return entry.kmap
+        _remember(x._caches, key, kmap)
+    return kmap
 
 
 def downsampled(
@@ -99,8 +120,8 @@ def downsampled(
         x.spatial_range,
         settings.allow_negative_coordinates,
     )
-    entry = x._caches.kmaps.get(key)
-    if entry is None or not entry.serves(fine=coords):
+    kmap = _find(x._caches, key, fine=coords)
+    if kmap is None:
         index = _index(x._caches, coords, x.stride, geometry.reach)
         _check_sites(index, x.spatial_range)
         keys, layout, out_range = _strided_sites(index, coords, geometry, key)
@@ -112,8 +133,8 @@ def downsampled(
         kmap = KernelMap(
             neighbors, coords, out_coords, geometry, x.spatial_range, out_range, index.rows
         )
-        entry = x._caches.kmaps[key] = _Entry.of(kmap)
-    return entry.kmap
+        _remember(x._caches, key, kmap)
+    return kmap
 
 
 def upsampled(
@@ -146,9 +167,9 @@ def upsampled(
 def onto(x: SparseTensor, coords: Tensor, geometry: Geometry, target: Level) -> KernelMap:
     """The map from the sites of ``x`` to given coarse sites."""
     key = KernelMapKey(x.stride, geometry, "given")
-    entry = x._caches.kmaps.get(key)
-    if entry is not None and entry.serves(coords, target.coords):
-        return entry.kmap
+    kmap = _find(x._caches, key, coords, target.coords)
+    if kmap is not None:
+        return kmap
     return _between(x._caches, Level(coords, x.stride, x.spatial_range), target, geometry)
 
 
@@ -168,7 +189,7 @@ def _between(cache: TensorCache, fine: Level, coarse: Level, geometry: Geometry)
         coarse.spatial_range,
         index.rows,
     )
-    cache.kmaps[KernelMapKey(fine.stride, geometry, "given")] = _Entry.of(kmap)
+    _remember(cache, KernelMapKey(fine.stride, geometry, "given"), kmap)
     return kmap
 
 
@@ -183,8 +204,8 @@ def generated(x: SparseTensor, coords: Tensor, geometry: Geometry) -> tuple[Kern
     )
     stride = tuple(max(1, a // b) for a, b in zip(x.stride, geometry.stride))
     fine_range = _scaled_range(x.spatial_range, geometry.stride)
-    entry = x._caches.kmaps.get(key)
-    if entry is None or not entry.serves(coarse=coords):
+    kmap = _find(x._caches, key, coarse=coords)
+    if kmap is None:
         coarse = _index(x._caches, coords, x.stride, (0,) * geometry.ndim)
         _check_sites(coarse, x.spatial_range)
         upper = None if fine_range is None else tuple(n - 1 for n in fine_range[1:])
@@ -198,8 +219,8 @@ def generated(x: SparseTensor, coords: Tensor, geometry: Geometry) -> tuple[Kern
             fine_range,
             x.spatial_range,
         )
-        entry = x._caches.kmaps[key] = _Entry.of(kmap)
-    return entry.kmap, Level(entry.kmap.in_coords, stride, fine_range)
+        _remember(x._caches, key, kmap)
+    return kmap, Level(kmap.in_coords, stride, fine_range)
 
 
 # ------------------------------------------------------------------ sites
@@ -308,10 +329,11 @@ def _strided_entries(
     cache: TensorCache, fine_stride: tuple[int, ...]
 ) -> Iterator[tuple[KernelMapKey, _Entry]]:
     """Cached strided maps that start at a level."""
-    for key, entry in cache.kmaps.items():
+    for key, entries in cache.kmaps.items():
         if isinstance(key, KernelMapKey) and key.geometry.kind == "strided":
             if key.stride == fine_stride:
-                yield key, entry
+                for entry in entries:
+                    yield key, entry
 
 
 def _fine_level(x: SparseTensor, coords: Tensor, stride: tuple[int, ...]) -> Level:
@@ -400,7 +422,7 @@ def _check_sites(index: Any, spatial_range: Range) -> None:
         extents = spatial_range[: upper.shape[0]]
         limit = torch.tensor(extents, device=upper.device)
         complain_if(
-            (upper >= limit).any() | (lower < 0).any(),
+            (upper >= limit).any(),
             Complaint.RANGE,
             lambda: f"range {extents}, coordinates from {lower.tolist()} to {upper.tolist()}",
         )

@@ -1,0 +1,399 @@
+"""The rules of the house: who may import whom, and what an import may cost.
+
+The storeys are a table. A new file must be placed in it; code imports from lower storeys, or
+sideways where no circle arises.
+"""
+
+from __future__ import annotations
+
+import ast
+import itertools
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCE = ROOT / "src" / "torchsparse"
+HOME = "torchsparse"
+
+# Names below `torchsparse`; "x.*" is every module of package x that has no row of its own.
+STOREYS: dict[int, tuple[str, ...]] = {
+    0: ("version", "_geometry", "_keys", "_recipe", "_settings", "_flags", "_validate",
+        "_optional"),
+    1: ("_reference", "_reference.*", "_triton", "_triton.*"),
+    2: ("_ops", "_ops.*"),
+    3: ("_kernel_map", "_autograd", "_autograd.*"),
+    4: ("_cache", "backends", "backend", "tensor"),
+    5: ("operators", "nn.utils", "nn.utils.*", "nn.functional", "nn.functional.*", "utils",
+        "utils.*"),
+    6: ("nn", "nn.modules", "nn.modules.*", "backbones", "backbones.*", "models", "models.*",
+        "(root)"),
+    7: ("datasets", "datasets.*", "viz", "segmentation", "cli", "cli.*", "__main__"),
+}  # fmt: skip
+
+# Libraries that only some users have: the one place that may name each of them.
+OPTIONAL = {
+    "matplotlib": "viz",
+    "typer": "cli",
+    "plyfile": "datasets.readers",
+    "laspy": "datasets.readers",
+    "pypcd4": "datasets.readers",
+    "triton": "_triton",
+    "tqdm": ("segmentation", "cli"),
+}
+ALWAYS_THERE = {"torch", "numpy", HOME}
+
+# Packages whose `__init__` does more than re-export, and why.
+ENTRY_POINTS = {"cli"}  # `torchsparse` the command is always installed and names what it lacks
+LATE_IMPORTS = {"_ops.dispatch", "_optional"}  # by importlib: a twin, an extra
+
+
+@dataclass(frozen=True, eq=False)
+class Module:
+    """A file of the library."""
+
+    name: str  # without "torchsparse."; "(root)" for the package itself
+    path: Path
+    tree: ast.Module
+
+    @property
+    def is_package(self) -> bool:
+        return self.path.name == "__init__.py"
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def _name(path: Path) -> str:
+    parts = path.relative_to(SOURCE).with_suffix("").parts
+    parts = parts[:-1] if parts[-1] == "__init__" else parts
+    return ".".join(parts) or "(root)"
+
+
+def _read(path: Path) -> Module:
+    return Module(_name(path), path, ast.parse(path.read_text("utf-8"), str(path)))
+
+
+MODULES = {m.name: m for m in map(_read, sorted(SOURCE.rglob("*.py")))}
+each_module = pytest.mark.parametrize("module", MODULES.values(), ids=str)
+
+
+def covers(row: str, name: str) -> bool:
+    """Whether a row of the table speaks of a module."""
+    return name == row or (row.endswith(".*") and name.startswith(row[:-1]))
+
+
+@cache
+def storey(name: str) -> int | None:
+    """Where a module lives, by its own row or its package's; None if nobody placed it."""
+    rows = [(row, level) for level, rows in STOREYS.items() for row in rows if covers(row, name)]
+    return max(rows, key=lambda found: len(found[0].rstrip("*")))[1] if rows else None
+
+
+def inside(name: str, *packages: str) -> bool:
+    """Whether a module is one of the named ones, or lives in it."""
+    return any(name == p or name.startswith(p + ".") for p in packages)
+
+
+def imports(module: Module) -> list[tuple[str, ast.stmt]]:
+    """(full dotted target, statement) of every import; `from a import b` is a.b if that is one
+    of our modules."""
+    found: list[tuple[str, ast.stmt]] = []
+    for node in ast.walk(module.tree):
+        if isinstance(node, ast.Import):
+            found += [(alias.name, node) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module}, line {node.lineno}: relative import"
+            base = str(node.module)
+            for alias in node.names:
+                inner = f"{base}.{alias.name}"
+                found.append((inner if own_name(inner) in MODULES else base, node))
+    return found
+
+
+def own_name(target: str) -> str | None:
+    """The name in our tables of an imported module; None for other libraries."""
+    if target == HOME:
+        return "(root)"
+    return target.removeprefix(HOME + ".") if target.startswith(HOME + ".") else None
+
+
+def uses(module: Module) -> set[str]:
+    """Our modules that a module imports."""
+    return {name for target, _ in imports(module) if (name := own_name(target))}
+
+
+def others(module: Module) -> set[str]:
+    """Other libraries that a module names: imported, or asked for by `need("library", ...)`."""
+    found = {target.split(".")[0] for target, _ in imports(module)}
+    for node in ast.walk(module.tree):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            if node.func.id == "need" and isinstance(node.args[0], ast.Constant):
+                found.add(str(node.args[0].value).split(".")[0])
+    return found - set(sys.stdlib_module_names) - ALWAYS_THERE
+
+
+# ------------------------------------------------------------------ the table
+def test_the_walk_sees_the_library() -> None:
+    """The other tests would pass on an empty list."""
+    assert len(MODULES) > 60
+    assert uses(MODULES["operators"]) >= {"tensor", "_cache", "_autograd.reduce"}
+
+
+@each_module
+def test_every_module_has_its_storey(module: Module) -> None:
+    assert storey(module.name) is not None, f"place {module} in STOREYS"
+
+
+def test_every_row_of_the_table_speaks_of_a_module() -> None:
+    planned = {"_triton", "_triton.*"}  # the kernels of a later release; blindness holds already
+    for row in itertools.chain(*STOREYS.values()):
+        exists = any(covers(row, name) for name in MODULES)
+        # "x.*" is allowed to be empty while x itself is there.
+        assert exists or row in planned or row.removesuffix(".*") in MODULES, row
+
+
+@each_module
+def test_imports_go_down_or_sideways(module: Module) -> None:
+    own = storey(module.name)
+    assert own is not None
+    for name in uses(module):
+        target = storey(name)
+        assert target is not None and target <= own, (
+            f"{module} (storey {own}) imports {name} (storey {target})"
+        )
+
+
+def test_no_imports_in_a_circle() -> None:
+    edges = {name: uses(module) & set(MODULES) - {name} for name, module in MODULES.items()}
+    done: set[str] = set()
+    path: list[str] = []
+
+    def visit(name: str) -> None:
+        assert name not in path, " -> ".join([*path[path.index(name) :], name])
+        if name in done:
+            return
+        path.append(name)
+        for target in sorted(edges[name]):
+            visit(target)
+        done.add(path.pop())
+
+    for name in edges:
+        visit(name)
+    assert done == set(MODULES)
+
+
+# ------------------------------------------------------------------ manner
+@each_module
+def test_imports_stand_at_the_top_by_full_path(module: Module) -> None:
+    top = set(map(id, module.tree.body))
+    for target, node in imports(module):  # asserts that none is relative
+        late = id(node) not in top
+        in_command = inside(module.name, "cli") and node.col_offset > 0
+        assert not late or in_command, f"{module}, line {node.lineno}: {target} is imported late"
+
+
+@each_module
+def test_nothing_imports_by_name_at_run_time(module: Module) -> None:
+    names = {getattr(node, "attr", getattr(node, "id", "")) for node in ast.walk(module.tree)}
+    imported = {target for target, _ in imports(module)}
+    if module.name in LATE_IMPORTS:
+        assert "importlib" in imported
+    else:
+        assert not names & {"import_module", "__import__"} and "importlib" not in imported
+
+
+@each_module
+def test_a_package_only_re_exports(module: Module) -> None:
+    if not module.is_package or module.name in ENTRY_POINTS:
+        return
+    for node in module.tree.body:
+        is_doc = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+        is_all = isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__"
+        is_import = isinstance(node, (ast.Import, ast.ImportFrom))
+        assert is_doc or is_all or is_import, f"{module}, line {node.lineno}: {ast.unparse(node)}"
+
+
+# ------------------------------------------------------------------ who is blind to whom
+@each_module
+def test_the_twins_do_not_know_each_other(module: Module) -> None:
+    if inside(module.name, "_reference"):
+        assert not any(inside(name, "_triton") for name in uses(module))
+    if inside(module.name, "_triton"):
+        assert not any(inside(name, "_reference") for name in uses(module))
+
+
+@each_module
+def test_utils_is_a_face(module: Module) -> None:
+    """What others need of it lives below it."""
+    own = storey(module.name)
+    if own is not None and own <= 5 and not inside(module.name, "utils"):
+        assert not any(inside(name, "utils") for name in uses(module))
+
+
+@each_module
+def test_settings_are_read_from_the_values_upward(module: Module) -> None:
+    """Kernels and maps get their choices as arguments."""
+    own = storey(module.name)
+    if own is not None and own < 4:
+        assert "_settings" not in uses(module)
+
+
+@each_module
+def test_optional_libraries_have_one_home(module: Module) -> None:
+    for library in others(module):
+        assert library in OPTIONAL, f"{module} needs {library}, which is no dependency"
+        homes = OPTIONAL[library]
+        homes = (homes,) if isinstance(homes, str) else homes
+        assert inside(module.name, *homes), f"{module} needs {library}"
+
+
+@each_module
+def test_datasets_need_no_network(module: Module) -> None:
+    """Scenes are numpy alone, so that benchmarks can write them for any library."""
+    if inside(module.name, "datasets"):
+        assert all(inside(name, "datasets", "_optional") for name in uses(module))
+        assert not any(target.split(".")[0] == "torch" for target, _ in imports(module))
+
+
+# ------------------------------------------------------------------ in a fresh interpreter
+def run_fresh(code: str) -> Any:
+    """Run Python code in a new process; what it prints last is JSON."""
+    process = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert process.returncode == 0, process.stderr
+    return json.loads(process.stdout.splitlines()[-1])
+
+
+PROBE = """
+import inspect, json, sys, time
+import numpy, torch
+
+called = []
+def forbid(name):
+    def ask(*args, **kwargs):
+        called.append(name)
+        raise RuntimeError(f"torch.cuda.{name} was called while importing")
+    return ask
+before = dict(vars(torch.cuda))
+for name, value in before.items():
+    if inspect.isfunction(value):
+        setattr(torch.cuda, name, forbid(name))
+start = time.perf_counter()
+import torchsparse
+seconds = time.perf_counter() - start
+for name, value in before.items():
+    setattr(torch.cuda, name, value)
+modules = [name for name in sys.modules if name.startswith("torchsparse.")]
+print(json.dumps({
+    "seconds": seconds,
+    "modules": modules,
+    "foreign": sorted({name.split(".")[0] for name in sys.modules}),
+    "called": called,
+    "cuda": torch.cuda.is_initialized(),
+}))
+"""
+
+
+@pytest.fixture(scope="module")
+def probes() -> list[Any]:
+    """What three fresh interpreters saw while importing the library."""
+    return [run_fresh(PROBE) for _ in range(3)]
+
+
+def test_importing_asks_no_gpu(probes) -> None:
+    assert probes[0]["called"] == [] and probes[0]["cuda"] is False
+
+
+def test_importing_loads_no_application_and_no_extra(probes) -> None:
+    loaded = {own_name(name) for name in probes[0]["modules"]}
+    assert "tensor" in loaded and "nn.modules.conv" in loaded
+    for name in loaded:
+        assert name is not None and storey(name) != 7, name
+        assert not inside(name, "_triton"), name
+    foreign = set(probes[0]["foreign"])
+    assert foreign >= {"torch", "numpy"}
+    assert not foreign & {"matplotlib", "typer", "plyfile", "laspy", "pypcd4"}
+
+
+def test_importing_is_cheap(probes, capsys) -> None:
+    """Aim: 0.3 s on top of torch; twice that leaves room for a loaded machine."""
+    best = min(probe["seconds"] for probe in probes)
+    with capsys.disabled():
+        print(f" [import torchsparse: {best:.2f} s on top of torch] ", end="")
+    assert best < 0.6
+
+
+WITHOUT = """
+import importlib, json, sys
+
+class Absent:
+    names = set({names})
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in self.names:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+
+sys.meta_path.insert(0, Absent())
+import torch
+import torchsparse
+from torchsparse import nn, SparseTensor
+coords = torch.tensor([[0, 1, 2, 3], [0, 1, 2, 4]], dtype=torch.int32)
+feats = nn.Conv3d(2, 4, 3)(SparseTensor(torch.ones(2, 2), coords)).feats
+for name in {modules}:
+    importlib.import_module(name)
+blocked = []
+for name in Absent.names:
+    try:
+        importlib.import_module(name)
+    except ModuleNotFoundError:
+        blocked.append(name)
+print(json.dumps({{"shape": list(feats.shape), "blocked": sorted(blocked)}}))
+"""
+
+
+def test_everything_but_the_commands_imports_without_extras() -> None:
+    """Also each module that the root does not load, in no particular order."""
+    absent = sorted({*OPTIONAL} - {"tqdm"})  # tqdm is a dependency
+    modules = [f"{HOME}.{m}" for m in MODULES if m not in ("(root)", "__main__")]
+    modules = [m for m in modules if not m.startswith(f"{HOME}.cli.")]
+    seen = run_fresh(WITHOUT.format(names=absent, modules=modules))
+    assert seen == {"shape": [2, 4], "blocked": absent}
+
+
+ALONE = """
+import importlib, json, sys
+import torchsparse
+loaded = set(sys.modules)
+alone = {modules}
+for name in alone:
+    for extra in set(sys.modules) - loaded:
+        if extra.startswith("torchsparse."):
+            del sys.modules[extra]
+    importlib.import_module(name)
+print(json.dumps(len(alone)))
+"""
+
+
+def test_every_module_can_come_first(probes) -> None:
+    """The root loads most modules in one order; each other one is imported right after it."""
+    loaded = set(probes[0]["modules"])
+    rest = [f"{HOME}.{m}" for m in MODULES if m not in ("(root)", "__main__")]
+    rest = [m for m in rest if m not in loaded]
+    assert run_fresh(ALONE.format(modules=rest)) == len(rest) > 5
+
+
+def test_a_missing_extra_is_named() -> None:
+    """The command without typer: one line on stderr, exit code 1."""
+    code = "import sys; sys.modules['typer'] = None\nfrom torchsparse.cli import main\nmain()"
+    process = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert process.returncode == 1
+    assert "torchsparse[cli]" in process.stderr and "Traceback" not in process.stderr
