@@ -30,8 +30,8 @@ def make_plan(
         (key, make): equal keys mean equal plans; ``make()`` returns the plan.
     """
     chosen = twin("conv", neighbors)
-    narrow = chosen.is_narrow(out_channels)
-    return narrow, lambda: chosen.make_plan(neighbors, identity, in_order, out_order, narrow)
+    layout = chosen.choose_layout(out_channels)
+    return layout, lambda: chosen.make_plan(neighbors, identity, in_order, out_order, layout)
 
 
 def gather_gemm(feats: Tensor, weight: Tensor, bias: Tensor | None, plan: Any) -> Tensor:

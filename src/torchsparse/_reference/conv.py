@@ -18,10 +18,16 @@ from torch import Tensor
 
 from torchsparse._reference.coords import flat_nonzero
 
-__all__ = ["Bags", "Chunk", "Plan", "gather_gemm", "is_narrow", "make_plan", "weight_grad"]
-
-# Up to so many output channels, products are summed by embedding bags.
-NARROW = 48
+__all__ = [
+    "Bags",
+    "Chunk",
+    "Layout",
+    "Plan",
+    "choose_layout",
+    "gather_gemm",
+    "make_plan",
+    "weight_grad",
+]
 
 
 class Bags(NamedTuple):
@@ -60,13 +66,27 @@ class Plan(NamedTuple):
     reverse: bool = False  # tap k of the table multiplies weight K - 1 - k
 
 
-# Rows of a chunk. Narrow products wait in a buffer of rows x pairs x columns, hence fewer.
-NARROW_ROWS, WIDE_ROWS = 8192, 16384
-
-
-def is_narrow(out_channels: int) -> bool:
+class Layout(NamedTuple):
     """What a plan depends on besides its table."""
-    return out_channels <= NARROW
+
+    pairs: int  # of a chunk: the gathered rows of one tap and their products stay in the L2 cache
+    narrow: bool  # sum by bags
+
+
+NARROW_LAYOUT, MEDIUM_LAYOUT, WIDE_LAYOUT = (
+    Layout(65536, True),
+    Layout(131072, False),
+    Layout(65536, False),
+)
+# Rows of a narrow chunk are numbered in 16 bits while they are sorted.
+MOST_ROWS = 32767
+
+
+def choose_layout(out_channels: int) -> Layout:
+    """One of three layouts, so that layers of one map share plans."""
+    if out_channels <= 48:
+        return NARROW_LAYOUT
+    return MEDIUM_LAYOUT if out_channels <= 96 else WIDE_LAYOUT
 
 
 def make_plan(
@@ -74,7 +94,7 @@ def make_plan(
     identity: int | None,
     in_order: Tensor | None,
     out_order: Tensor | None,
-    narrow: bool,
+    layout: Layout,
 ) -> Plan:
     """Lay out a neighbour table for `gather_gemm` and `weight_grad`.
 
@@ -82,12 +102,14 @@ def make_plan(
         neighbors: [K, M] int32, positions of inputs, -1 = none.
         identity: The tap with ``neighbors[k, m] = m``, or None.
         in_order, out_order: [N], [M] int32, the row at each position; None: they are equal.
-        narrow: From `is_narrow`.
+        layout: From `choose_layout`.
     """
     volume, m = neighbors.shape
-    rows = NARROW_ROWS if narrow else WIDE_ROWS
+    pairs = int(torch.count_nonzero(neighbors >= 0))
+    count = max(round(pairs / layout.pairs), -(-m // MOST_ROWS), 1)
+    rows = max(-(-m // count), 1)
     chunks = [
-        _chunk(neighbors, begin, min(begin + rows, m), identity, narrow)
+        _chunk(neighbors, begin, min(begin + rows, m), identity, layout.narrow)
         for begin in range(0, m, rows)
     ]
     rank = None
@@ -106,7 +128,7 @@ def _chunk(neighbors: Tensor, begin: int, end: int, identity: int | None, narrow
     rows = pairs.remainder(end - begin)
     bags = None
     if narrow:
-        # A stable radix sort of 16-bit numbers: rows are fewer than NARROW_ROWS.
+        # A stable radix sort of 16-bit numbers: there are at most MOST_ROWS rows.
         order = torch.sort(rows.to(torch.int16), stable=True).indices.to(torch.int32)
         offsets = torch.zeros(end - begin + 1, dtype=torch.int32, device=table.device)
         torch.cumsum(present.sum(0, dtype=torch.int32), 0, dtype=torch.int32, out=offsets[1:])
