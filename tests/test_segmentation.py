@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from torchsparse.datasets import CLASSES, Scan, Sensor, scan, street
+from torchsparse.datasets import STREET_CLASSES, Scan, Sensor, scan, street
 from torchsparse.segmentation import (
     CheckpointError,
     Evaluation,
@@ -110,7 +110,7 @@ def test_a_predicted_class_that_does_not_occur_costs_the_others_only() -> None:
 def test_evaluation_counts_what_predict_says(scans: list[Scan]) -> None:
     segmenter = Segmenter.new(SMALL)
     fit(segmenter, scans, steps=3, batch=1)
-    expected = np.zeros((len(CLASSES), len(CLASSES)), np.int64)
+    expected = np.zeros((len(STREET_CLASSES), len(STREET_CLASSES)), np.int64)
     for item in scans:
         np.add.at(expected, (item.labels, segmenter.predict(item.points, item.intensity)), 1)
     assert np.array_equal(evaluate(segmenter, scans).confusion.numpy(), expected)

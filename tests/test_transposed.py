@@ -327,3 +327,19 @@ def test_modes_agree_on_decoders(kmap_mode: str, conv_mode: int, device: torch.d
         z = convolve(up(layer), y, kernel, config={"dataflow": F.Dataflow(dataflow)})
         check(y, up(layer), z, clouds.batch_gap())
     assert torchsparse.backends.infer_spatial_range is True
+
+
+def test_several_coordinate_sets_in_one_cache_come_home(device: torch.device) -> None:
+    """Three tensors share a cache; each upsampling returns to its own sites, not to another's."""
+    weight = torch.ones(8, 1, 1, device=device)
+    cache = None
+    inputs, coarse = [], []
+    for shift in (0, 2, 6):
+        coords = torch.tensor([[0, shift, 1, 1], [0, shift + 1, 3, 0]], dtype=torch.int32)
+        x = SparseTensor(torch.ones(2, 1, device=device), coords.to(device))
+        cache = cache or x._caches
+        x._caches = cache
+        inputs.append(x)
+        coarse.append(F.conv3d(x, weight, 2, None, 2))
+    for x, y in zip(inputs, coarse):
+        assert F.conv3d(y, weight, 2, None, 2, transposed=True).coords is x.coords

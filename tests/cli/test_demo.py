@@ -34,7 +34,7 @@ def test_a_quick_demo_writes_all_it_promises(tmp_path) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="Ctrl-C is another signal there")
 def test_ctrl_c_leaves_a_usable_checkpoint(tmp_path) -> None:
-    sizes = ["--streets", "1", "--rooms", "0", "--held-out", "1", "--steps", "500"]
+    sizes = ["--streets", "1", "--held-out", "1", "--steps", "500"]
     command = [sys.executable, "-m", "torchsparse", "demo", *sizes, "--out", str(tmp_path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stderr is not None
@@ -64,8 +64,6 @@ def test_ctrl_c_before_the_training_saves_nothing(tmp_path, monkeypatch) -> None
     assert list(tmp_path.iterdir()) == []
 
 
-def test_streets_are_seen_by_several_sensors_and_rooms_by_one() -> None:
-    beams = [int(item.ring.max()) + 1 for item in simulate("street", range(2))]
-    assert len(set(beams)) == 2
-    (room,) = simulate("room", range(1))
-    assert np.ptp(room.points[:, 2]) < 4
+def test_streets_are_seen_by_several_sensors() -> None:
+    first, second = simulate(range(2))
+    assert int(first.ring.max()) == 63 and int(second.ring.max()) == 31

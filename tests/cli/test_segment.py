@@ -56,6 +56,14 @@ def test_each_file_gets_a_line_labels_and_a_picture(folder: Path, tmp_path: Path
     assert np.array_equal(np.load(tmp_path / "plain.labels.npy"), expected)
 
 
+def test_a_room_comes_with_a_warning(folder: Path, tmp_path: Path) -> None:
+    points = np.random.default_rng(0).uniform(-3, 3, (500, 3)).astype("<f4")
+    points.tofile(tmp_path / "room.bin")
+    result = run(folder, tmp_path, str(tmp_path / "room.bin"), "--format=xyz")
+    assert "trained on simulated streets)" in result.stdout.splitlines()[-1]
+    assert "trained on" not in run(folder, tmp_path, "scan.bin").stdout.splitlines()[-1]
+
+
 def test_bad_files_get_one_line_and_the_others_are_done(folder: Path, tmp_path: Path) -> None:
     bad = ["missing.bin", "empty.bin", "truncated.bin", "nan.bin"]
     result = run(folder, tmp_path, bad[0], bad[1], "scan.bin", bad[2], bad[3], "plain.npz")

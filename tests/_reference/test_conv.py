@@ -1,0 +1,124 @@
+"""The chunked loops against the sum they stand for, with chunks small enough to have many."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from torchsparse._reference import conv
+from torchsparse._reference.conv import Layout, gather_gemm, make_plan, weight_grad
+
+LAYOUTS = [
+    Layout(pairs, narrow) for pairs in (1, 7, 64, 100000) for narrow in (False, True)
+]  # one pair a chunk to all in one chunk
+# (taps, inputs, outputs): none of a thing, one, several; K = 1
+SIZES = [(27, 0, 0), (27, 5, 0), (1, 1, 1), (8, 30, 17), (27, 40, 40), (3, 7, 50)]
+
+
+def random_table(volume: int, inputs: int, outputs: int, density: float = 0.4) -> Tensor:
+    """[K, M] int32, each tap a partial matching, as in every kernel map."""
+    rng = np.random.default_rng(volume * 1000 + inputs + outputs)
+    table = np.full((volume, outputs), -1, np.int32)
+    for row in table:
+        count = min(inputs, int(density * outputs + 0.5))
+        row[rng.permutation(outputs)[:count]] = rng.permutation(inputs)[:count]
+    return torch.from_numpy(table)
+
+
+def expected(feats: Tensor, weight: Tensor, table: Tensor) -> Tensor:
+    out = torch.zeros(table.shape[1], weight.shape[2], dtype=torch.float64)
+    for k, row in enumerate(table.tolist()):
+        for m, i in enumerate(row):
+            if i >= 0:
+                out[m] += feats[i].double() @ weight[k].double()
+    return out
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_gather_gemm_is_the_sum_over_taps(size: tuple[int, int, int], layout: Layout) -> None:
+    volume, inputs, _ = size
+    table = random_table(*size)
+    generator = torch.Generator().manual_seed(0)
+    feats = torch.randn(inputs, 5, generator=generator, dtype=torch.float64)
+    weight = torch.randn(volume, 5, 3, generator=generator, dtype=torch.float64)
+    plan = make_plan(table, None, None, None, layout)
+    torch.testing.assert_close(
+        gather_gemm(feats, weight, None, plan), expected(feats, weight, table)
+    )
+    reverse = plan._replace(reverse=True)
+    torch.testing.assert_close(
+        gather_gemm(feats, weight, None, reverse), expected(feats, weight.flip(0), table)
+    )
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_an_identity_tap_and_orders_change_nothing(layout: Layout) -> None:
+    """Positions instead of rows, and the centre taken out of the pairs: the same sums."""
+    n = 33
+    table = random_table(27, n, n)
+    table[13] = torch.arange(n, dtype=torch.int32)
+    generator = torch.Generator().manual_seed(1)
+    feats = torch.randn(n, 4, generator=generator, dtype=torch.float64)
+    weight = torch.randn(27, 4, 6, generator=generator, dtype=torch.float64)
+    bias = torch.randn(6, generator=generator, dtype=torch.float64)
+    order = torch.randperm(n, generator=generator).to(torch.int32)
+    rank = torch.argsort(order)
+    plan = make_plan(table, 13, order, order, layout)
+    at_positions = expected(feats[order.long()], weight, table) + bias
+    torch.testing.assert_close(gather_gemm(feats, weight, bias, plan), at_positions[rank])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_weight_grad_is_the_sum_over_pairs(size: tuple[int, int, int], layout: Layout) -> None:
+    volume, inputs, outputs = size
+    table = random_table(*size)
+    generator = torch.Generator().manual_seed(2)
+    feats = torch.randn(inputs, 5, generator=generator, dtype=torch.float64)
+    grad = torch.randn(outputs, 3, generator=generator, dtype=torch.float64)
+    want = torch.zeros(volume, 5, 3, dtype=torch.float64)
+    for k, row in enumerate(table.tolist()):
+        for m, i in enumerate(row):
+            if i >= 0:
+                want[k] += torch.outer(feats[i], grad[m])
+    plan = make_plan(table, None, None, None, layout)
+    torch.testing.assert_close(weight_grad(feats, grad, plan), want)
+    torch.testing.assert_close(weight_grad(feats, grad, plan._replace(reverse=True)), want.flip(0))
+
+
+@pytest.mark.parametrize("narrow", [False, True])
+def test_ten_runs_give_the_same_bits(narrow: bool) -> None:
+    table = random_table(27, 3000, 3000)
+    generator = torch.Generator().manual_seed(3)
+    feats = torch.randn(3000, 32, generator=generator)
+    weight = torch.randn(27, 32, 32, generator=generator)
+    plan = make_plan(table, None, None, None, Layout(8192, narrow))
+    first = gather_gemm(feats, weight, None, plan)
+    gradient = weight_grad(feats, first, plan)
+    for _ in range(9):
+        assert torch.equal(gather_gemm(feats, weight, None, plan), first)
+        assert torch.equal(weight_grad(feats, first, plan), gradient)
+
+
+def test_leftovers_in_the_buffers_never_show() -> None:
+    """Buffers are reused uninitialised; a NaN left there by an earlier layer must not survive."""
+    table = random_table(8, 50, 50)
+    plan = make_plan(table, None, None, None, Layout(64, False))
+    poison = torch.full((50, 16), float("nan"))
+    gather_gemm(poison, torch.ones(8, 16, 16), None, plan)
+    clean = gather_gemm(torch.ones(50, 16), torch.ones(8, 16, 16), None, plan)
+    assert torch.equal(clean[:, 0], 16.0 * (table >= 0).sum(0))
+
+
+def test_a_narrow_chunk_keeps_its_rows_within_16_bits() -> None:
+    m = 3 * conv.MOST_ROWS
+    table = torch.full((2, m), -1, dtype=torch.int32)
+    table[0] = torch.arange(m, dtype=torch.int32)
+    plan = make_plan(table, None, None, None, Layout(10**9, True))
+    assert max(chunk.end - chunk.begin for chunk in plan.chunks) <= conv.MOST_ROWS
+    feats = torch.arange(m, dtype=torch.float64)[:, None]
+    out = gather_gemm(feats, torch.ones(2, 1, 1, dtype=torch.float64), None, plan)
+    assert torch.equal(out, feats)

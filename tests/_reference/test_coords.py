@@ -1,0 +1,93 @@
+"""Searching and site building on keys against sets and dictionaries, in one to four axes."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from torchsparse._geometry import Geometry, tap_list
+from torchsparse._keys import unpack
+from torchsparse._reference.coords import build_index, find_taps, invert_taps, strided_keys
+
+NDIMS = (1, 2, 3, 4)
+
+
+def cloud(ndim: int, seed: int, low: int = -6, high: int = 7) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    rows = np.concatenate(
+        [rng.integers(0, 3, (60, 1)), rng.integers(low, high, (60, ndim))], 1
+    ).astype(np.int32)
+    return rng.permutation(np.unique(rows, axis=0))
+
+
+def geometries(ndim: int) -> list[Geometry]:
+    ones = (1,) * ndim
+    return [
+        Geometry.submanifold((3,) * ndim, ones),
+        Geometry.submanifold((2,) * ndim, ones),
+        Geometry.submanifold((3, 5, 1, 3)[:ndim], (2, 1, 1, 3)[:ndim]),
+        Geometry.strided((2,) * ndim, (2,) * ndim, (0,) * ndim, ones, "spconv"),
+        Geometry.strided((3,) * ndim, (2,) * ndim, ones, ones, "spconv"),
+        Geometry.strided(
+            (4, 3, 2, 3)[:ndim], (3, 2, 2, 1)[:ndim], (1, 2, 0, 1)[:ndim], (1, 3, 2, 2)[:ndim],
+            "spconv",
+        ),
+    ]  # fmt: skip
+
+
+CASES = [(ndim, i) for ndim in NDIMS for i in range(6)]
+
+
+@pytest.mark.parametrize(("ndim", "which"), CASES)
+def test_find_taps_matches_a_dictionary(ndim: int, which: int) -> None:
+    geometry = geometries(ndim)[which]
+    fine = cloud(ndim, 1)
+    coarse = fine if geometry.kind == "submanifold" else cloud(ndim, 2, -9, 12)
+    index = build_index(torch.from_numpy(fine), geometry.reach)
+    given = None if geometry.kind == "submanifold" else torch.from_numpy(coarse)
+    found = find_taps(index, given, geometry).numpy()
+    order = np.arange(len(fine)) if index.rows is None else index.rows.numpy()
+    rows = {tuple(row): i for i, row in enumerate(fine.tolist())}
+    outputs = order if given is None else range(len(coarse))
+    for k, tap in enumerate(tap_list(geometry.kernel_size)):
+        for m, row in enumerate(outputs):
+            site = [coarse[row, 0]] + [
+                coarse[row, 1 + i] * geometry.stride[i]
+                - geometry.offset[i]
+                + geometry.dilation[i] * tap[i]
+                for i in range(ndim)
+            ]
+            got = -1 if found[k, m] < 0 else int(order[found[k, m]])
+            assert got == rows.get(tuple(int(v) for v in site), -1)
+
+
+@pytest.mark.parametrize(("ndim", "which"), [case for case in CASES if case[1] >= 3])
+@pytest.mark.parametrize("bounded", [False, True])
+def test_strided_keys_are_every_site_that_a_tap_reaches(
+    ndim: int, which: int, bounded: bool
+) -> None:
+    geometry = geometries(ndim)[which]
+    fine = cloud(ndim, 3)
+    lower, upper = ((0,) * ndim, (2,) * ndim) if bounded else ((None,) * ndim, (None,) * ndim)
+    keys, layout = strided_keys(torch.from_numpy(fine), geometry, lower, upper, (1,) * ndim)
+    sites = set()
+    for row in fine.tolist():
+        for tap in itertools.product(*map(range, geometry.kernel_size)):
+            numerators = [
+                row[1 + i] + geometry.offset[i] - geometry.dilation[i] * tap[i]
+                for i in range(ndim)
+            ]
+            if any(n % s for n, s in zip(numerators, geometry.stride)):
+                continue
+            site = [n // s for n, s in zip(numerators, geometry.stride)]
+            if not bounded or all(0 <= c <= 2 for c in site):
+                sites.add((row[0], *site))
+    assert unpack(keys, layout).tolist() == sorted(map(list, sites))
+
+
+def test_invert_taps_exchanges_the_ends() -> None:
+    table = torch.tensor([[-1, 0, 2], [1, -1, -1], [-1, -1, -1]], dtype=torch.int32)
+    assert invert_taps(table, 4).tolist() == [[1, -1, 2, -1], [-1, 0, -1, -1], [-1, -1, -1, -1]]
