@@ -16,8 +16,9 @@ from torch import Tensor
 
 __all__ = ["KeyLayout", "fit_layout", "pack", "unpack"]
 
-# A layout must leave room for sentinels above and below every key.
-MAX_CELLS = 1 << 62
+# A layout leaves room for a sentinel above every key, and for one so far below that adding the
+# distance to a neighbour does not reach them. Short keys halve the memory that a search reads.
+MAX_CELLS = {torch.int32: 1 << 30, torch.int64: 1 << 62}
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,6 +31,17 @@ class KeyLayout:
     origin: Tensor  # [1 + D] int64, smallest coordinate of the widened box
     extent: Tensor  # [1 + D] int64, cells of the widened box
     stride: Tensor  # [1 + D] int64 = product of the extents of the columns behind
+    dtype: torch.dtype  # of the keys: int32 where they fit, else int64
+
+    @property
+    def above(self) -> int:
+        """A number above every key."""
+        return torch.iinfo(self.dtype).max
+
+    @property
+    def below(self) -> int:
+        """A number that stays below every key when the distance to a neighbour is added."""
+        return -MAX_CELLS[self.dtype]
 
     @property
     def lower(self) -> Tensor:
@@ -41,8 +53,8 @@ class KeyLayout:
         return self.origin + self.extent
 
     def delta(self, offsets: Tensor) -> Tensor:
-        """Key distance of spatial offsets.  [K, D] -> [K] int64."""
-        return offsets.to(self.stride) @ self.stride[1:]
+        """Key distance of spatial offsets.  [K, D] -> [K] in the dtype of the keys."""
+        return (offsets.to(self.stride) @ self.stride[1:]).to(self.dtype)
 
 
 def fit_layout(lower: Tensor, upper: Tensor) -> KeyLayout:
@@ -55,7 +67,7 @@ def fit_layout(lower: Tensor, upper: Tensor) -> KeyLayout:
     cells = 1
     for n in extent.tolist():
         cells *= max(int(n), 1)
-    if cells >= MAX_CELLS:
+    if cells >= MAX_CELLS[torch.int64]:
         raise ValueError(
             f"the bounding box of the coordinates, widened by the kernel, must have fewer than "
             f"2^62 cells, got extents {extent.tolist()} (columns: batch, then axes)"
@@ -63,25 +75,28 @@ def fit_layout(lower: Tensor, upper: Tensor) -> KeyLayout:
     extent = extent.clamp(min=1)
     stride = torch.ones_like(extent)
     stride[:-1] = extent[1:].flip(0).cumprod(0).flip(0)
-    return KeyLayout(lower, extent, stride)
+    dtype = torch.int32 if cells < MAX_CELLS[torch.int32] else torch.int64
+    return KeyLayout(lower, extent, stride, dtype)
 
 
 def pack(coords: Tensor, layout: KeyLayout) -> Tensor:
-    """Keys of coordinate rows inside the layout's box.  [N, 1 + D] -> [N] int64."""
-    keys = coords.new_zeros(coords.shape[0], dtype=torch.int64)
+    """Keys of coordinate rows inside the box.  [N, 1 + D] -> [N] in the layout's dtype."""
+    origin, stride = layout.origin.to(layout.dtype), layout.stride.to(layout.dtype)
+    keys = coords.new_zeros(coords.shape[0], dtype=layout.dtype)
     for column in range(coords.shape[1]):
-        keys += (coords[:, column].to(torch.int64) - layout.origin[column]) * layout.stride[column]
+        keys += (coords[:, column].to(layout.dtype) - origin[column]) * stride[column]
     return keys
 
 
 def unpack(keys: Tensor, layout: KeyLayout) -> Tensor:
-    """Coordinate rows of keys.  [N] int64 -> [N, 1 + D] int32."""
+    """Coordinate rows of keys.  [N] in the layout's dtype -> [N, 1 + D] int32."""
     coords = torch.empty(
         (keys.shape[0], layout.origin.numel()), dtype=torch.int32, device=keys.device
     )
+    origin, stride = layout.origin.to(layout.dtype), layout.stride.to(layout.dtype)
     rest = keys
     for column in range(layout.origin.numel()):
-        digit = torch.div(rest, layout.stride[column], rounding_mode="floor")
-        coords[:, column] = digit + layout.origin[column]
-        rest = rest - digit * layout.stride[column]
+        digit = torch.div(rest, stride[column], rounding_mode="floor")
+        coords[:, column] = digit + origin[column]
+        rest = rest - digit * stride[column]
     return coords

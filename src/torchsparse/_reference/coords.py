@@ -30,14 +30,11 @@ __all__ = [
     "strided_keys",
 ]
 
-SENTINEL = torch.iinfo(torch.int64).max  # above every key (MAX_CELLS of _keys)
-NOWHERE = -(1 << 62)  # below every key, with room for deltas
-
 
 class CoordIndex(NamedTuple):
     """Rows of one coordinate tensor in key order."""
 
-    keys: Tensor  # [N] int64, ascending
+    keys: Tensor  # [N] int32 or int64 (the layout says), ascending
     rows: Tensor | None  # [N] int32, keys[i] is the key of row rows[i]; None: rows[i] = i
     layout: KeyLayout
     lower: Tensor  # [1 + D] int64, smallest coordinate
@@ -131,22 +128,22 @@ def _tap_strides(kernel_size: tuple[int, ...]) -> list[int]:
 class _LineSearch:
     """Positions of ``queries + j * step`` among ascending keys, for j = 0, 1, ..."""
 
-    def __init__(self, keys: Tensor) -> None:
-        self.keys = keys
+    def __init__(self, index: CoordIndex) -> None:
+        self.keys = index.keys
         # One sentinel behind the end keeps every position readable.
-        self.padded = torch.cat([keys, keys.new_full((1,), SENTINEL)])
+        self.padded = torch.cat([self.keys, self.keys.new_full((1,), index.layout.above)])
 
     def run(self, queries: Tensor, count: int, step: int) -> list[tuple[Tensor, Tensor]]:
-        """(positions [M] int64, hit [M] bool) for each of ``count`` taps along the line."""
+        """(positions [M] int32, hit [M] bool) for each of ``count`` taps along the line."""
         found = []
-        position = torch.searchsorted(self.keys, queries)
+        position = torch.searchsorted(self.keys, queries, out_int32=True)
         for j in range(count):
             if j:
                 queries = queries + step
                 if step == 1:  # the next key is the next entry or absent
                     position = position + found[-1][1]
                 else:
-                    position = torch.searchsorted(self.keys, queries)
+                    position = torch.searchsorted(self.keys, queries, out_int32=True)
             hit = self.padded.index_select(0, position) == queries
             found.append((position, hit))
         return found
@@ -158,9 +155,8 @@ def _find_symmetric(index: CoordIndex, geometry: Geometry) -> Tensor:
     n, volume = index.keys.shape[0], geometry.volume
     centre = volume // 2
     table = torch.full((volume, n), -1, dtype=torch.int32, device=index.keys.device)
-    own = torch.arange(n, dtype=torch.int32, device=table.device)
-    table[centre] = own
-    search = _LineSearch(index.keys)
+    table[centre] = torch.arange(n, dtype=torch.int32, device=table.device)
+    search = _LineSearch(index)
     offset = torch.tensor(geometry.offset, device=table.device)
     dilation = torch.tensor(geometry.dilation, device=table.device)
     half = math.prod(geometry.kernel_size[:-1]) // 2
@@ -173,8 +169,8 @@ def _find_symmetric(index: CoordIndex, geometry: Geometry) -> Tensor:
         for tap, (position, hit) in zip(taps, found):
             where = flat_nonzero(hit)
             there = position.index_select(0, where)
-            table[tap].index_copy_(0, where, there.to(torch.int32))
-            table[volume - 1 - tap].index_copy_(0, there, own.index_select(0, where))
+            table[tap].index_copy_(0, where, there)
+            table[volume - 1 - tap].index_copy_(0, there.long(), where.to(torch.int32))
     return table
 
 
@@ -187,7 +183,7 @@ def _find_all(index: CoordIndex, coarse: Tensor | None, geometry: Geometry) -> T
     else:
         base = _base_keys(index, coarse, geometry, offset)
     table = torch.empty((geometry.volume, base.shape[0]), dtype=torch.int32, device=device)
-    search = _LineSearch(index.keys)
+    search = _LineSearch(index)
     dilation = torch.tensor(geometry.dilation, device=device)
     for start, taps in _lines(geometry):
         delta = index.layout.delta((torch.tensor(start, device=device) * dilation)[None])[0]
@@ -198,7 +194,7 @@ def _find_all(index: CoordIndex, coarse: Tensor | None, geometry: Geometry) -> T
 
 
 def _base_keys(index: CoordIndex, coarse: Tensor, geometry: Geometry, offset: Tensor) -> Tensor:
-    """Key of the fine site under tap 0 of each coarse site; NOWHERE if no tap can meet one."""
+    """Key of the fine site under tap 0 of each coarse site; `below` if no tap can meet one."""
     layout = index.layout
     reach = (0, *geometry.reach)
     stride = (1, *geometry.stride)
@@ -208,7 +204,7 @@ def _base_keys(index: CoordIndex, coarse: Tensor, geometry: Geometry, offset: Te
         base = coarse[:, column].to(torch.int64) * stride[column] - offset[column]
         outside |= (base < index.lower[column] - reach[column]) | (base > index.upper[column])
         keys += (base - layout.origin[column]) * layout.stride[column]
-    return keys.masked_fill_(outside, NOWHERE)
+    return keys.masked_fill_(outside, layout.below).to(layout.dtype)
 
 
 def invert_taps(neighbors: Tensor, num_inputs: int) -> Tensor:
@@ -257,7 +253,7 @@ def strided_keys(
         high[1 + i] = last if top is None else last.clamp(max=top)
     high = torch.maximum(low, high)
     layout = _layout(low, high, margin)
-    batch = (coords[:, 0].to(torch.int64) - layout.origin[0]) * layout.stride[0]
+    batch = _column_keys(coords[:, 0], layout, 0)
     return _unique(_combine(batch, axes, layout)), layout
 
 
@@ -350,19 +346,30 @@ def generative_keys(
         low[1 + i] = first if bottom is None else first.clamp(min=bottom)
         high[1 + i] = last if top is None else last.clamp(max=top)
     layout = _layout(low, torch.maximum(low, high), margin)
-    batch = (coords[:, 0].to(torch.int64) - layout.origin[0]) * layout.stride[0]
+    batch = _column_keys(coords[:, 0], layout, 0)
     return _unique(_combine(batch, axes, layout)), layout
+
+
+def _column_keys(values: Tensor, layout: KeyLayout, column: int) -> Tensor:
+    """What one column's coordinates add to a key."""
+    keys = (values.to(torch.int64) - layout.origin[column]) * layout.stride[column]
+    return keys.to(layout.dtype)
 
 
 def _combine(
     batch: Tensor, axes: list[list[tuple[Tensor, Tensor | None]]], layout: KeyLayout
 ) -> Tensor:
     """Keys of every combination of per-axis candidates that is valid on all axes."""
+    # Invalid sites may have any key; they are dropped below.
+    keyed = [
+        [(_column_keys(site, layout, 1 + i), mask) for site, mask in candidates]
+        for i, candidates in enumerate(axes)
+    ]
     parts = []
-    for combination in itertools.product(*axes):
+    for combination in itertools.product(*keyed):
         keys, valid = batch, None
-        for i, (site, mask) in enumerate(combination):
-            keys = keys + (site - layout.origin[1 + i]) * layout.stride[1 + i]
+        for site, mask in combination:
+            keys = keys + site
             if mask is not None:
                 valid = mask if valid is None else valid & mask
         parts.append(keys if valid is None else keys.index_select(0, flat_nonzero(valid)))

@@ -97,8 +97,8 @@ def _cells(
 
 
 def _keys(cells: Tensor, lower: list[int], upper: list[int]) -> Tensor:
-    """Numbers in the lexicographic order of the columns of ``cells`` [3, N].  -> [N] int64."""
-    if math.prod(high - low + 1 for low, high in zip(lower, upper)) < MAX_CELLS:
+    """Integers in the lexicographic order of the columns of ``cells`` [3, N].  -> [N]."""
+    if math.prod(high - low + 1 for low, high in zip(lower, upper)) < MAX_CELLS[torch.int64]:
         bounds = torch.tensor([lower, upper], device=cells.device)
         return pack(cells.t(), fit_layout(bounds[0], bounds[1]))
     # A box too wide for one number: ranks among the values that occur fit two at a time.
