@@ -10,7 +10,7 @@ import torch
 
 from torchsparse._geometry import Geometry, tap_list
 from torchsparse._keys import unpack
-from torchsparse._reference.coords import build_index, find_taps, invert_taps, strided_keys
+from torchsparse._reference.coords import build_index, find_taps, invert_taps, strided_sites
 
 NDIMS = (1, 2, 3, 4)
 
@@ -66,13 +66,13 @@ def test_find_taps_matches_a_dictionary(ndim: int, which: int) -> None:
 
 @pytest.mark.parametrize(("ndim", "which"), [case for case in CASES if case[1] >= 3])
 @pytest.mark.parametrize("bounded", [False, True])
-def test_strided_keys_are_every_site_that_a_tap_reaches(
+def test_strided_sites_are_every_site_that_a_tap_reaches(
     ndim: int, which: int, bounded: bool
 ) -> None:
     geometry = geometries(ndim)[which]
     fine = cloud(ndim, 3)
     lower, upper = ((0,) * ndim, (2,) * ndim) if bounded else ((None,) * ndim, (None,) * ndim)
-    keys, layout = strided_keys(torch.from_numpy(fine), geometry, lower, upper, (1,) * ndim)
+    found, index = strided_sites(torch.from_numpy(fine), geometry, lower, upper)
     sites = set()
     for row in fine.tolist():
         for tap in itertools.product(*map(range, geometry.kernel_size)):
@@ -85,9 +85,21 @@ def test_strided_keys_are_every_site_that_a_tap_reaches(
             site = [n // s for n, s in zip(numerators, geometry.stride)]
             if not bounded or all(0 <= c <= 2 for c in site):
                 sites.add((row[0], *site))
-    assert unpack(keys, layout).tolist() == sorted(map(list, sites))
+    assert found.tolist() == sorted(map(list, sites))
+    assert torch.equal(unpack(index.keys, index.layout), found)
 
 
 def test_invert_taps_exchanges_the_ends() -> None:
     table = torch.tensor([[-1, 0, 2], [1, -1, -1], [-1, -1, -1]], dtype=torch.int32)
     assert invert_taps(table, 4).tolist() == [[1, -1, 2, -1], [-1, 0, -1, -1], [-1, -1, -1, -1]]
+
+
+def test_a_huge_box_gives_up_the_usual_margin() -> None:
+    """2^30 x 2^29 x 1 cells fit into 2^62 with the kernel's reach, not with 8 cells around."""
+    coords = torch.tensor([[0, 0, 0, 0], [0, 2**30, 2**29, 0]], dtype=torch.int32)
+    geometry = Geometry.strided((2, 2, 2), (2, 2, 2), (0, 0, 0), (1, 1, 1), "spconv")
+    index = build_index(coords, geometry.reach)
+    assert index.margin == (1, 1, 1)
+    coarse, _ = strided_sites(coords, geometry, (0,) * 3, (None,) * 3)
+    assert coarse.tolist() == [[0, 0, 0, 0], [0, 2**29, 2**28, 0]]
+    assert find_taps(index, coarse, geometry)[0].tolist() == [0, 1]

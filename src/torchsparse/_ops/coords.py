@@ -7,35 +7,36 @@ from typing import Any
 from torch import Tensor
 
 from torchsparse._geometry import Geometry
-from torchsparse._keys import KeyLayout
 from torchsparse._ops.dispatch import twin
 
 __all__ = [
     "build_index",
     "find_taps",
-    "generative_keys",
+    "generative_sites",
     "has_duplicates",
-    "index_of_keys",
     "invert_taps",
-    "strided_keys",
+    "strided_sites",
 ]
 
 Bounds = tuple[int | None, ...]
 
 
-def build_index(coords: Tensor, margin: tuple[int, ...]) -> Any:
+def build_index(coords: Tensor, reach: tuple[int, ...]) -> Any:
     """A search structure over coordinate rows.
 
     Args:
         coords: [N, 1 + D] int32.
-        margin: Cells per axis by which searches may leave the coordinates' bounding box.
+        reach: D ints, how far searches will leave the coordinates' bounding box.
+
+    Returns:
+        A record with ``lower``, ``upper`` ([1 + D] int64, of the coordinates), ``margin`` (D ints,
+        at least ``reach``) and ``rows`` ([N] int32, the row at each position; None: they are
+        equal). The rest is the implementation's.
+
+    Raises:
+        ValueError: The widened box has 2^62 cells or more.
     """
-    return twin("coords", coords).build_index(coords, margin)
-
-
-def index_of_keys(keys: Tensor, layout: KeyLayout, coords: Tensor) -> Any:
-    """The search structure over ``coords``, which were unpacked from ascending ``keys``."""
-    return twin("coords", coords).index_of_keys(keys, layout, coords)
+    return twin("coords", coords).build_index(coords, reach)
 
 
 def has_duplicates(index: Any) -> Tensor:
@@ -64,22 +65,27 @@ def invert_taps(neighbors: Tensor, num_inputs: int) -> Tensor:
     return twin("coords", neighbors).invert_taps(neighbors, num_inputs)
 
 
-def strided_keys(
-    coords: Tensor, geometry: Geometry, lower: Bounds, upper: Bounds, margin: tuple[int, ...]
-) -> tuple[Tensor, KeyLayout]:
-    """Ascending unique keys of all coarse sites that some tap ties to a fine site.
+def strided_sites(
+    coords: Tensor, geometry: Geometry, lower: Bounds, upper: Bounds
+) -> tuple[Tensor, Any]:
+    """All coarse sites that some tap ties to a fine site.
 
     Args:
         coords: Fine sites, [N, 1 + D] int32.
         geometry: The relation.
         lower, upper: Inclusive bounds of the coarse coordinates per axis; None = unbounded.
-        margin: Of the layout that comes back.
+
+    Returns:
+        [M, 1 + D] int32 in lexicographic order, and their index.
+
+    Raises:
+        ValueError: Sites outside int32, or in a box of 2^62 cells or more.
     """
-    return twin("coords", coords).strided_keys(coords, geometry, lower, upper, margin)
+    return twin("coords", coords).strided_sites(coords, geometry, lower, upper)
 
 
-def generative_keys(
-    coords: Tensor, geometry: Geometry, lower: Bounds, upper: Bounds, margin: tuple[int, ...]
-) -> tuple[Tensor, KeyLayout]:
-    """Ascending unique keys of all fine sites that some tap ties to a coarse site (as above)."""
-    return twin("coords", coords).generative_keys(coords, geometry, lower, upper, margin)
+def generative_sites(
+    coords: Tensor, geometry: Geometry, lower: Bounds, upper: Bounds
+) -> tuple[Tensor, Any]:
+    """All fine sites that some tap ties to a coarse site; else as `strided_sites`."""
+    return twin("coords", coords).generative_sites(coords, geometry, lower, upper)

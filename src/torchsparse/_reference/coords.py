@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from torchsparse._flags import Complaint, complain_if
 from torchsparse._geometry import Geometry
-from torchsparse._keys import KeyLayout, fit_layout, pack
+from torchsparse._keys import KeyLayout, fit_layout, pack, unpack
 
 __all__ = [
     "CoordIndex",
@@ -23,12 +24,15 @@ __all__ = [
     "build_index",
     "find_taps",
     "flat_nonzero",
-    "generative_keys",
+    "generative_sites",
     "has_duplicates",
-    "index_of_keys",
     "invert_taps",
-    "strided_keys",
+    "strided_sites",
 ]
+
+INT32 = torch.iinfo(torch.int32)
+# Cells around the bounding box: kernels up to 9 taps wide then share one index per level.
+USUAL_MARGIN = 8
 
 
 class CoordIndex(NamedTuple):
@@ -37,6 +41,7 @@ class CoordIndex(NamedTuple):
     keys: Tensor  # [N] int32 or int64 (the layout says), ascending
     rows: Tensor | None  # [N] int32, keys[i] is the key of row rows[i]; None: rows[i] = i
     layout: KeyLayout
+    margin: tuple[int, ...]  # D ints: how far searches may leave the bounding box
     lower: Tensor  # [1 + D] int64, smallest coordinate
     upper: Tensor  # [1 + D] int64, largest coordinate
 
@@ -50,31 +55,39 @@ def bounds(coords: Tensor) -> tuple[Tensor, Tensor]:
     return lower.to(torch.int64), upper.to(torch.int64)
 
 
-def _layout(lower: Tensor, upper: Tensor, margin: tuple[int, ...]) -> KeyLayout:
-    reach = torch.tensor((0, *margin), dtype=torch.int64, device=lower.device)
-    return fit_layout(lower - reach, upper + reach)
+def _layout(
+    lower: Tensor, upper: Tensor, reach: tuple[int, ...]
+) -> tuple[KeyLayout, tuple[int, ...]]:
+    """A layout with a margin of at least ``reach`` around the box, and that margin."""
+    usual = tuple(max(r, USUAL_MARGIN) for r in reach)
+    try:
+        return _fit(lower, upper, usual), usual
+    except ValueError:  # a huge box may fit with no more than it needs
+        return _fit(lower, upper, reach), reach
 
 
-def build_index(coords: Tensor, margin: tuple[int, ...]) -> CoordIndex:
-    """Sort coordinate rows by key, in a box ``margin`` cells wider on each side of each axis.
+def _fit(lower: Tensor, upper: Tensor, margin: tuple[int, ...]) -> KeyLayout:
+    around = torch.tensor((0, *margin), dtype=torch.int64, device=lower.device)
+    return fit_layout(lower - around, upper + around)
+
+
+def build_index(coords: Tensor, reach: tuple[int, ...]) -> CoordIndex:
+    """Sort coordinate rows by key.
 
     Args:
         coords: [N, 1 + D] int32.
-        margin: D ints.
+        reach: D ints, how far searches will leave the bounding box.
+
+    Raises:
+        ValueError: The widened box has 2^62 cells or more.
     """
     lower, upper = bounds(coords)
-    layout = _layout(lower, upper, margin)
+    layout, margin = _layout(lower, upper, reach)
     keys = pack(coords, layout)
     if bool((keys[1:] >= keys[:-1]).all()):
-        return CoordIndex(keys, None, layout, lower, upper)
+        return CoordIndex(keys, None, layout, margin, lower, upper)
     keys, order = torch.sort(keys, stable=True)
-    return CoordIndex(keys, order.to(torch.int32), layout, lower, upper)
-
-
-def index_of_keys(keys: Tensor, layout: KeyLayout, coords: Tensor) -> CoordIndex:
-    """The index of coordinates that were unpacked from ascending ``keys``."""
-    lower, upper = bounds(coords)
-    return CoordIndex(keys, None, layout, lower, upper)
+    return CoordIndex(keys, order.to(torch.int32), layout, margin, lower, upper)
 
 
 def has_duplicates(index: CoordIndex) -> Tensor:
@@ -224,37 +237,76 @@ def invert_taps(neighbors: Tensor, num_inputs: int) -> Tensor:
     return inverse[:, 1:].contiguous()
 
 
-def strided_keys(
-    coords: Tensor,
-    geometry: Geometry,
-    lower: tuple[int | None, ...],
-    upper: tuple[int | None, ...],
-    margin: tuple[int, ...],
-) -> tuple[Tensor, KeyLayout]:
-    """Ascending unique keys of all coarse sites that some tap ties to a fine site.
+Candidates = list[tuple[Tensor, Tensor | None]]  # sites on one axis [N], which of them are valid
+Bounds = tuple[int | None, ...]
+
+
+def strided_sites(
+    coords: Tensor, geometry: Geometry, lower: Bounds, upper: Bounds
+) -> tuple[Tensor, CoordIndex]:
+    """All coarse sites that some tap ties to a fine site.
 
     Args:
         coords: Fine sites, [N, 1 + D] int32.
         geometry: The relation.
-        lower, upper: Inclusive bounds of coarse coordinates per axis; None = unbounded.
-        margin: Of the layout that comes back.
+        lower, upper: Inclusive bounds of the coarse coordinates per axis; None = unbounded.
+
+    Returns:
+        [M, 1 + D] int32 in lexicographic order, and their index.
     """
-    axes = [
-        _coarse_candidates(coords[:, 1 + i], geometry, i, lower[i], upper[i])
-        for i in range(geometry.ndim)
-    ]
-    low, high = bounds(coords)
+    axes, low, high = [], *bounds(coords)
     for i in range(geometry.ndim):
         o, s, r = geometry.offset[i], geometry.stride[i], geometry.reach[i]
-        first = torch.div(low[1 + i] + o - r, s, rounding_mode="floor")
-        last = torch.div(high[1 + i] + o, s, rounding_mode="floor")
-        bottom, top = lower[i], upper[i]
-        low[1 + i] = first if bottom is None else first.clamp(min=bottom)
-        high[1 + i] = last if top is None else last.clamp(max=top)
-    high = torch.maximum(low, high)
-    layout = _layout(low, high, margin)
-    batch = _column_keys(coords[:, 0], layout, 0)
-    return _unique(_combine(batch, axes, layout)), layout
+        low[1 + i] = torch.div(low[1 + i] + o - r, s, rounding_mode="floor")
+        high[1 + i] = torch.div(high[1 + i] + o, s, rounding_mode="floor")
+        axes.append(_coarse_candidates(coords[:, 1 + i], geometry, i))
+    return _sites(coords[:, 0], axes, low, high, lower, upper)
+
+
+def generative_sites(
+    coords: Tensor, geometry: Geometry, lower: Bounds, upper: Bounds
+) -> tuple[Tensor, CoordIndex]:
+    """All fine sites that some tap ties to a coarse site; else as `strided_sites`."""
+    axes, low, high = [], *bounds(coords)
+    for i in range(geometry.ndim):
+        o, s, r = geometry.offset[i], geometry.stride[i], geometry.reach[i]
+        low[1 + i] = low[1 + i] * s - o
+        high[1 + i] = high[1 + i] * s - o + r
+        first = coords[:, 1 + i].to(torch.int64) * s - o
+        taps = range(geometry.kernel_size[i])
+        axes.append([(first + tap * geometry.dilation[i], None) for tap in taps])
+    return _sites(coords[:, 0], axes, low, high, lower, upper)
+
+
+def _sites(
+    batch: Tensor,
+    axes: list[Candidates],
+    low: Tensor,
+    high: Tensor,
+    lower: Bounds,
+    upper: Bounds,
+) -> tuple[Tensor, CoordIndex]:
+    """The distinct combinations of per-axis candidates that are valid and within bounds.
+
+    Args:
+        batch: [N] batch index of each row of candidates.
+        axes: Candidates per axis.
+        low, high: [1 + D] int64, a box that holds all candidates; changed in place.
+        lower, upper: Inclusive bounds per axis; None = unbounded.
+    """
+    for i, (bottom, top) in enumerate(zip(lower, upper)):
+        axes[i] = [(site, _within(site, valid, bottom, top)) for site, valid in axes[i]]
+        low[1 + i] = low[1 + i].clamp(min=bottom) if bottom is not None else low[1 + i]
+        high[1 + i] = high[1 + i].clamp(max=top) if top is not None else high[1 + i]
+    layout, margin = _layout(low, torch.maximum(low, high), (0,) * len(axes))
+    keys = _unique(_combine(batch, axes, layout))
+    if keys.shape[0]:
+        wide = (low < INT32.min) | (high > INT32.max)
+        complain_if(
+            wide.any(), Complaint.OVERFLOW, lambda: f"from {low.tolist()} to {high.tolist()}"
+        )
+    coords = unpack(keys, layout)
+    return coords, CoordIndex(keys, None, layout, margin, *bounds(coords))
 
 
 def _unique(keys: Tensor) -> Tensor:
@@ -267,9 +319,7 @@ def _unique(keys: Tensor) -> Tensor:
     return keys.index_select(0, flat_nonzero(first))
 
 
-def _coarse_candidates(
-    fine: Tensor, geometry: Geometry, axis: int, lower: int | None, upper: int | None
-) -> list[tuple[Tensor, Tensor | None]]:
+def _coarse_candidates(fine: Tensor, geometry: Geometry, axis: int) -> Candidates:
     """Coarse coordinates on one axis from which some tap reaches the fine one.
 
     The taps that fit a residue of ``fine + offset`` modulo s are t0, t0 + s/g, ... with
@@ -300,8 +350,7 @@ def _coarse_candidates(
     found = []
     for j in range(max(counts)):
         site = base - j * (d * step // s) if j else base
-        valid = None if count is None else count > j
-        found.append((site, _within(site, valid, lower, upper)))
+        found.append((site, None if count is None else count > j))
     return found
 
 
@@ -316,61 +365,26 @@ def _within(
     return valid
 
 
-def generative_keys(
-    coords: Tensor,
-    geometry: Geometry,
-    lower: tuple[int | None, ...],
-    upper: tuple[int | None, ...],
-    margin: tuple[int, ...],
-) -> tuple[Tensor, KeyLayout]:
-    """Ascending unique keys of all fine sites that some tap ties to a coarse site.
-
-    Args:
-        coords: Coarse sites, [N, 1 + D] int32.
-        geometry: The relation.
-        lower, upper: Inclusive bounds of fine coordinates per axis; None = unbounded.
-        margin: Of the layout that comes back.
-    """
-    axes = []
-    low, high = bounds(coords)
-    for i in range(geometry.ndim):
-        base = coords[:, 1 + i].to(torch.int64) * geometry.stride[i] - geometry.offset[i]
-        candidates = []
-        for tap in range(geometry.kernel_size[i]):
-            site = base + tap * geometry.dilation[i]
-            candidates.append((site, _within(site, None, lower[i], upper[i])))
-        axes.append(candidates)
-        first = low[1 + i] * geometry.stride[i] - geometry.offset[i]
-        last = high[1 + i] * geometry.stride[i] - geometry.offset[i] + geometry.reach[i]
-        bottom, top = lower[i], upper[i]
-        low[1 + i] = first if bottom is None else first.clamp(min=bottom)
-        high[1 + i] = last if top is None else last.clamp(max=top)
-    layout = _layout(low, torch.maximum(low, high), margin)
-    batch = _column_keys(coords[:, 0], layout, 0)
-    return _unique(_combine(batch, axes, layout)), layout
-
-
 def _column_keys(values: Tensor, layout: KeyLayout, column: int) -> Tensor:
     """What one column's coordinates add to a key."""
     keys = (values.to(torch.int64) - layout.origin[column]) * layout.stride[column]
     return keys.to(layout.dtype)
 
 
-def _combine(
-    batch: Tensor, axes: list[list[tuple[Tensor, Tensor | None]]], layout: KeyLayout
-) -> Tensor:
-    """Keys of every combination of per-axis candidates that is valid on all axes."""
+def _combine(batch: Tensor, axes: list[Candidates], layout: KeyLayout) -> Tensor:
+    """Keys of every combination of candidates that is valid on all axes."""
     # Invalid sites may have any key; they are dropped below.
     keyed = [
-        [(_column_keys(site, layout, 1 + i), mask) for site, mask in candidates]
+        [(_column_keys(site, layout, 1 + i), valid) for site, valid in candidates]
         for i, candidates in enumerate(axes)
     ]
+    first = _column_keys(batch, layout, 0)
     parts = []
     for combination in itertools.product(*keyed):
-        keys, valid = batch, None
+        keys, valid = first, None
         for site, mask in combination:
             keys = keys + site
             if mask is not None:
                 valid = mask if valid is None else valid & mask
         parts.append(keys if valid is None else keys.index_select(0, flat_nonzero(valid)))
-    return torch.cat(parts) if parts else batch[:0]
+    return torch.cat(parts) if parts else first[:0]

@@ -16,7 +16,6 @@ from torchsparse._cache import Stamp, TensorCache
 from torchsparse._flags import Complaint, complain_if
 from torchsparse._geometry import Geometry, conv_range
 from torchsparse._kernel_map import KernelMap, KernelMapKey
-from torchsparse._keys import KeyLayout, unpack
 from torchsparse._ops import coords as ops
 from torchsparse._settings import settings
 from torchsparse.tensor import SparseTensor
@@ -34,8 +33,6 @@ __all__ = [
 
 Range = tuple[int, ...] | None
 INT32 = torch.iinfo(torch.int32)
-# Kernels up to 9 taps wide then share one search structure per level.
-USUAL_MARGIN = 8
 
 
 class Level(NamedTuple):
@@ -124,11 +121,9 @@ def downsampled(
     if kmap is None:
         index = _index(x._caches, coords, x.stride, geometry.reach)
         _check_sites(index, x.spatial_range)
-        keys, layout, out_range = _strided_sites(index, coords, geometry, key)
-        out_coords = unpack(keys, layout)
+        out_coords, coarse, out_range = _strided_level(index, coords, geometry, key)
         stride = tuple(a * b for a, b in zip(x.stride, geometry.stride))
-        coarse = ops.index_of_keys(keys, layout, out_coords)
-        x._caches.hashmaps[stride] = _Indexed(Stamp(out_coords), coarse, _margin(geometry.reach))
+        x._caches.hashmaps[stride] = _Indexed(Stamp(out_coords), coarse)
         neighbors = ops.find_taps(index, out_coords, geometry)
         kmap = KernelMap(
             neighbors, coords, out_coords, geometry, x.spatial_range, out_range, index.rows
@@ -235,14 +230,13 @@ def site_coords(
         return _generative_sites(coords, geometry, upper)[0]
     if rule == "spconv" and upper is None:
         upper = _inferred_upper(index, geometry) if settings.infer_spatial_range else None
-    keys, layout = _strided_keys(coords, geometry, rule, upper)
-    return unpack(keys, layout)
+    return _strided_sites(coords, geometry, rule, upper)[0]
 
 
-def _strided_sites(
+def _strided_level(
     index: Any, coords: Tensor, geometry: Geometry, key: KernelMapKey
-) -> tuple[Tensor, KeyLayout, Range]:
-    """Keys of the output sites, their layout and their range."""
+) -> tuple[Tensor, Any, Range]:
+    """Coordinates, index and range of the level that a strided layer creates."""
     if key.sites == "minkowski":
         out_range = minkowski_range(key.spatial_range, geometry.stride)
         upper = None
@@ -252,20 +246,20 @@ def _strided_sites(
             upper = tuple(n - 1 for n in out_range[1:])
         else:
             upper = _inferred_upper(index, geometry) if key.infer_range else None
-    return *_strided_keys(coords, geometry, key.sites, upper), out_range
+    return *_strided_sites(coords, geometry, key.sites, upper), out_range
 
 
-def _strided_keys(
+def _strided_sites(
     coords: Tensor, geometry: Geometry, rule: str, upper: tuple[int, ...] | None
-) -> tuple[Tensor, KeyLayout]:
-    """Keys of the coarse sites, and their layout."""
-    ndim, margin = geometry.ndim, _margin(geometry.reach)
+) -> tuple[Tensor, Any]:
+    """The coarse sites of a rule, and their index."""
+    ndim = geometry.ndim
     unbounded = (None,) * ndim
     if rule == "minkowski":
         cell = Geometry("strided", geometry.stride, geometry.stride, (1,) * ndim, (0,) * ndim)
-        return ops.strided_keys(coords, cell, unbounded, unbounded, margin)
+        return ops.strided_sites(coords, cell, unbounded, unbounded)
     lower = unbounded if settings.allow_negative_coordinates else (0,) * ndim
-    return ops.strided_keys(coords, geometry, lower, upper or unbounded, margin)
+    return ops.strided_sites(coords, geometry, lower, upper or unbounded)
 
 
 def _inferred_upper(index: Any, geometry: Geometry) -> tuple[int, ...]:
@@ -312,16 +306,10 @@ def _scaled_range(spatial_range: Range, stride: tuple[int, ...]) -> Range:
 def _generative_sites(
     coords: Tensor, geometry: Geometry, upper: tuple[int, ...] | None
 ) -> tuple[Tensor, Any]:
-    """The fine sites that some tap ties to a coarse one, and an index over them."""
-    lower = (None if settings.allow_negative_coordinates else 0,) * geometry.ndim
-    bound = (None,) * geometry.ndim if upper is None else upper
-    keys, layout = ops.generative_keys(coords, geometry, lower, bound, _margin(geometry.reach))
-    out = torch.stack([layout.lower, layout.upper])[:, 1:]
-    complain_if(
-        ((out < INT32.min) | (out > INT32.max)).any() & (keys.shape[0] > 0), Complaint.OVERFLOW
-    )
-    fine = unpack(keys, layout)
-    return fine, ops.index_of_keys(keys, layout, fine)
+    """The fine sites that some tap ties to a coarse one, and their index."""
+    unbounded = (None,) * geometry.ndim
+    lower = unbounded if settings.allow_negative_coordinates else (0,) * geometry.ndim
+    return ops.generative_sites(coords, geometry, lower, upper or unbounded)
 
 
 # ------------------------------------------------------------------ upsampling: the fine level
@@ -378,15 +366,10 @@ def _encoder_offset(
 
 # ------------------------------------------------------------------ search structures and checks
 class _Indexed(NamedTuple):
-    """A search structure, the coordinates it belongs to, and how far it can look around."""
+    """A search structure, and the coordinates it belongs to."""
 
     stamp: Stamp
     index: Any
-    margin: tuple[int, ...]
-
-
-def _margin(reach: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(max(r, USUAL_MARGIN) for r in reach)
 
 
 def _index(
@@ -395,16 +378,11 @@ def _index(
     """A search structure over a level that can look ``reach`` cells around it."""
     known = cache.hashmaps.get(stride)
     if isinstance(known, _Indexed) and known.stamp.fits(coords):
-        if all(a >= b for a, b in zip(known.margin, reach)):
+        if all(a >= b for a, b in zip(known.index.margin, reach)):
             return known.index
-    margin = _margin(reach)
-    try:
-        index = ops.build_index(coords, margin)
-    except ValueError:  # a huge box may fit without the usual margin
-        margin = reach
-        index = ops.build_index(coords, margin)
+    index = ops.build_index(coords, reach)
     complain_if(ops.has_duplicates(index), Complaint.DUPLICATE)
-    cache.hashmaps[stride] = _Indexed(Stamp(coords), index, margin)
+    cache.hashmaps[stride] = _Indexed(Stamp(coords), index)
     return index
 
 
