@@ -33,7 +33,7 @@ STOREYS: dict[int, tuple[str, ...]] = {
     5: ("operators", "nn.utils", "nn.utils.*", "nn.functional", "nn.functional.*", "utils",
         "utils.*"),
     6: ("nn", "nn.modules", "nn.modules.*", "backbones", "backbones.*", "models", "models.*",
-        "(root)"),
+        "checkpoints", "(root)"),
     7: ("datasets", "datasets.*", "viz", "segmentation", "cli", "cli.*", "__main__"),
 }  # fmt: skip
 
@@ -151,7 +151,8 @@ def test_every_module_has_its_storey() -> None:
 
 
 def test_every_row_of_the_table_speaks_of_a_module() -> None:
-    planned = {"_triton", "_triton.*"}  # the kernels of a later release; blindness holds already
+    # The kernels of a later release, whose blindness holds already, and what is on its way.
+    planned = {"_triton", "_triton.*"}
     for row in itertools.chain(*STOREYS.values()):
         exists = any(covers(row, name) for name in MODULES)
         # "x.*" is allowed to be empty while x itself is there.

@@ -1,5 +1,7 @@
 """Helpers around sparse tensors: from points to voxels, from samples to batches, and back."""
 
+from torchsparse.utils import helpers as helpers
+from torchsparse.utils import tensor_cache as tensor_cache
 from torchsparse.utils.collate import sparse_collate as sparse_collate
 from torchsparse.utils.collate import sparse_collate_fn as sparse_collate_fn
 from torchsparse.utils.quantize import sparse_quantize as sparse_quantize
