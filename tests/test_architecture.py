@@ -25,7 +25,7 @@ HOME = "torchsparse"
 # Names below `torchsparse`; "x.*" is every module of package x that has no row of its own.
 STOREYS: dict[int, tuple[str, ...]] = {
     0: ("version", "_geometry", "_keys", "_recipe", "_settings", "_flags", "_validate",
-        "_optional"),
+        "_optional", "_compat"),
     1: ("_reference", "_reference.*", "_triton", "_triton.*"),
     2: ("_ops", "_ops.*"),
     3: ("_kernel_map", "_autograd", "_autograd.*"),
@@ -33,6 +33,7 @@ STOREYS: dict[int, tuple[str, ...]] = {
     5: ("operators", "nn.utils", "nn.utils.*", "nn.functional", "nn.functional.*", "utils",
         "utils.*"),
     6: ("nn", "nn.modules", "nn.modules.*", "backbones", "backbones.*", "models", "models.*",
+        "compat", "sparse_tensor", "point_tensor",
         "checkpoints", "(root)"),
     7: ("datasets", "datasets.*", "viz", "segmentation", "cli", "cli.*", "__main__"),
 }  # fmt: skip

@@ -1,6 +1,8 @@
 """Sparse convolution for point clouds and voxels, in pure PyTorch and Triton."""
 
-from torchsparse import backend, backends, nn, operators, tensor, utils
+from torchsparse import backend, backends, compat, nn, operators, tensor, utils
+from torchsparse import point_tensor as point_tensor
+from torchsparse import sparse_tensor as sparse_tensor
 from torchsparse.operators import cat, generative_add
 from torchsparse.tensor import PointTensor, SparseTensor
 from torchsparse.version import __version__
@@ -12,6 +14,7 @@ __all__ = [
     "backend",
     "backends",
     "cat",
+    "compat",
     "generative_add",
     "nn",
     "operators",

@@ -34,7 +34,7 @@ class Complaint(enum.Enum):
     DENSE = "every coordinate must lie inside the dense tensor's `spatial_range`"
     BATCH_SIZE = "every batch index must be smaller than `batch_size`"
     INDEX = "every index must be smaller than the number of rows it refers to"
-    BEV = "every row must lie inside the module's `shape` along the axis it reduces"
+    BEV = "every row must lie inside the module's `shape`"
     TABLE_FULL = "the hash table must have room for every distinct key"
 
     @property

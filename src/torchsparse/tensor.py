@@ -18,6 +18,7 @@ from torchsparse._cache import (
     set_global_tensor_cache,
     set_tensor_cache_mode,
 )
+from torchsparse._compat import OldNames
 from torchsparse._flags import Complaint, complain_if
 from torchsparse._geometry import as_tuple
 from torchsparse._settings import settings
@@ -95,7 +96,7 @@ def _moved(value: Any, device: Any, dtype: torch.dtype | None, non_blocking: boo
     return value.to(device=device, dtype=dtype, non_blocking=non_blocking and not wait)
 
 
-class SparseTensor(_OnDevice):
+class SparseTensor(OldNames, _OnDevice):
     """Features on the voxels of a sparse lattice.
 
     The constructor stores what it is given; each operation checks what it uses.

@@ -1,4 +1,4 @@
-"""The command line: ``torchsparse demo``, ``torchsparse segment``."""
+"""The command line: ``torchsparse demo``, ``segment`` and ``convert``."""
 
 import sys
 

@@ -4,6 +4,7 @@ from typing import Annotated
 
 import typer
 
+from torchsparse.cli.convert import convert
 from torchsparse.cli.demo import demo
 from torchsparse.cli.segment import segment
 from torchsparse.version import __version__
@@ -37,5 +38,6 @@ def _root(
     pass
 
 
+app.command()(convert)
 app.command()(demo)
 app.command()(segment)

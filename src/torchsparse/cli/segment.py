@@ -8,12 +8,15 @@ from typing import Annotated
 
 import numpy as np
 import typer
+from numpy.typing import NDArray
 
 from torchsparse import viz
 from torchsparse.datasets import FORMATS, read_points
 from torchsparse.segmentation import CheckpointError, load_checkpoint
 
 __all__ = ["segment"]
+
+_ROOM = 20.0  # metres: a scan of a street reaches further
 
 
 def segment(
@@ -84,10 +87,18 @@ def segment(
         ]
         typer.echo(
             f"{path.name}: {len(labels)} points, {seconds:.1f} s, {', '.join(ranked)} "
-            f"-> {out / stem}.png"
+            f"-> {out / stem}.png{_note(cloud.points, recipe.trained_on)}"
         )
     if failed:
         raise typer.Exit(2)
+
+
+def _note(points: NDArray[np.floating], trained_on: str) -> str:
+    """A warning about clouds as small as a room."""
+    width, length = np.ptp(points[:, :2], axis=0)
+    if max(width, length) >= _ROOM:
+        return ""
+    return f" (a room, {width:.0f} x {length:.0f} m? the network was trained on {trained_on})"
 
 
 def _stem(path: Path, taken: set[str]) -> str:

@@ -12,6 +12,10 @@ from torchsparse.nn.modules import (
     ReLU,
     SiLU,
     SparseCrop,
+    ToBEVConvolution,
+    ToBEVHeightCompression,
+    ToBEVReduction,
+    ToDenseBEVConvolution,
 )
 
 __all__ = [
@@ -25,6 +29,10 @@ __all__ = [
     "ReLU",
     "SiLU",
     "SparseCrop",
+    "ToBEVConvolution",
+    "ToBEVHeightCompression",
+    "ToBEVReduction",
+    "ToDenseBEVConvolution",
     "functional",
     "utils",
 ]

@@ -2,6 +2,7 @@
 
 from torchsparse.nn.functional import (
     activation,
+    bev,
     conv,
     count,
     crop,
@@ -51,6 +52,7 @@ __all__ = [
     "ConvMode",
     "Dataflow",
     "activation",
+    "bev",
     "build_kernel_map",
     "calc_ti_weights",
     "clear_global_conv_config",

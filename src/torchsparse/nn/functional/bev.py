@@ -13,13 +13,13 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from torchsparse._autograd.points import ToDense, voxelize
+from torchsparse._autograd.points import voxelize
 from torchsparse._autograd.reduce import segment_sum
 from torchsparse._cache import new_cache
 from torchsparse._flags import Complaint, complain_if, raise_pending
 from torchsparse._geometry import as_tuple
 from torchsparse._keys import fit_layout, pack, unpack
-from torchsparse._ops import points, reduce
+from torchsparse._ops import reduce
 from torchsparse._validate import (
     check_coords,
     check_feats,
@@ -179,9 +179,10 @@ def to_dense_bev_convolution(
     batch, num = samples(input)
     inside = _shifted(coords, offset)
     _complain_outside(inside, box)
-    columns, extents = _image(batch, inside, box, dim)
+    columns, extents = _cells(batch, inside, box, dim)
     out, sites = _sum_by_site(feats, kernel, bias, inside[:, dim], columns)
-    return _channels_first(out, sites, (num, *extents))
+    sites = torch.nn.functional.pad(sites, (0, 1))  # one layer of channels
+    return _Image.apply(out, sites, (num, *extents, 1))  # pyright: ignore[reportReturnType]
 
 
 def to_bev_height_compression(
@@ -211,11 +212,11 @@ def to_bev_height_compression(
     inside = _shifted(coords, offset)
     inside[:, dim].clamp_(0, box[dim] - 1)
     _complain_outside(inside, box)
-    columns, extents = _image(batch, inside, box, dim)
+    columns, extents = _cells(batch, inside, box, dim)
     columns = torch.cat([columns, inside[:, dim, None]], 1)
     sites, row = _sites(columns)
     out = segment_sum(feats, row, sites.shape[0])
-    return _channels_first(out, sites, (num, *extents, box[dim]))
+    return _Image.apply(out, sites, (num, *extents, box[dim]))  # pyright: ignore[reportReturnType]
 
 
 def _box(shape: Any) -> tuple[int, ...]:
@@ -233,7 +234,7 @@ def _shifted(coords: Tensor, offset: Any) -> Tensor:
     return shifted
 
 
-def _image(
+def _cells(
     batch: Tensor, inside: Tensor, box: tuple[int, ...], dim: int
 ) -> tuple[Tensor, tuple[int, ...]]:
     """Rows (b, a, a') of the two axes besides ``dim``, and the extents of those axes."""
@@ -242,11 +243,31 @@ def _image(
     return columns, tuple(box[axis] for axis in axes)
 
 
-def _channels_first(feats: Tensor, sites: Tensor, extents: tuple[int, ...]) -> Tensor:
-    """[M, C] on sites (b, a, a', ...) -> [B, ... * C, A, A']."""
-    # Rows outside have index -1 and are left out: a GPU raises their complaint later.
-    grid: Tensor = ToDense.apply(feats, points.flat_index(sites, extents), extents)  # pyright: ignore[reportAssignmentType]
-    return grid.flatten(3).permute(0, 3, 1, 2).contiguous()
+class _Image(Function):
+    """Rows at distinct (b, a, a', h) -> [B, H * C, A, A'], 0 elsewhere.
+
+    Writing channels first at once spares a transposed copy of an image that is mostly empty. All
+    rows are inside: whoever found another one has raised.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, feats: Tensor, sites: Tensor, extents: tuple[int, ...]) -> Tensor:
+        ctx.save_for_backward(sites)
+        batch, a, b, heights = extents
+        channels = feats.shape[1]
+        ctx.stack = (heights, channels)
+        out = feats.new_zeros((batch, heights, channels, a, b))
+        at_b, at_a, at_a2, at_h = sites.to(torch.int64).unbind(1)
+        out[at_b, at_h, :, at_a, at_a2] = feats
+        # Not a view: the output of a Function can then be changed in place.
+        return out.resize_(batch, heights * channels, a, b)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (sites,) = ctx.saved_tensors
+        at_b, at_a, at_a2, at_h = sites.to(torch.int64).unbind(1)
+        return grad.unflatten(1, ctx.stack)[at_b, at_h, :, at_a, at_a2], None, None
 
 
 # ------------------------------------------------------------------ checks
@@ -339,7 +360,8 @@ class _ByHeight(Function):
     """``feats[order[p]] @ kernel[h] + bias`` for ``starts[h] <= p < starts[h + 1]``.
 
     Operands are rounded to ``dtype``; products are float32, or float64 for float64. Gradients are
-    summed so too, and returned in the dtype of what they belong to.
+    summed so too, and returned in the dtype of what they belong to. Autocast leaves products with
+    ``out=`` alone.
     """
 
     @staticmethod
@@ -358,9 +380,8 @@ class _ByHeight(Function):
         weight = _rounded(kernel, dtype)
         feats = _rounded(feats, dtype)
         out = feats.new_empty((order.shape[0], kernel.shape[2]))
-        with torch.autocast(feats.device.type, enabled=False):
-            for h, rows in _groups(starts):
-                torch.mm(feats.index_select(0, order[rows]), weight[h], out=out[rows])
+        for h, rows in _groups(starts):
+            torch.mm(feats.index_select(0, order[rows]), weight[h], out=out[rows])
         return out if bias is None else out.add_(_rounded(bias, dtype))
 
     @staticmethod
@@ -368,20 +389,19 @@ class _ByHeight(Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         feats, kernel, order = ctx.saved_tensors
         grad_feats = grad_kernel = grad_bias = None
-        with torch.autocast(grad.device.type, enabled=False):
-            if ctx.needs_input_grad[0]:
-                weight = _rounded(kernel, ctx.dtype)
-                rows_grad = grad.new_empty((order.shape[0], feats.shape[1]))
-                for h, rows in _groups(ctx.starts):
-                    torch.mm(grad[rows], weight[h].mT, out=rows_grad[rows])
-                grad_feats = torch.zeros_like(feats)
-                grad_feats.index_copy_(0, order, rows_grad.to(feats.dtype))
-            if ctx.needs_input_grad[1]:
-                rounded = _rounded(feats, ctx.dtype)
-                sums = grad.new_zeros(kernel.shape)
-                for h, rows in _groups(ctx.starts):
-                    torch.mm(rounded.index_select(0, order[rows]).mT, grad[rows], out=sums[h])
-                grad_kernel = sums.to(kernel.dtype)
+        if ctx.needs_input_grad[0]:
+            weight = _rounded(kernel, ctx.dtype)
+            rows_grad = grad.new_empty((order.shape[0], feats.shape[1]))
+            for h, rows in _groups(ctx.starts):
+                torch.mm(grad[rows], weight[h].mT, out=rows_grad[rows])
+            grad_feats = torch.zeros_like(feats)
+            grad_feats.index_copy_(0, order, rows_grad.to(feats.dtype))
+        if ctx.needs_input_grad[1]:
+            rounded = _rounded(feats, ctx.dtype)
+            sums = grad.new_zeros(kernel.shape)
+            for h, rows in _groups(ctx.starts):
+                torch.mm(rounded.index_select(0, order[rows]).mT, grad[rows], out=sums[h])
+            grad_kernel = sums.to(kernel.dtype)
         if ctx.needs_input_grad[2]:
             shape, dtype = ctx.bias_like
             grad_bias = grad.sum(0).to(dtype).reshape(shape)

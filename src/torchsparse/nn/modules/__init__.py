@@ -1,6 +1,12 @@
 """The modules, name by name."""
 
 from torchsparse.nn.modules.activation import LeakyReLU, ReLU, SiLU
+from torchsparse.nn.modules.bev import (
+    ToBEVConvolution,
+    ToBEVHeightCompression,
+    ToBEVReduction,
+    ToDenseBEVConvolution,
+)
 from torchsparse.nn.modules.conv import Conv3d
 from torchsparse.nn.modules.crop import SparseCrop
 from torchsparse.nn.modules.norm import BatchNorm, GroupNorm, InstanceNorm
@@ -17,4 +23,8 @@ __all__ = [
     "ReLU",
     "SiLU",
     "SparseCrop",
+    "ToBEVConvolution",
+    "ToBEVHeightCompression",
+    "ToBEVReduction",
+    "ToDenseBEVConvolution",
 ]

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torchsparse._compat import old_conv_arguments
 from torchsparse._geometry import default_padding
 from torchsparse.nn.functional.conv.conv import check_parameters, convolve
 from torchsparse.tensor import SparseTensor
@@ -54,6 +55,9 @@ class Conv3d(nn.Module):
         config: Any = None,
     ) -> None:
         super().__init__()
+        padding, dilation, bias, transposed = old_conv_arguments(
+            padding, dilation, bias, transposed
+        )
         self.in_channels = in_channels
         self.out_channels = out_channels
         self.kernel_size, self.stride, padding, self.dilation = check_parameters(

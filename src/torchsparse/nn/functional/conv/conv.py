@@ -12,6 +12,7 @@ from torch import Tensor
 from torchsparse import _validate
 from torchsparse._autograd.conv import pointwise, sparse_conv
 from torchsparse._cache import TensorCache
+from torchsparse._compat import old_conv3d_arguments
 from torchsparse._geometry import Geometry, as_tuple
 from torchsparse._recipe import ConvRecipe
 from torchsparse.nn.functional.conv.conv_config import resolve_config
@@ -74,6 +75,7 @@ def conv3d(
         TypeError: Wrong dtypes, float16 mixed with bfloat16, a bool as padding.
         NotImplementedError: Dataflow.CodedCSR.
     """
+    padding, dilation, transposed = old_conv3d_arguments(padding, dilation, transposed)
     return convolve(
         3, input, weight, kernel_size, bias, stride, padding, dilation, config,
         transposed, generative, coordinates,

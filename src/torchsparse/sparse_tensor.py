@@ -1,0 +1,19 @@
+"""Where ``SparseTensor`` was before 2.0; now it is ``torchsparse.SparseTensor``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torchsparse import _compat, tensor
+
+__all__ = ["SparseTensor"]
+
+SparseTensor: type[tensor.SparseTensor]  # handed out by __getattr__, with a note
+
+
+def __getattr__(name: str) -> Any:
+    return _compat.moved(__name__, tensor, name, __all__)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]
