@@ -38,9 +38,9 @@ def weights(segmenter: Segmenter) -> torch.Tensor:
 
 def test_training_beats_the_most_frequent_class(scans: list[Scan]) -> None:
     segmenter = Segmenter.new(SMALL)
-    losses = fit(segmenter, scans, steps=25, batch=2, rate=1e-2)
-    assert len(losses) == segmenter.steps == segmenter.planned == 25
-    assert np.mean(losses[-5:]) < 0.85 * np.mean(losses[:5])
+    losses = fit(segmenter, scans, steps=60, batch=2, rate=2e-2)
+    assert len(losses) == segmenter.steps == segmenter.planned == 60
+    assert np.mean(losses[-5:]) < 0.8 * np.mean(losses[:5])
     result = evaluate(segmenter, scans)
     assert result.miou > 2 * result.majority_miou
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -194,12 +193,11 @@ def fit(
         rng = np.random.default_rng([seed, step, 0xF1])
         return _training_batch(picked, segmenter.recipe, drop_intensity, rng)
 
-    bar = tqdm(total=steps, desc="training", unit="step", disable=not progress)
-    with bar, ThreadPoolExecutor(1) as ahead:  # one batch ahead: a quarter of the time
-        upcoming = ahead.submit(prepare, 0)
+    # Batches are made in this thread: one that works ahead takes a core from PyTorch's own, whose
+    # barriers then wait for each other (0.9 s a step in place of 0.3 s on 2 cores).
+    with tqdm(total=steps, desc="training", unit="step", disable=not progress) as bar:
         for step in range(steps):
-            x, labels = upcoming.result()
-            upcoming = ahead.submit(prepare, step + 1)
+            x, labels = prepare(step)
             scores = network(x)
             counts += torch.bincount(labels, minlength=len(counts))
             weight = counts ** (-1 / 3)
