@@ -74,7 +74,9 @@ class _SparseConv(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]  # names hidden
+        ctx: Any, *grads: Tensor
+    ) -> tuple[Any, ...]:
         feats, weight = ctx.saved_tensors
         kmap, transposed, dtype = ctx.kmap, ctx.transposed, ctx.dtype
         grad = grads[0].to(dtype)
