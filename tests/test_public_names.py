@@ -22,7 +22,7 @@ CONV_MODE = """ConvMode get_conv_mode set_conv_mode get_kmap_mode set_kmap_mode
     get_downsample_mode set_downsample_mode"""
 MAPS = """build_kernel_map transpose_kernel_map spdownsample spupsample_generative
     convert_transposed_out_in_map"""
-CONV = f"conv3d Dataflow AttributeDict {CONV_CONFIG} {CONV_MODE} {MAPS}"
+CONV = f"conv1d conv2d conv3d conv4d Dataflow AttributeDict {CONV_CONFIG} {CONV_MODE} {MAPS}"
 CACHE = """TensorCache TensorCacheMode get_tensor_cache_mode set_tensor_cache_mode
     get_global_tensor_cache set_global_tensor_cache clear_global_tensor_cache"""
 LOCAL_POOLS = " ".join(
@@ -30,7 +30,8 @@ LOCAL_POOLS = " ".join(
     for name in ("MaxPool", "AvgPool", "SumPool", "Unpool", "MaxUnpool")
     for ndim in (1, 2, 3, 4)
 )
-MODULES = f"""Conv3d BatchNorm GroupNorm InstanceNorm ReLU LeakyReLU SiLU GlobalAvgPool
+MODULES = f"""Conv1d Conv2d Conv3d Conv4d BatchNorm GroupNorm InstanceNorm ReLU LeakyReLU SiLU
+    GlobalAvgPool
     GlobalMaxPool GlobalSumPool {LOCAL_POOLS} SparseCrop ToBEVReduction ToBEVConvolution
     ToDenseBEVConvolution ToBEVHeightCompression"""
 WINDOWS = "max_pool3d avg_pool3d sum_pool3d unpool3d max_unpool3d"
@@ -61,7 +62,7 @@ OFFERED: dict[str, str] = {
         to_bev_height_compression""",
     "nn.functional.activation": "relu silu leaky_relu",
     "nn.functional.conv": f"{CONV} conv conv_config conv_mode func kmap",
-    "nn.functional.conv.conv": "conv3d",
+    "nn.functional.conv.conv": "conv1d conv2d conv3d conv4d",
     "nn.functional.conv.conv_config": f"""{CONV_CONFIG} keys_check Dataflow AttributeDict
         ConvConfig""",
     "nn.functional.conv.conv_mode": CONV_MODE,
@@ -114,8 +115,6 @@ LATER: dict[str, str] = {
     "": "tune inference",
     "operators": "prune",
     "utils": "tune",
-    "nn": "Conv1d Conv2d Conv4d",
-    "nn.functional": "conv1d conv2d conv4d",
 }
 
 # Names and defaults of the parameters; as in TorchSparse 2.1, where it has them.

@@ -7,7 +7,7 @@ from torchsparse.nn.modules.bev import (
     ToBEVReduction,
     ToDenseBEVConvolution,
 )
-from torchsparse.nn.modules.conv import Conv3d
+from torchsparse.nn.modules.conv import Conv1d, Conv2d, Conv3d, Conv4d
 from torchsparse.nn.modules.crop import SparseCrop
 from torchsparse.nn.modules.local_pooling import (
     AvgPool1d,
@@ -40,7 +40,10 @@ __all__ = [
     "AvgPool3d",
     "AvgPool4d",
     "BatchNorm",
+    "Conv1d",
+    "Conv2d",
     "Conv3d",
+    "Conv4d",
     "GlobalAvgPool",
     "GlobalMaxPool",
     "GlobalSumPool",

@@ -1,4 +1,4 @@
-"""``conv3d``: check, resolve, find the map, one call, wrap."""
+"""``conv3d`` and its siblings: check, resolve, find the map, one call, wrap."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from torchsparse.nn.functional.conv.kmap import (
 )
 from torchsparse.tensor import SparseTensor, site_stride, wrap
 
-__all__ = ["conv3d"]
+__all__ = ["conv1d", "conv2d", "conv3d", "conv4d"]
 
 
 def conv3d(
@@ -79,6 +79,66 @@ def conv3d(
     padding, dilation, transposed = old_conv3d_arguments(padding, dilation, transposed)
     return convolve(
         3, input, weight, kernel_size, bias, stride, padding, dilation, config,
+        transposed, generative, coordinates,
+    )  # fmt: skip
+
+
+def conv1d(
+    input: SparseTensor,
+    weight: Tensor,
+    kernel_size: Any,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    config: Mapping[str, Any] | None = None,
+    transposed: bool = False,
+    generative: bool = False,
+    coordinates: SparseTensor | Tensor | None = None,
+) -> SparseTensor:
+    """`conv3d` over one spatial axis: coordinates (b, x)."""
+    return convolve(
+        1, input, weight, kernel_size, bias, stride, padding, dilation, config,
+        transposed, generative, coordinates,
+    )  # fmt: skip
+
+
+def conv2d(
+    input: SparseTensor,
+    weight: Tensor,
+    kernel_size: Any,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    config: Mapping[str, Any] | None = None,
+    transposed: bool = False,
+    generative: bool = False,
+    coordinates: SparseTensor | Tensor | None = None,
+) -> SparseTensor:
+    """`conv3d` over two spatial axes: coordinates (b, x, y)."""
+    return convolve(
+        2, input, weight, kernel_size, bias, stride, padding, dilation, config,
+        transposed, generative, coordinates,
+    )  # fmt: skip
+
+
+def conv4d(
+    input: SparseTensor,
+    weight: Tensor,
+    kernel_size: Any,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    config: Mapping[str, Any] | None = None,
+    transposed: bool = False,
+    generative: bool = False,
+    coordinates: SparseTensor | Tensor | None = None,
+) -> SparseTensor:
+    """`conv3d` over four spatial axes: coordinates (b, x, y, z, t)."""
+    return convolve(
+        4, input, weight, kernel_size, bias, stride, padding, dilation, config,
         transposed, generative, coordinates,
     )  # fmt: skip
 
