@@ -16,6 +16,7 @@ __all__ = [
     "has_duplicates",
     "invert_taps",
     "strided_sites",
+    "unique_rows",
 ]
 
 Bounds = tuple[int | None, ...]
@@ -89,3 +90,18 @@ def generative_sites(
 ) -> tuple[Tensor, Any]:
     """All fine sites that some tap ties to a coarse site; else as `strided_sites`."""
     return twin("coords", coords).generative_sites(coords, geometry, lower, upper)
+
+
+def unique_rows(coords: Tensor) -> tuple[Tensor, Tensor]:
+    """Distinct coordinate rows, and which of them each given row is. Waits for the device.
+
+    Args:
+        coords: [N, A] integers.
+
+    Returns:
+        [M, A] int32 in lexicographic order; [N] int64.
+
+    Raises:
+        ValueError: The bounding box has 2^62 cells or more.
+    """
+    return twin("coords", coords).unique_rows(coords)

@@ -28,6 +28,7 @@ __all__ = [
     "has_duplicates",
     "invert_taps",
     "strided_sites",
+    "unique_rows",
 ]
 
 INT32 = torch.iinfo(torch.int32)
@@ -388,3 +389,20 @@ def _combine(batch: Tensor, axes: list[Candidates], layout: KeyLayout) -> Tensor
                 valid = mask if valid is None else valid & mask
         parts.append(keys if valid is None else keys.index_select(0, flat_nonzero(valid)))
     return torch.cat(parts) if parts else first[:0]
+
+
+def unique_rows(coords: Tensor) -> tuple[Tensor, Tensor]:
+    """Distinct rows, sorted, and which of them each given row is.
+
+    Args:
+        coords: [N, A] integers.
+
+    Returns:
+        [M, A] int32 in lexicographic order; [N] int64.
+    """
+    if coords.shape[0] == 0:
+        return coords.to(torch.int32), torch.zeros(0, dtype=torch.int64, device=coords.device)
+    layout = fit_layout(*bounds(coords))
+    keys, order = torch.sort(pack(coords, layout), stable=True)
+    keys, rank = torch.unique_consecutive(keys, return_inverse=True)
+    return unpack(keys, layout), torch.empty_like(order).index_copy_(0, order, rank)
