@@ -46,7 +46,8 @@ OFFERED: dict[str, str] = {
         operators tensor utils""",
     "tensor": f"""SparseTensor PointTensor get_allow_negative_coordinates
         set_allow_negative_coordinates {CACHE}""",
-    "operators": "cat generative_add",
+    "operators": """cat generative_add align union intersection add sub mul prune broadcast
+        broadcast_add broadcast_mul broadcast_cat""",
     "compat": "ADVICE forget_notes",
     "backend": "GPUHashTable",
     "backends": """benchmark hash_rsv_ratio infer_spatial_range device_capability allow_tf32
@@ -113,7 +114,6 @@ HELPERS: dict[str, str] = {
 # Promised and not yet there. Adding one moves it into the tables above.
 LATER: dict[str, str] = {
     "": "tune inference",
-    "operators": "prune",
     "utils": "tune",
 }
 
@@ -123,6 +123,10 @@ SIGNATURES: dict[str, str] = {
     "PointTensor": "feats, coords, idx_query=None, weights=None",
     "cat": "inputs",
     "generative_add": "a, b",
+    "operators.prune": "input, mask",
+    "operators.add": "a, b, sites='union', fill=0.0",
+    "operators.align": "*inputs, sites='union', fill=0.0",
+    "operators.broadcast": "input, vectors",
     "backend.GPUHashTable": "keys, vals=None",
     "nn.Conv3d": """in_channels, out_channels, kernel_size=3, stride=1, padding=0, dilation=1,
         bias=False, transposed=False, generative=False, config=None""",
@@ -193,7 +197,7 @@ SIGNATURES: dict[str, str] = {
     "backbones.SparseResUNet42": "**kwargs",
 }
 # What this library adds behind those parameters.
-ADDED = {"nn.functional.conv3d": "coordinates=None"}
+ADDED = {"cat": "fill=None", "nn.functional.conv3d": "coordinates=None"}
 
 
 def module(path: str) -> ModuleType:

@@ -8,9 +8,16 @@ import numpy as np
 import pytest
 import torch
 
+from tests import clouds
 from torchsparse._geometry import Geometry, tap_list
 from torchsparse._keys import unpack
-from torchsparse._reference.coords import build_index, find_taps, invert_taps, strided_sites
+from torchsparse._reference.coords import (
+    build_index,
+    find_taps,
+    invert_taps,
+    strided_sites,
+    unique_rows,
+)
 
 NDIMS = (1, 2, 3, 4)
 
@@ -103,3 +110,14 @@ def test_a_huge_box_gives_up_the_usual_margin() -> None:
     coarse, _ = strided_sites(coords, geometry, (0,) * 3, (None,) * 3)
     assert coarse.tolist() == [[0, 0, 0, 0], [0, 2**29, 2**28, 0]]
     assert find_taps(index, coarse, geometry)[0].tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("cloud", ["empty", "single", "odd", "negative", "block"])
+def test_unique_rows_are_those_of_numpy(cloud):
+    rows = clouds.CLOUDS[cloud]()
+    rows = np.concatenate([rows, rows[::3], rows[1:7]])
+    sites, place = unique_rows(torch.from_numpy(rows))
+    want, inverse = np.unique(rows, axis=0, return_inverse=True)
+    assert sites.dtype == torch.int32
+    np.testing.assert_array_equal(sites.numpy(), want)
+    np.testing.assert_array_equal(place.numpy(), inverse.reshape(-1))
