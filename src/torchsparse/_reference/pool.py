@@ -5,6 +5,8 @@ Tap by tap, in order, so that the same input gives the same bits; nothing waits 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -12,9 +14,19 @@ from torchsparse._reference.coords import flat_nonzero
 
 __all__ = ["pick_rows", "pool_max", "pool_sum", "unpool_max"]
 
+# Features of a block of outputs on a CPU: with those of its neighbours they stay in the L2 cache.
+BLOCK = 65536
+
 
 def _sum_dtype(feats: Tensor) -> torch.dtype:
     return torch.float64 if feats.dtype == torch.float64 else torch.float32
+
+
+def _blocks(table: Tensor, channels: int) -> Iterator[slice]:
+    """Outputs in blocks whose features stay in the cache; a GPU takes them all at once."""
+    m = table.shape[1]
+    size = max(BLOCK // max(channels, 1), 1) if table.device.type == "cpu" else max(m, 1)
+    return (slice(begin, min(begin + size, m)) for begin in range(0, m, size))
 
 
 def _candidates(neighbors: Tensor) -> Tensor:
@@ -71,6 +83,14 @@ def pool_max(feats: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
     start = first.clamp(min=0)
     out = feats.index_select(0, start)
     rows = start[:, None].repeat(1, channels)
+    for block in _blocks(table, channels):
+        _raise_to_max(feats, table[:, block], start[block], out[block], rows[block])
+    none = (first < 0)[:, None]
+    return out.masked_fill_(none, 0), rows.masked_fill_(none, -1)
+
+
+def _raise_to_max(feats: Tensor, table: Tensor, start: Tensor, out: Tensor, rows: Tensor) -> None:
+    """Bring ``out`` [M, C] and ``rows``, so far those of the first neighbour, to the maximum."""
     # From the last tap to the first: of equal values the lowest tap comes last and stays.
     for neighbors in table.flip(0).unbind(0):
         where = _candidates(neighbors)
@@ -80,8 +100,6 @@ def pool_max(feats: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
         wins = (values >= best) | values.isnan()
         rows.index_copy_(0, where, torch.where(wins, inputs[:, None], rows.index_select(0, where)))
         out.index_copy_(0, where, torch.where(wins, values, best))
-    none = (first < 0)[:, None]
-    return out.masked_fill_(none, 0), rows.masked_fill_(none, -1)
 
 
 def unpool_max(values: Tensor, rows: Tensor, table: Tensor) -> Tensor:
@@ -100,15 +118,22 @@ def unpool_max(values: Tensor, rows: Tensor, table: Tensor) -> Tensor:
     out = values.new_zeros((n, channels), dtype=_sum_dtype(values))
     if values.shape[0] == 0:
         return out.to(values.dtype)
+    own = torch.arange(n, dtype=torch.int32, device=values.device)
+    for block in _blocks(table, channels):
+        _add_winners(values, rows, table[:, block], own[block], out[block])
+    return out.to(values.dtype)
+
+
+def _add_winners(values: Tensor, rows: Tensor, table: Tensor, own: Tensor, out: Tensor) -> None:
+    """Add to ``out`` [N, C] the values that came from the rows ``own`` [N]."""
     for neighbors in table.unbind(0):
         where = _candidates(neighbors)
         outputs = neighbors.index_select(0, where)
-        own = torch.where(outputs < 0, -2, where)
+        asked = torch.where(outputs < 0, -2, own.index_select(0, where))
         outputs = outputs.clamp(min=0)
-        hit = rows.index_select(0, outputs) == own[:, None]
+        hit = rows.index_select(0, outputs) == asked[:, None]
         part = torch.where(hit, values.index_select(0, outputs), 0).to(out.dtype)
         out.index_copy_(0, where, out.index_select(0, where) + part)
-    return out.to(values.dtype)
 
 
 def pick_rows(feats: Tensor, rows: Tensor) -> Tensor:

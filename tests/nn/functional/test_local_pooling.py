@@ -348,8 +348,15 @@ def test_unpooling_by_sums_is_the_adjoint(device):
     assert_close((x.feats * F.unpool3d(y, 3, 2, 1, mode="sum").feats).sum(), forward, x.F.dtype)
 
 
-def test_the_way_of_a_gpu_gives_the_same(monkeypatch):
-    """Where listing the outputs of a tap would wait, all of them are looked at."""
+WAYS = {
+    # Where listing the outputs of a tap would wait for a GPU, all of them are looked at.
+    "all outputs": ("_candidates", lambda taps: torch.arange(len(taps))),
+    "many blocks": ("BLOCK", 7),
+}
+
+
+@pytest.mark.parametrize(("name", "value"), WAYS.values(), ids=WAYS)
+def test_every_way_through_the_taps_gives_the_same(name, value, monkeypatch):
     x = sparse(torch.device("cpu"), "batch_gap", spatial_range=(clouds.BATCH, *clouds.ROOM))
     x.feats.requires_grad_()
 
@@ -359,7 +366,7 @@ def test_the_way_of_a_gpu_gives_the_same(monkeypatch):
         return y.feats, rows, grad
 
     want = run()
-    monkeypatch.setattr(reference, "_candidates", lambda taps: torch.arange(len(taps)))
+    monkeypatch.setattr(reference, name, value)
     for a, b in zip(run(), want):
         assert torch.equal(a, b)
 
