@@ -15,7 +15,7 @@ from torchsparse._autograd.reduce import segment_sum
 from torchsparse._autograd.rows import move_rows, repeat_rows
 from torchsparse._cache import TensorCache
 from torchsparse._flags import Complaint, complain_if, raise_pending
-from torchsparse._ops.coords import unique_rows
+from torchsparse._ops.sets import unique_rows
 from torchsparse._validate import (
     check_coords,
     check_feats,

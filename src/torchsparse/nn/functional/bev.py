@@ -18,8 +18,8 @@ from torchsparse._autograd.reduce import segment_sum
 from torchsparse._cache import new_cache
 from torchsparse._flags import Complaint, complain_if, raise_pending
 from torchsparse._geometry import as_tuple
-from torchsparse._ops import coords as coords_ops
 from torchsparse._ops import reduce
+from torchsparse._ops.sets import unique_rows
 from torchsparse._validate import (
     check_coords,
     check_feats,
@@ -321,7 +321,7 @@ def _sites(columns: Tensor) -> tuple[Tensor, Tensor]:
     [N, A] integers -> [M, A] int32, [N] int64.
     """
     raise_pending(columns.device)  # the next line waits for the device anyway
-    return coords_ops.unique_rows(columns)
+    return unique_rows(columns)
 
 
 def _sum_by_site(

@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchsparse import _validate
+from torchsparse import _validate, backends
 from torchsparse._autograd.conv import pointwise, sparse_conv
 from torchsparse._cache import TensorCache
 from torchsparse._compat import old_conv3d_arguments
 from torchsparse._geometry import Geometry, as_tuple
 from torchsparse._kernel_map import KernelMap
 from torchsparse._recipe import ConvRecipe
+from torchsparse._settings import settings
 from torchsparse.nn.functional.conv.conv_config import resolve_config
 from torchsparse.nn.functional.conv.kmap import (
     Level,
@@ -171,7 +172,7 @@ def convolve(
         ndim, x, kernel_size, stride, padding, dilation, recipe.downsample_mode,
         transposed, generative, coordinates,
     )  # fmt: skip
-    feats = sparse_conv(x.feats, weight, bias, kmap, transposed, recipe.dtype)
+    feats = sparse_conv(x.feats, weight, bias, kmap, transposed, recipe)
     return on_level(feats, x, level, generative)
 
 
@@ -361,6 +362,13 @@ def resolve(
 ) -> ConvRecipe:
     """Turn configuration, modes, dtypes and autocast into one record."""
     complete = resolve_config(config)
+    dtype = compute_dtype(feats, weight, bias)
+    on_gpu = feats.device.type == "cuda"
+    full = on_gpu and dtype in HALVES and not backends.allow_fp16
+    if on_gpu and dtype == torch.float32:
+        precision = "tf32" if backends.allow_tf32 else settings.float32_precision
+    else:
+        precision = "ieee"
     return ConvRecipe(
         dataflow=complete.dataflow,
         sort=bool(complete.ifsort),
@@ -369,7 +377,9 @@ def resolve(
         literal=not complete.auto,
         kmap_mode=complete.kmap_mode,
         downsample_mode=complete.downsample_mode,
-        dtype=compute_dtype(feats, weight, bias),
+        dtype=dtype,
+        compute=torch.float32 if full else dtype,
+        precision=precision,
     )
 
 
