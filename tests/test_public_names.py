@@ -232,13 +232,14 @@ BACKEND_VALUES = (
     "device_capability",
     "allow_tf32",
     "allow_fp16",
+    "float32_precision",
 )
 
 
 @pytest.mark.parametrize("name", BACKEND_VALUES)
 def test_backends_values_can_be_read_and_written(name: str) -> None:
     value = getattr(torchsparse.backends, name)
-    assert isinstance(value, int)
+    assert isinstance(value, str if name == "float32_precision" else int)
     setattr(torchsparse.backends, name, value)
     assert getattr(torchsparse.backends, name) == value
 
