@@ -87,7 +87,7 @@ def _start(
                 kinds.append(arg if arg is None else type(arg))
     kinds.extend(options.items())
     key = tuple(kinds)
-    known = _resolved.get(key)
+    known = _resolved.get(key)  # only where `_resolve` found this Triton to be as it expects
     if known is None or _hooked():
         compiled = kernel[grid](*args, **options)
         if key not in _resolved:
@@ -115,14 +115,16 @@ def _start(
 def _hooked() -> bool:
     """Whether a profiler wants to see launches."""
     runtime = triton.knobs.runtime
-    return bool(runtime.launch_enter_hook) or bool(runtime.launch_exit_hook)
+    return bool(runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls)
 
 
 def _resolve(
     kernel: Any, compiled: Any, given: int, options: dict[str, Any]
 ) -> _Resolved | None:
     """What a direct launch needs; None where this Triton is built differently."""
-    if _stream is None or not triton.__version__.startswith(("3.6.",)):
+    if _stream is None or not triton.__version__.startswith("3.6."):
+        return None
+    if not hasattr(triton.knobs.runtime.launch_enter_hook, "calls"):
         return None
     run = compiled.run
     wanted = ("launch", "global_scratch_size", "profile_scratch_size")
