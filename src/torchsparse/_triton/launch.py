@@ -57,10 +57,9 @@ def launch(kernel: Any, grid: tuple[int, ...], like: Tensor, *args: Any, **optio
     if 0 in grid:
         return
     device = like.device
-    if INTERPRETED or device.type != "cuda":
+    if INTERPRETED:
         kernel[grid](*args, **options)
-        return
-    if device.index != torch.cuda.current_device():
+    elif device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
             _start(kernel, grid, device.index, args, options)
     else:
@@ -68,7 +67,7 @@ def launch(kernel: Any, grid: tuple[int, ...], like: Tensor, *args: Any, **optio
 
 
 def _start(
-    kernel: Any, grid: tuple[int, ...], device: int, args: tuple[Any, ...], options: dict[str, Any]
+    kernel: Any, grid: tuple[int, ...], device: int | None, args: tuple[Any, ...], options: dict[str, Any]
 ) -> None:
     # What a compiled kernel depends on: dtypes, alignment, and the kind of each number.
     kinds: list[Any] = [kernel, device]
