@@ -27,7 +27,9 @@ CACHE = """TensorCache TensorCacheMode get_tensor_cache_mode set_tensor_cache_mo
     get_global_tensor_cache set_global_tensor_cache clear_global_tensor_cache"""
 MODULES = """Conv3d BatchNorm GroupNorm InstanceNorm ReLU LeakyReLU SiLU GlobalAvgPool
     GlobalMaxPool SparseCrop ToBEVReduction ToBEVConvolution ToDenseBEVConvolution
-    ToBEVHeightCompression"""
+    ToBEVHeightCompression Linear LayerNorm Dropout CELU ELU GELU SELU Hardsigmoid Hardswish
+    Hardtanh LogSigmoid Mish PReLU ReLU6 Sigmoid Softplus Softsign Tanh Sequential OnFeats
+    SyncBatchNorm convert_sync_batchnorm"""
 FUNCTIONS = """ImplicitGEMMConvolutionFuntion GatherScatterConvolutionFuntion
     FetchOnDemandConvolutionFuntion"""
 OLD_UTILS = "sparse_quantize sparse_collate sparse_collate_fn"

@@ -1,30 +1,81 @@
 """The modules, name by name."""
 
-from torchsparse.nn.modules.activation import LeakyReLU, ReLU, SiLU
+from torchsparse.nn.modules.activation import (
+    CELU,
+    ELU,
+    GELU,
+    SELU,
+    Dropout,
+    Hardsigmoid,
+    Hardswish,
+    Hardtanh,
+    LayerNorm,
+    LeakyReLU,
+    Linear,
+    LogSigmoid,
+    Mish,
+    PReLU,
+    ReLU,
+    ReLU6,
+    Sigmoid,
+    SiLU,
+    Softplus,
+    Softsign,
+    Tanh,
+)
 from torchsparse.nn.modules.bev import (
     ToBEVConvolution,
     ToBEVHeightCompression,
     ToBEVReduction,
     ToDenseBEVConvolution,
 )
+from torchsparse.nn.modules.container import OnFeats, Sequential
 from torchsparse.nn.modules.conv import Conv3d
 from torchsparse.nn.modules.crop import SparseCrop
-from torchsparse.nn.modules.norm import BatchNorm, GroupNorm, InstanceNorm
+from torchsparse.nn.modules.norm import (
+    BatchNorm,
+    GroupNorm,
+    InstanceNorm,
+    SyncBatchNorm,
+    convert_sync_batchnorm,
+)
 from torchsparse.nn.modules.pooling import GlobalAvgPool, GlobalMaxPool
 
 __all__ = [
     "BatchNorm",
+    "CELU",
     "Conv3d",
+    "Dropout",
+    "ELU",
+    "GELU",
     "GlobalAvgPool",
     "GlobalMaxPool",
     "GroupNorm",
+    "Hardsigmoid",
+    "Hardswish",
+    "Hardtanh",
     "InstanceNorm",
+    "LayerNorm",
     "LeakyReLU",
+    "Linear",
+    "LogSigmoid",
+    "Mish",
+    "OnFeats",
+    "PReLU",
     "ReLU",
+    "ReLU6",
+    "SELU",
+    "Sequential",
     "SiLU",
+    "Sigmoid",
+    "Softplus",
+    "Softsign",
     "SparseCrop",
+    "SyncBatchNorm",
+    "Tanh",
     "ToBEVConvolution",
     "ToBEVHeightCompression",
     "ToBEVReduction",
     "ToDenseBEVConvolution",
+    "convert_sync_batchnorm",
 ]
