@@ -77,6 +77,7 @@ OFFERED: dict[str, str] = {
     "utils.utils": "make_ntuple make_tensor make_divisible",
     "utils.to_dense": "to_dense",
     "utils.quantize": "sparse_quantize ravel_hash",
+    "utils.voxelize": "VoxelizedPoints voxelize_points",
     "utils.collate": "sparse_collate sparse_collate_fn",
     "utils.tensor_cache": CACHE,
     "utils.helpers": f"{OLD_UTILS} ravel_hash_vec make_tuple",
@@ -92,7 +93,7 @@ OFFERED: dict[str, str] = {
 # Found there too, but not part of `import *`.
 REACHED: dict[str, str] = {
     "": "sparse_tensor point_tensor",  # of versions before 2.0
-    "utils": f"{OLD_UTILS} quantize collate tensor_cache",
+    "utils": f"{OLD_UTILS} quantize collate tensor_cache voxelize voxelize_points",
 }
 
 # Helpers that sibling modules import; no promise to users.
@@ -101,6 +102,7 @@ HELPERS: dict[str, str] = {
     "nn.functional.count": "check_index",
     "nn.functional.pooling": "samples",
     "utils.collate": "as_tensor",
+    "utils.quantize": "cell_size",
 }
 
 # Promised and not yet there. Adding one moves it into the tables above.

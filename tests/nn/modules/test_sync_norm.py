@@ -110,7 +110,7 @@ def run(rank: int, split: tuple[int, int], meeting: str, out: str) -> None:
 @pytest.mark.parametrize("split", SPLITS)
 def test_two_processes_are_one(split: tuple[int, int], tmp_path: Path) -> None:
     arguments = (split, str(tmp_path / "meeting"), str(tmp_path / "rank"))
-    multiprocessing.spawn(run, arguments, nprocs=2)
+    multiprocessing.spawn(run, arguments, nprocs=2)  # pyright: ignore
     found = [torch.load(tmp_path / f"rank{rank}", weights_only=True) for rank in (0, 1)]
     x = sparse(torch.device("cpu"), dtype=F32).requires_grad_()
     norm = spnn.BatchNorm(3)
