@@ -51,7 +51,8 @@ OFFERED: dict[str, str] = {
     "nn.utils": "fapply get_kernel_offsets",
     "nn.functional": f"""relu silu leaky_relu sphash sphashquery spcount spvoxelize spdevoxelize
         calc_ti_weights spcrop global_avg_pool global_max_pool {CONV}
-        activation bev conv count crop devoxelize hash norm pooling query voxelize
+        activation bev conv count crop devoxelize hash interpolate norm pooling query voxelize
+        interpolate_points
         conv_config conv_mode func kmap""",
     "nn.functional.bev": """to_bev_reduction to_bev_convolution to_dense_bev_convolution
         to_bev_height_compression""",
@@ -69,6 +70,7 @@ OFFERED: dict[str, str] = {
     "nn.functional.crop": "spcrop",
     "nn.functional.devoxelize": "spdevoxelize calc_ti_weights",
     "nn.functional.hash": "sphash",
+    "nn.functional.interpolate": "interpolate_points",
     "nn.functional.norm": "group_norm instance_norm",
     "nn.functional.pooling": "global_avg_pool global_max_pool",
     "nn.functional.query": "sphashquery",

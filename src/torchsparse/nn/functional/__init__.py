@@ -8,6 +8,7 @@ from torchsparse.nn.functional import (
     crop,
     devoxelize,
     hash,
+    interpolate,
     norm,
     pooling,
     query,
@@ -43,6 +44,7 @@ from torchsparse.nn.functional.count import spcount
 from torchsparse.nn.functional.crop import spcrop
 from torchsparse.nn.functional.devoxelize import calc_ti_weights, spdevoxelize
 from torchsparse.nn.functional.hash import sphash
+from torchsparse.nn.functional.interpolate import interpolate_points
 from torchsparse.nn.functional.pooling import global_avg_pool, global_max_pool
 from torchsparse.nn.functional.query import sphashquery
 from torchsparse.nn.functional.voxelize import spvoxelize
@@ -73,6 +75,8 @@ __all__ = [
     "global_avg_pool",
     "global_max_pool",
     "hash",
+    "interpolate",
+    "interpolate_points",
     "kmap",
     "leaky_relu",
     "norm",
