@@ -52,7 +52,7 @@ OFFERED: dict[str, str] = {
     "nn.functional": f"""relu silu leaky_relu sphash sphashquery spcount spvoxelize spdevoxelize
         calc_ti_weights spcrop global_avg_pool global_max_pool {CONV}
         activation bev conv count crop devoxelize hash interpolate norm pooling query voxelize
-        interpolate_points
+        interpolate_points point_voxel initial_voxelize point_to_voxel voxel_to_point
         conv_config conv_mode func kmap""",
     "nn.functional.bev": """to_bev_reduction to_bev_convolution to_dense_bev_convolution
         to_bev_height_compression""",
@@ -72,6 +72,7 @@ OFFERED: dict[str, str] = {
     "nn.functional.hash": "sphash",
     "nn.functional.interpolate": "interpolate_points",
     "nn.functional.norm": "group_norm instance_norm",
+    "nn.functional.point_voxel": "initial_voxelize point_to_voxel voxel_to_point",
     "nn.functional.pooling": "global_avg_pool global_max_pool",
     "nn.functional.query": "sphashquery",
     "nn.functional.voxelize": "spvoxelize",
@@ -85,6 +86,8 @@ OFFERED: dict[str, str] = {
     "utils.helpers": f"{OLD_UTILS} ravel_hash_vec make_tuple",
     "utils.kernel_region": "KernelRegion",
     "checkpoints": "LAYOUTS Layout convert state_of",
+    "models": """MinkUNet MinkResUNet SPVCNN SparseEncoder ResNetClassifier UNetDesign
+        EncoderDesign MINKUNETS ENCODERS RESNETS MINKOWSKI_NAMES SPVNAS_NAMES""",
     "backbones": "SparseResNet SparseResNet21D SparseResUNet SparseResUNet42 modules resnet unet",
     "backbones.modules": BLOCKS,
     "backbones.modules.blocks": BLOCKS,

@@ -10,6 +10,7 @@ from torchsparse.nn.functional import (
     hash,
     interpolate,
     norm,
+    point_voxel,
     pooling,
     query,
     voxelize,
@@ -45,6 +46,11 @@ from torchsparse.nn.functional.crop import spcrop
 from torchsparse.nn.functional.devoxelize import calc_ti_weights, spdevoxelize
 from torchsparse.nn.functional.hash import sphash
 from torchsparse.nn.functional.interpolate import interpolate_points
+from torchsparse.nn.functional.point_voxel import (
+    initial_voxelize,
+    point_to_voxel,
+    voxel_to_point,
+)
 from torchsparse.nn.functional.pooling import global_avg_pool, global_max_pool
 from torchsparse.nn.functional.query import sphashquery
 from torchsparse.nn.functional.voxelize import spvoxelize
@@ -75,11 +81,14 @@ __all__ = [
     "global_avg_pool",
     "global_max_pool",
     "hash",
+    "initial_voxelize",
     "interpolate",
     "interpolate_points",
     "kmap",
     "leaky_relu",
     "norm",
+    "point_to_voxel",
+    "point_voxel",
     "pooling",
     "query",
     "relu",
@@ -97,5 +106,6 @@ __all__ = [
     "spupsample_generative",
     "spvoxelize",
     "transpose_kernel_map",
+    "voxel_to_point",
     "voxelize",
 ]
