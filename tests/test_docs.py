@@ -16,6 +16,7 @@ SOURCE = ROOT / "src" / "torchsparse"
 PAGES = [ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md")]
 PAGES += [*sorted((ROOT / "docs").glob("*.md")), ROOT / "benchmarks" / "README.md"]
 WITH_CODE = {"README.md", "docs/conventions.md", "docs/how-it-works.md", "docs/migration.md"}
+WITH_CODE |= {"docs/models.md", "docs/points.md"}
 
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
 
