@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchsparse._autograd.rows import take_rows
+from torchsparse._autograd.take import take_rows
 from torchsparse._flags import Complaint, complain_if, raise_pending
 from torchsparse._ops import points, reduce
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from torchsparse._autograd.reduce import segment_max
-from torchsparse._autograd.rows import take_rows
+from torchsparse._autograd.take import take_rows
 from torchsparse._autograd.voxels import group_sum
 from torchsparse._flags import raise_pending
 from torchsparse._ops import voxels as ops
