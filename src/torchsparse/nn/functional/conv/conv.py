@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchsparse import _validate
+from torchsparse import _validate, backends
 from torchsparse._autograd.conv import pointwise, sparse_conv
 from torchsparse._cache import TensorCache
 from torchsparse._compat import old_conv3d_arguments
 from torchsparse._geometry import Geometry, as_tuple
 from torchsparse._recipe import ConvRecipe
+from torchsparse._settings import settings
 from torchsparse.nn.functional.conv.conv_config import resolve_config
 from torchsparse.nn.functional.conv.kmap import (
     Level,
@@ -130,7 +131,7 @@ def convolve(
         else:
             kmap = downsampled(x, coords, geometry, recipe.downsample_mode)
             level = Level(kmap.out_coords, _coarser(x.stride, stride), kmap.spatial_range)
-    feats = sparse_conv(x.feats, weight, bias, kmap, transposed, recipe.dtype)
+    feats = sparse_conv(x.feats, weight, bias, kmap, transposed, recipe)
     out = wrap(feats, x, *level)
     if generative:
         out._caches = _generated_cache(x._caches, level)
@@ -261,6 +262,13 @@ def resolve(
 ) -> ConvRecipe:
     """Turn configuration, modes, dtypes and autocast into one record."""
     complete = resolve_config(config)
+    dtype = compute_dtype(feats, weight, bias)
+    on_gpu = feats.device.type == "cuda"
+    full = on_gpu and dtype in HALVES and not backends.allow_fp16
+    if on_gpu and dtype == torch.float32:
+        precision = "tf32" if backends.allow_tf32 else settings.float32_precision
+    else:
+        precision = "ieee"
     return ConvRecipe(
         dataflow=complete.dataflow,
         sort=bool(complete.ifsort),
@@ -269,7 +277,9 @@ def resolve(
         literal=not complete.auto,
         kmap_mode=complete.kmap_mode,
         downsample_mode=complete.downsample_mode,
-        dtype=compute_dtype(feats, weight, bias),
+        dtype=dtype,
+        compute=torch.float32 if full else dtype,
+        precision=precision,
     )
 
 
