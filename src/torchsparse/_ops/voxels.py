@@ -18,7 +18,7 @@ def group_points(
 ) -> tuple[VoxelGroups, list[float]]:
     """Bring the points of each cell ``floor(point / voxel_size)`` together.
 
-    Waits for the device once, for the number of voxels.
+    Waits for the device once, for the number of voxels, and raises what it had noticed before.
 
     Args:
         points: [N, D] numbers, divided in float64.

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from torchsparse._flags import pending_word, raise_found
 from torchsparse._reference.coords import flat_nonzero
 
 __all__ = ["VoxelGroups", "group_points", "majority"]
@@ -56,7 +57,7 @@ def group_points(
     bounds = torch.stack([bound for axis in cells for bound in torch.aminmax(axis)])
     order, new, rank = _ranked(_keys(cells, bounds))
     pieces = [bounds, rank[-1:].double()] + ([] if also is None else [also.double()])
-    read = torch.cat(pieces).tolist()
+    read = _read(torch.cat(pieces))
     lower, upper, last = read[0 : 2 * axes : 2], read[1 : 2 * axes : 2], int(read[2 * axes])
     if not all(INT32.min <= bound <= INT32.max for bound in lower + upper):  # NaN: False
         raise ValueError(
@@ -71,6 +72,18 @@ def group_points(
     first = order.index_select(0, starts[: last + 1])
     coords = torch.stack([axis.index_select(0, first).to(torch.int32) for axis in cells], 1)
     return VoxelGroups(coords, order, starts, inverse), read[2 * axes + 1 :]
+
+
+def _read(values: Tensor) -> list[float]:
+    """Values of a device, waiting for it once: complaints that it noticed come along."""
+    if values.device.type == "cpu":
+        return values.tolist()
+    word = pending_word(values.device)
+    *read, found = torch.cat([values, word.double()[None]]).tolist()
+    if found:
+        word.zero_()
+        raise_found(int(found), values.device)
+    return read
 
 
 def _cells(points: Tensor, voxel_size: tuple[float, ...], batch: Tensor | None) -> Tensor:

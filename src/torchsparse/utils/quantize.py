@@ -8,7 +8,6 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from torchsparse._flags import raise_pending
 from torchsparse._ops.voxels import group_points
 from torchsparse.utils.collate import as_tensor
 
@@ -44,7 +43,6 @@ def sparse_quantize(
     if points.dim() != 2 or points.shape[1] != 3:
         raise ValueError(f"`coords` must have shape [N, 3], got {list(points.shape)}")
     groups, _ = group_points(points, cell_size(voxel_size, 3))
-    raise_pending(points.device)  # the line above has waited for the device
     results = [groups.coords]
     if return_index:
         results.append(groups.order.index_select(0, groups.starts[:-2]))

@@ -10,7 +10,6 @@ from torch import Tensor
 from torchsparse._autograd.reduce import segment_max
 from torchsparse._autograd.take import take_rows
 from torchsparse._autograd.voxels import group_sum
-from torchsparse._flags import raise_pending
 from torchsparse._ops import voxels as ops
 from torchsparse._validate import check_feats, check_same_device, one_of
 from torchsparse.utils.collate import as_tensor
@@ -88,7 +87,6 @@ def voxelize_points(
     if votes is not None and n:
         bounds = torch.stack(torch.aminmax(votes)).to(torch.int64)
     groups, read = ops.group_points(points, cell_size(voxel_size, points.shape[1]), sample, bounds)
-    raise_pending(points.device)  # the line above has waited for the device
     index = groups.order.index_select(0, groups.starts[:-2])
     found = VoxelizedPoints(
         coords=groups.coords,

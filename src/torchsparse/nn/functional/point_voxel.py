@@ -9,7 +9,6 @@ from torch import Tensor
 
 from torchsparse._autograd.voxels import group_sum
 from torchsparse._cache import Stamp
-from torchsparse._flags import raise_pending
 from torchsparse._ops.voxels import group_points
 from torchsparse._validate import check_coords, check_feats, check_rows, check_same_device
 from torchsparse.nn.functional.count import spcount
@@ -46,7 +45,6 @@ def initial_voxelize(
     _check_points(points)
     batch, positions = points.C[:, 0], points.C[:, 1:] * (init_res / after_res)
     groups, _ = group_points(positions, (1.0, 1.0, 1.0), batch.to(torch.int64))
-    raise_pending(positions.device)  # the line above has waited for the device
     points.C = torch.cat([batch[:, None], positions], 1)
     out = SparseTensor(group_sum(points.F, groups, mean=True), groups.coords)
     _tables_of(points, out)
