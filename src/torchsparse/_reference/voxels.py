@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -159,18 +160,31 @@ def majority(
     Returns:
         [M] int64; ``ignored`` for a voxel without another label.
     """
-    order, starts = groups.order, groups.starts
-    n, num = order.shape[0], starts.shape[0] - 2
-    place = labels.index_select(0, order) - lowest
-    voxel = groups.inverse.index_select(0, order)
+    place = labels.index_select(0, groups.order) - lowest
+    voxel = groups.inverse.index_select(0, groups.order)
     # Equal labels of a voxel side by side; the last of a run knows how many they are.
-    runs = torch.sort(voxel * spread + place)[0]
-    numbers = torch.arange(n, device=labels.device)
+    runs = _sorted(voxel * spread + place)
+    numbers = torch.arange(labels.shape[0], device=labels.device)
     begin = numbers.clone()
     begin[1:].masked_fill_(runs[1:] == runs[:-1], 0)
     count = numbers - begin.cummax(0)[0] + 1
     place = runs - voxel * spread
     score = count * spread + (spread - 1 - place)  # more votes first, then the lower label
     score.masked_fill_(place + lowest == ignored, -1)
-    best = score.new_full((num,), -1).scatter_reduce_(0, voxel, score, "amax")
+    best = _highest(score, voxel, groups.starts[:-2])
     return torch.where(best < 0, ignored, spread - 1 - best % spread + lowest)
+
+
+def _sorted(values: Tensor) -> Tensor:
+    """Ascending.  [N] -> [N]."""
+    if values.device.type == "cpu":  # without indices, NumPy's vector instructions win
+        return torch.from_numpy(np.sort(values.numpy()))
+    return torch.sort(values)[0]
+
+
+def _highest(score: Tensor, voxel: Tensor, starts: Tensor) -> Tensor:
+    """Largest score of each voxel, which has one.  [N], [N] ascending, [M] -> [M]."""
+    if score.device.type == "cpu":  # three times as fast as a scatter
+        return torch.from_numpy(np.maximum.reduceat(score.numpy(), starts.numpy()))
+    lowest = torch.full_like(starts, -1)
+    return lowest.scatter_reduce_(0, voxel, score, "amax")
