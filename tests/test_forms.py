@@ -300,6 +300,17 @@ def test_samples_of_labels(device: torch.device) -> None:
     assert torch.equal(labels.decompose()[1][2], want)
 
 
+@pytest.mark.parametrize("take", [lambda x: x.samples(0), lambda x: x.decompose()])
+def test_samples_of_what_is_no_batch(take: Callable[[SparseTensor], Any]) -> None:
+    coords = torch.zeros(2, 4, dtype=torch.int32)
+    with pytest.raises(TypeError, match="`feats` must be a tensor, got ndarray"):
+        take(SparseTensor(np.zeros((2, 1)), coords))
+    with pytest.raises(TypeError, match=r"must hold integers \(int32\), got torch.float32"):
+        take(SparseTensor(torch.zeros(2, 1), coords.float()))
+    with pytest.raises(ValueError, match="same number of rows, got 3 and 2"):
+        take(SparseTensor(torch.zeros(3, 1), coords))
+
+
 @pytest.mark.parametrize(
     "take",
     [lambda x: x.samples([2, 0]).feats, lambda x: torch.cat(x.decompose()[1][2:])],

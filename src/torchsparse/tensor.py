@@ -367,6 +367,8 @@ class SparseTensor(OldNames, _OnDevice):
         """Coordinates, and features that fit them (floating [N, C] ones if ``feats``)."""
         if feats:
             check_feats(self.feats)
+        elif not isinstance(self.feats, Tensor):
+            raise TypeError(f"`feats` must be a tensor, got {type(self.feats).__name__}")
         check_coords(self.coords, ndim=None)
         check_rows(self.feats, self.coords)
         check_same_device(feats=self.feats, coords=self.coords)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tests import clouds
-from torchsparse import PointTensor, SparseTensor
+from torchsparse import PointTensor, SparseTensor, cat
 from torchsparse import nn as spnn
 from torchsparse.checkpoints import convert
 from torchsparse.models import (
@@ -26,6 +26,7 @@ from torchsparse.models import (
     SparseEncoder,
     UNetDesign,
 )
+from torchsparse.nn import functional as F
 
 ROOM = (3, 13, 14, 25)  # the fewest cells along z that an encoder takes
 
@@ -383,6 +384,39 @@ def test_points_of_one_voxel_differ_by_where_they_lie() -> None:
     assert scores.shape == (4, 5) and not torch.allclose(scores[0], scores[1])
     assert torch.equal(scores[0], scores[2])  # what they carry is shared
     assert x.F is feats and x.C is positions and x.idx_query == {}  # as it was
+
+
+def test_points_and_voxels_meet_where_the_drawing_says() -> None:
+    """Two levels, written out."""
+    net: Any = built("spvcnn").eval()
+    x = cloud("batch_gap")
+    z = PointTensor(x.feats, x.coords.float())
+    v0 = net.stem(F.initial_voxelize(z, 1, 1.5))
+    z0 = F.voxel_to_point(v0, z)
+    v1 = net.encoders[0](F.point_to_voxel(v0, z0))
+    v2 = net.encoders[1](v1)
+
+    def meet(voxels: SparseTensor, points: PointTensor, station: int) -> PointTensor:
+        found = F.voxel_to_point(voxels, points)
+        return PointTensor(found.F + net.point_transforms[station](points.F), z.C)
+
+    z1 = meet(v2, z0, 0)
+    up = net.upsamples[0](F.point_to_voxel(v2, z1))
+    u1 = net.fuses[0](cat([up, v1]))
+    z2 = meet(u1, z1, 1)
+    up = net.upsamples[1](F.point_to_voxel(u1, z2))
+    z3 = meet(net.fuses[1](cat([up, v0])), z2, 2)
+    torch.testing.assert_close(net(x), net.classifier(z3.F))
+
+
+def test_dropout_is_where_points_hand_back() -> None:
+    torch.manual_seed(0)
+    net = SPVCNN(3, 5, stem=4, encoder=(6, 8), decoder=(8, 6), dropout=0.99)
+    seen = []
+    net.dropout.register_forward_hook(lambda m, i, o: seen.append((i[0].shape[1], o)))
+    net(cloud("batch_gap"))
+    assert [channels for channels, _ in seen] == [8, 8]
+    assert all((out == 0).float().mean() > 0.9 for _, out in seen)
 
 
 def test_the_voxel_size_is_the_scale_of_positions() -> None:
