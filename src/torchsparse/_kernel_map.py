@@ -54,7 +54,7 @@ class KernelMap:
     spatial_range: tuple[int, ...] | None = None  # of the outputs
     in_order: Tensor | None = None  # [N] int32, the row at each position; None: they are equal
     out_order: Tensor | None = None  # [M] int32, the same for the outputs
-    keys: Tensor | None = None  # [M] sort keys of the outputs, if they came with the table
+    sort_keys: Tensor | None = None  # [M] sort keys of the outputs, if they came with the table
     _views: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     @property
@@ -103,7 +103,7 @@ class KernelMap:
             spatial_range=self.in_range,
             in_order=self.out_order,
             out_order=self.in_order,
-            keys=keys,
+            sort_keys=keys,
             _views={},
         )
 
@@ -119,7 +119,7 @@ class KernelMap:
             return self.transposed.plan(recipe, out_channels, backward=backward)
         key, make = conv_ops.plan_key(
             self.neighbors,
-            self.keys,
+            self.sort_keys,
             self.geometry,
             self.identity,
             self.in_order,

@@ -142,8 +142,8 @@ class SparseTensor(OldNames, _OnDevice):
 
     ``+ - * /`` combine the features with a number, with a tensor that broadcasts over them ([C],
     [N, 1], [N, C]), or with another sparse tensor on the same coordinates; the result has the
-    coordinates, stride, range and caches of this one. For other coordinates there is
-    `torchsparse.generative_add`.
+    coordinates, stride, range and caches of this one. For other coordinates there are `add`,
+    `sub` and `mul` of ``torchsparse.operators``.
 
     Args:
         feats: [N, C] floating. Anything else (labels [N], NumPy arrays) can be stored.
@@ -426,6 +426,26 @@ def wrap(
     else:
         out.coords, out.stride, out.spatial_range = coords, stride or like.stride, spatial_range
     return out
+
+
+def site_stride(x: SparseTensor) -> tuple[int, ...]:
+    """The stride with one entry per spatial axis of the coordinates.
+
+    Three columns may be (x, y, z) before collation or (b, x, y), so a tensor of two axes that was
+    given one int as stride holds three entries.
+
+    Raises:
+        ValueError: Another number of entries than axes.
+    """
+    axes = x.coords.shape[1] - 1
+    if len(x.stride) == axes:
+        return x.stride
+    if len(x.stride) == 3 and axes == 2 and len(set(x.stride)) == 1:
+        return x.stride[:2]
+    raise ValueError(
+        f"`stride` must have one entry per spatial axis, {axes} for `coords` "
+        f"{list(x.coords.shape)}, got {x.stride}"
+    )
 
 
 def check_same_sites(a: SparseTensor, b: SparseTensor) -> None:

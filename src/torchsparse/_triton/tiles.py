@@ -73,22 +73,20 @@ def gemm_tile(
     rows: int, c_in: int, c_out: int, volume: int, dtype: torch.dtype, precision: str
 ) -> GemmTile:
     """The tile for an implicit GEMM. ``rows`` may be rounded: it matters only for small maps."""
-    if dtype == torch.float32:
-        if precision == "ieee":
-            bm, bn, bk, stages, warps = 64, min(max(next_power(c_out), 16), 64), 16, 3, 4
-        elif precision == "tf32x3":
-            bm, bn, bk, stages, warps = 64, min(max(next_power(c_out), 16), 128), 32, 3, 4
-        else:
-            bm, bn, bk, stages, warps = 64, min(max(next_power(c_out), 16), 128), 32, 4, 4
-        bk = min(bk, _block_k(c_in, bk))
+    bn = min(max(next_power(c_out), 16), 128)
+    if dtype != torch.float32:
+        bm, bk, stages, warps = 64, _block_k(c_in, 64), 3, 4
+        if bk < 64:
+            stages = 4
+        if c_out > 128 and cdiv(rows, 128) * cdiv(c_out, 128) >= 2 * PROCESSORS:
+            bm, warps = 128, 8
+    elif precision == "tf32":
+        bm, bk, stages, warps = 64, _block_k(c_in, 32), 3, 4
+        if c_out > 128 and cdiv(rows, 128) * cdiv(c_out, 128) >= PROCESSORS:
+            bm = 128
     else:
-        bk = _block_k(c_in, 64)
-        bn = min(max(next_power(c_out), 16), 128)
-        bm, stages, warps = 64, 3, 4
-        if c_out > 128 and c_in > 64 and cdiv(rows, 128) * cdiv(c_out, 256) >= 4 * PROCESSORS:
-            bm, bn, stages, warps = 128, 256, 3, 8
-        elif c_out > 128 and c_in > 64 and cdiv(rows, 128) * cdiv(c_out, 128) >= 2 * PROCESSORS:
-            bm, bn, stages, warps = 128, 128, 3, 8
+        bm, bn, bk, warps = 64, min(bn, 64), _block_k(c_in, 32), 4
+        stages = 2 if precision == "ieee" else 3
     splits = _splits(rows, bm, cdiv(c_out, bn), volume)
     return GemmTile(bm, bn, bk, stages, warps, splits)
 
@@ -106,14 +104,21 @@ def grad_tile(
     pairs: int, c_in: int, c_out: int, dtype: torch.dtype, precision: str
 ) -> GradTile:
     """The tile for a weight gradient over at most ``pairs`` pairs."""
-    if dtype == torch.float32:
-        widest, bk, stages, warps = 64, 32, 3, 4
+    ci, co = max(next_power(c_in), 16), max(next_power(c_out), 16)
+    if dtype != torch.float32:
+        bm, bn, bk, stages, warps, waves = min(ci, 64), min(co, 128), 64, 3, 4, 2
+        if ci > 128 and co > 128:
+            bm, bn, warps = 128, 256, 8
+    # Of float32 operands the tensor cores of sm_90 take only those that lie along the summed
+    # axis; a gathered row does not. Small tiles use the older instruction, which takes any.
+    elif co > 128:
+        bm, bn, bk, stages, warps, waves = min(ci, 32), 256, 32, 3, 8, 8
+    elif co > 64:
+        bm, bn, bk, stages, warps, waves = min(ci, 32), 128, 16, 4, 4, 4
+    elif ci > 32 and co > 32:
+        bm, bn, bk, stages, warps, waves = 64, 64, 32, 3, 2, 4
     else:
-        widest, bk, stages, warps = 128, 64, 3, 4
-    bm = min(max(next_power(c_in), 16), widest)
-    bn = min(max(next_power(c_out), 16), widest)
-    if bm * bn > 64 * 128:
-        warps = 8
+        bm, bn, bk, stages, warps, waves = min(ci, 32), min(co, 64), 32, 3, 4, 4
     blocks = cdiv(c_in, bm) * cdiv(c_out, bn)
-    target = max(min(4 * PROCESSORS // blocks, cdiv(pairs, 4 * bk)), 1)
+    target = max(min(waves * PROCESSORS // blocks, cdiv(pairs, 4 * bk)), 1)
     return GradTile(bm, bn, bk, stages, warps, target)

@@ -13,7 +13,7 @@ from torchsparse._triton.launch import cdiv, launch
 
 __all__ = ["Pairs", "list_pairs"]
 
-BLOCK_ROWS = 256
+BLOCK_ROWS = 32
 
 
 class Pairs(NamedTuple):
@@ -83,7 +83,7 @@ def list_pairs(neighbors: Tensor, symmetric: bool, most: int) -> Pairs:
     counts = torch.empty((lists, blocks), dtype=torch.int32, device=device)
     launch(
         count_kernel, (blocks, words), neighbors, neighbors, counts, m, blocks, *strides,
-        L=lists, BR=BLOCK_ROWS,
+        L=lists, BR=BLOCK_ROWS, num_warps=1,
     )  # fmt: skip
     wide = torch.int64 if capacity >= 1 << 31 else torch.int32
     ends = torch.cumsum(counts.view(-1), 0, dtype=wide).view(lists, blocks)
@@ -91,6 +91,6 @@ def list_pairs(neighbors: Tensor, symmetric: bool, most: int) -> Pairs:
     outputs = torch.empty_like(inputs)
     launch(
         list_kernel, (blocks, words), neighbors, neighbors, ends, inputs, outputs, m, blocks,
-        *strides, L=lists, BR=BLOCK_ROWS,
+        *strides, L=lists, BR=BLOCK_ROWS, num_warps=1,
     )  # fmt: skip
     return Pairs(inputs, outputs, ends, volume, lists, False)

@@ -190,8 +190,9 @@ def weight_grad(feats: Tensor, grad: Tensor, pairs: Pairs, precision: str = "iee
         SWAP=pairs.swap, PRECISION=precision, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     size = c_in * c_out
+    rows, width = (4, 1024) if size >= 1 << 14 else (16, 128)
     launch(
-        sum_chunks_kernel, (volume, cdiv(size, 1024)), feats, partial, out, pairs.ends, blocks,
-        pairs.lists, tile.target, size, K=volume, KP=taps, BK=tile.BK, BLOCK=1024,
+        sum_chunks_kernel, (volume, cdiv(size, width)), feats, partial, out, pairs.ends, blocks,
+        pairs.lists, tile.target, size, K=volume, KP=taps, BK=tile.BK, ROWS=rows, BLOCK=width,
     )  # fmt: skip
     return out

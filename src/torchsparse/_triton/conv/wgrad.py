@@ -80,16 +80,19 @@ def wgrad_kernel(
 @triton.jit
 def sum_chunks_kernel(
     partial, out, ends, blocks, lists, target, SIZE,
-    K: tl.constexpr, KP: tl.constexpr, BK: tl.constexpr, BLOCK: tl.constexpr,
+    K: tl.constexpr, KP: tl.constexpr, BK: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """out[k] = sum over the chunks of tap k, in their order."""
+    """out[k] = sum over the chunks of tap k, in a fixed order."""
     tap = tl.program_id(0)
     _begins, _stops, chunks, _length = _chunks(ends, blocks, K, lists, target, KP, BK)
     here = tl.arange(0, KP) == tap
     count = tl.sum(tl.where(here, chunks, 0), axis=0)
     first = tl.sum(tl.where(here, tl.cumsum(chunks, axis=0) - chunks, 0), axis=0)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    acc = tl.zeros((BLOCK,), dtype=tl.float32)
-    for chunk in range(first, first + count):
-        acc += tl.load(partial + tl.cast(chunk, tl.int64) * SIZE + at, mask=at < SIZE, other=0.0)
-    tl.store(out + tap.to(tl.int64) * SIZE + at, acc.to(out.dtype.element_ty), mask=at < SIZE)
+    acc = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
+    for start in range(0, count, ROWS):
+        row = start + tl.arange(0, ROWS)
+        source = partial + (first + row).to(tl.int64)[:, None] * SIZE + at[None, :]
+        acc += tl.load(source, mask=(row < count)[:, None] & (at < SIZE)[None, :], other=0.0)
+    total = tl.sum(acc, axis=0)
+    tl.store(out + tap.to(tl.int64) * SIZE + at, total.to(out.dtype.element_ty), mask=at < SIZE)

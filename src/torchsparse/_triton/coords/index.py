@@ -37,6 +37,8 @@ __all__ = [
 
 # Cells around the bounding box: kernels up to 9 taps wide then share one index per level.
 USUAL_MARGIN = 8
+# Half as many slots double the longest probe sequence among the lanes of a warp.
+SLOTS_PER_KEY = 3
 MOST_STEPS = 512  # of an insertion, before the table counts as too small
 INT32 = torch.iinfo(torch.int32)
 Bounds = tuple[int | None, ...]
@@ -76,7 +78,7 @@ def _empty_table(
     keys: int, ndim: int, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """An empty table for so many keys, bounds [2, 1 + D] and counts [4]."""
-    slots = next_power(max(2 * keys, 16))
+    slots = next_power(max(SLOTS_PER_KEY * keys, 16))
     table = torch.empty(slots, dtype=torch.int64, device=device)
     values = torch.empty(slots, dtype=torch.int32, device=device)
     bounds = torch.empty((2, ndim + 1), dtype=torch.int32, device=device)
@@ -158,11 +160,11 @@ def find_taps(
     keys = torch.empty(m, dtype=torch.int16, device=device)
     taps, relation = _relation(geometry, device)
     taps_each = min(max(next_power(volume), 8), 32)
+    rows_each = 128 // taps_each  # one warp a program: nobody waits for another's long search
     launch(
-        find_kernel, (cdiv(m, 32),), coords, coords, index.layout, taps, relation,
+        find_kernel, (cdiv(m, rows_each),), coords, coords, index.layout, taps, relation,
         key_bits(geometry, device), index.keys, index.values, table, keys, m, *index.probe,
-        D=ndim, K=volume, WIDTH=width, TAPS=taps_each, BR=32,
-        num_warps=4 if taps_each == 32 else 2,
+        D=ndim, K=volume, WIDTH=width, TAPS=taps_each, BR=rows_each, num_warps=1,
     )  # fmt: skip
     return table[:, :volume].t(), keys
 

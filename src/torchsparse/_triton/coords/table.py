@@ -48,12 +48,14 @@ def insert_keys(keys, live, table, shift, slots_mask, most):
 def find_slots(keys, live, table, shift, slots_mask):
     """The slot of each key, -1 where it is absent or not ``live``."""
     slot = first_slot(keys, shift, slots_mask)
-    seen = tl.load(table + slot, mask=live, other=FREE)
-    found = tl.where(live & (seen == keys), slot, -1)
-    live &= seen > keys
+    found = tl.where(live, -1, -1)
     while tl.max(live.to(tl.int32)) > 0:
-        slot = (slot + 1) & slots_mask
+        # Two slots a step: their loads are in flight together, mostly in one sector.
+        then = (slot + 1) & slots_mask
         seen = tl.load(table + slot, mask=live, other=FREE)
+        next_ = tl.load(table + then, mask=live, other=FREE)
+        found = tl.where(live & (next_ == keys), then, found)
         found = tl.where(live & (seen == keys), slot, found)
-        live &= seen > keys
+        live &= (seen > keys) & (next_ > keys)
+        slot = (then + 1) & slots_mask
     return found

@@ -9,6 +9,7 @@ from torchsparse.nn.functional import (
     devoxelize,
     hash,
     interpolate,
+    local_pooling,
     norm,
     point_voxel,
     pooling,
@@ -22,7 +23,10 @@ from torchsparse.nn.functional.conv import (
     Dataflow,
     build_kernel_map,
     clear_global_conv_config,
+    conv1d,
+    conv2d,
     conv3d,
+    conv4d,
     conv_config,
     conv_mode,
     convert_transposed_out_in_map,
@@ -46,12 +50,23 @@ from torchsparse.nn.functional.crop import spcrop
 from torchsparse.nn.functional.devoxelize import calc_ti_weights, spdevoxelize
 from torchsparse.nn.functional.hash import sphash
 from torchsparse.nn.functional.interpolate import interpolate_points
+from torchsparse.nn.functional.local_pooling import (
+    avg_pool3d,
+    max_pool3d,
+    max_unpool3d,
+    sum_pool3d,
+    unpool3d,
+)
 from torchsparse.nn.functional.point_voxel import (
     initial_voxelize,
     point_to_voxel,
     voxel_to_point,
 )
-from torchsparse.nn.functional.pooling import global_avg_pool, global_max_pool
+from torchsparse.nn.functional.pooling import (
+    global_avg_pool,
+    global_max_pool,
+    global_sum_pool,
+)
 from torchsparse.nn.functional.query import sphashquery
 from torchsparse.nn.functional.voxelize import spvoxelize
 
@@ -60,12 +75,16 @@ __all__ = [
     "ConvMode",
     "Dataflow",
     "activation",
+    "avg_pool3d",
     "bev",
     "build_kernel_map",
     "calc_ti_weights",
     "clear_global_conv_config",
     "conv",
+    "conv1d",
+    "conv2d",
     "conv3d",
+    "conv4d",
     "conv_config",
     "conv_mode",
     "convert_transposed_out_in_map",
@@ -80,12 +99,16 @@ __all__ = [
     "get_kmap_mode",
     "global_avg_pool",
     "global_max_pool",
+    "global_sum_pool",
     "hash",
     "initial_voxelize",
     "interpolate",
     "interpolate_points",
     "kmap",
     "leaky_relu",
+    "local_pooling",
+    "max_pool3d",
+    "max_unpool3d",
     "norm",
     "point_to_voxel",
     "point_voxel",
@@ -105,7 +128,9 @@ __all__ = [
     "sphashquery",
     "spupsample_generative",
     "spvoxelize",
+    "sum_pool3d",
     "transpose_kernel_map",
+    "unpool3d",
     "voxel_to_point",
     "voxelize",
 ]

@@ -30,8 +30,30 @@ from torchsparse.nn.modules.bev import (
     ToDenseBEVConvolution,
 )
 from torchsparse.nn.modules.container import OnFeats, Sequential
-from torchsparse.nn.modules.conv import Conv3d
+from torchsparse.nn.modules.conv import Conv1d, Conv2d, Conv3d, Conv4d
 from torchsparse.nn.modules.crop import SparseCrop
+from torchsparse.nn.modules.local_pooling import (
+    AvgPool1d,
+    AvgPool2d,
+    AvgPool3d,
+    AvgPool4d,
+    MaxPool1d,
+    MaxPool2d,
+    MaxPool3d,
+    MaxPool4d,
+    MaxUnpool1d,
+    MaxUnpool2d,
+    MaxUnpool3d,
+    MaxUnpool4d,
+    SumPool1d,
+    SumPool2d,
+    SumPool3d,
+    SumPool4d,
+    Unpool1d,
+    Unpool2d,
+    Unpool3d,
+    Unpool4d,
+)
 from torchsparse.nn.modules.norm import (
     BatchNorm,
     GroupNorm,
@@ -39,17 +61,25 @@ from torchsparse.nn.modules.norm import (
     SyncBatchNorm,
     convert_sync_batchnorm,
 )
-from torchsparse.nn.modules.pooling import GlobalAvgPool, GlobalMaxPool
+from torchsparse.nn.modules.pooling import GlobalAvgPool, GlobalMaxPool, GlobalSumPool
 
 __all__ = [
+    "AvgPool1d",
+    "AvgPool2d",
+    "AvgPool3d",
+    "AvgPool4d",
     "BatchNorm",
     "CELU",
+    "Conv1d",
+    "Conv2d",
     "Conv3d",
+    "Conv4d",
     "Dropout",
     "ELU",
     "GELU",
     "GlobalAvgPool",
     "GlobalMaxPool",
+    "GlobalSumPool",
     "GroupNorm",
     "Hardsigmoid",
     "Hardswish",
@@ -59,6 +89,14 @@ __all__ = [
     "LeakyReLU",
     "Linear",
     "LogSigmoid",
+    "MaxPool1d",
+    "MaxPool2d",
+    "MaxPool3d",
+    "MaxPool4d",
+    "MaxUnpool1d",
+    "MaxUnpool2d",
+    "MaxUnpool3d",
+    "MaxUnpool4d",
     "Mish",
     "OnFeats",
     "PReLU",
@@ -71,11 +109,19 @@ __all__ = [
     "Softplus",
     "Softsign",
     "SparseCrop",
+    "SumPool1d",
+    "SumPool2d",
+    "SumPool3d",
+    "SumPool4d",
     "SyncBatchNorm",
     "Tanh",
     "ToBEVConvolution",
     "ToBEVHeightCompression",
     "ToBEVReduction",
     "ToDenseBEVConvolution",
+    "Unpool1d",
+    "Unpool2d",
+    "Unpool3d",
+    "Unpool4d",
     "convert_sync_batchnorm",
 ]

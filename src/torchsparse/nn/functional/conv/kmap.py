@@ -133,7 +133,7 @@ def downsampled(
             x.spatial_range,
             out_range,
             index.rows,
-            keys=keys,
+            sort_keys=keys,
         )
         _remember(x._caches, key, kmap)
     return kmap
@@ -189,7 +189,7 @@ def _between(cache: TensorCache, fine: Level, coarse: Level, geometry: Geometry)
         fine.spatial_range,
         coarse.spatial_range,
         index.rows,
-        keys=keys,
+        sort_keys=keys,
     )
     _remember(cache, KernelMapKey(fine.stride, geometry, "given"), kmap)
     return kmap
@@ -220,7 +220,7 @@ def generated(x: SparseTensor, coords: Tensor, geometry: Geometry) -> tuple[Kern
             geometry,
             fine_range,
             x.spatial_range,
-            keys=keys,
+            sort_keys=keys,
         )
         _remember(x._caches, key, kmap)
     return kmap, Level(kmap.in_coords, stride, fine_range)
