@@ -116,6 +116,7 @@ HELPERS: dict[str, str] = {
     "nn.functional.conv.conv_config": "resolve_config",
     "nn.functional.count": "check_index",
     "nn.functional.local_pooling": "pool pool_max unpool unpool_max",
+    "nn.functional.interpolate": "on_lattice",
     "nn.functional.pooling": "samples",
     "utils.collate": "as_tensor",
     "utils.quantize": "cell_size",

@@ -97,7 +97,8 @@ def _cells(points: Tensor, voxel_size: tuple[float, ...], batch: Tensor | None) 
     spatial = cells[front:]
     spatial.copy_(points.t())
     for axis, size in zip(spatial, voxel_size):
-        axis /= size
+        # By a tensor: a GPU multiplies by the reciprocal of a number, which rounds otherwise.
+        axis /= torch.full((), size, dtype=torch.float64, device=points.device)
     spatial.floor_()
     return cells
 

@@ -18,7 +18,7 @@ from torchsparse._validate import (
 )
 from torchsparse.tensor import SparseTensor
 
-__all__ = ["interpolate_points"]
+__all__ = ["interpolate_points", "on_lattice"]
 
 
 def interpolate_points(
@@ -63,8 +63,7 @@ def interpolate_points(
     check_same_device(feats=feats, coords=coords, points=points)
     # The features may be half numbers, positions in a large scene may not.
     exact = points.to(torch.promote_types(points.dtype, torch.float32))
-    axes = exact[:, 1:].unbind(1)  # by numbers: a tensor of strides would have to be sent first
-    u = torch.stack([axis / step for axis, step in zip(axes, input.stride)], 1) - anchor
+    u = on_lattice(exact, input.stride) - anchor
     batch = exact[:, :1].detach().to(torch.int64)
     if mode == "nearest":
         cell = torch.floor(u.detach() + 0.5).to(torch.int64)
@@ -82,6 +81,17 @@ def interpolate_points(
         total = shares.sum(1, keepdim=True)
         shares = shares / total.masked_fill(total == 0, 1)
     return devoxelize(feats, rows, shares)
+
+
+def on_lattice(points: Tensor, stride: tuple[int, ...]) -> Tensor:
+    """Positions in steps of a stride.  [Q, 4] with the batch index, in input voxels -> [Q, 3]."""
+    # By a tensor made on the device: a GPU multiplies by the reciprocal of a number, which rounds
+    # otherwise, and a tensor of strides would have to be sent.
+    axes = [
+        axis if step == 1 else axis / torch.full_like(axis[:1], step)
+        for axis, step in zip(points[:, 1:].unbind(1), stride)
+    ]
+    return torch.stack(axes, 1)
 
 
 def _check_points(points: Any) -> None:

@@ -14,6 +14,7 @@ from torchsparse._validate import check_coords, check_feats, check_rows, check_s
 from torchsparse.nn.functional.count import spcount
 from torchsparse.nn.functional.devoxelize import calc_ti_weights, spdevoxelize
 from torchsparse.nn.functional.hash import sphash
+from torchsparse.nn.functional.interpolate import on_lattice
 from torchsparse.nn.functional.query import sphashquery
 from torchsparse.nn.functional.voxelize import spvoxelize
 from torchsparse.nn.utils.kernel import get_kernel_offsets
@@ -105,7 +106,7 @@ def voxel_to_point(input: SparseTensor, points: PointTensor, nearest: bool = Fal
         around = sphash(_cells(points.C, stride), corners)  # [8, N]
         rows = sphashquery(around, sphash(input.coords)).t().contiguous()
         points.idx_query[stride] = rows
-        points.weights[stride] = calc_ti_weights(_positions(points.C, stride), rows)
+        points.weights[stride] = calc_ti_weights(on_lattice(points.C, stride), rows)
     rows, shares = points.idx_query[stride], points.weights[stride]
     if nearest:
         rows, shares = rows[:, :1], torch.ones_like(shares[:, :1])
@@ -156,13 +157,7 @@ def _tables_of(points: PointTensor, x: SparseTensor) -> dict[str, dict[Any, Any]
     return tables
 
 
-def _positions(positions: Tensor, stride: tuple[int, ...]) -> Tensor:
-    """Positions on the lattice of a stride.  [N, 4] -> [N, 3]."""
-    axes = positions[:, 1:].unbind(1)
-    return torch.stack([axis / step for axis, step in zip(axes, stride)], 1)
-
-
 def _cells(positions: Tensor, stride: tuple[int, ...]) -> Tensor:
     """The voxel of each point.  [N, 4] -> [N, 4] int32."""
-    cells = torch.floor(_positions(positions, stride))
+    cells = torch.floor(on_lattice(positions, stride))
     return torch.cat([positions[:, :1], cells], 1).to(torch.int32)
