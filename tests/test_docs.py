@@ -21,6 +21,8 @@ WITH_CODE = {
     "docs/conventions.md",
     "docs/how-it-works.md",
     "docs/migration.md",
+    "docs/models.md",
+    "docs/points.md",
 }
 
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))

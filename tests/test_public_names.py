@@ -33,7 +33,9 @@ LOCAL_POOLS = " ".join(
 MODULES = f"""Conv1d Conv2d Conv3d Conv4d BatchNorm GroupNorm InstanceNorm ReLU LeakyReLU SiLU
     GlobalAvgPool
     GlobalMaxPool GlobalSumPool {LOCAL_POOLS} SparseCrop ToBEVReduction ToBEVConvolution
-    ToDenseBEVConvolution ToBEVHeightCompression"""
+    ToDenseBEVConvolution ToBEVHeightCompression Linear LayerNorm Dropout CELU ELU GELU SELU
+    Hardsigmoid Hardswish Hardtanh LogSigmoid Mish PReLU ReLU6 Sigmoid Softplus Softsign Tanh
+    Sequential OnFeats SyncBatchNorm convert_sync_batchnorm"""
 WINDOWS = "max_pool3d avg_pool3d sum_pool3d unpool3d max_unpool3d"
 FUNCTIONS = """ImplicitGEMMConvolutionFuntion GatherScatterConvolutionFuntion
     FetchOnDemandConvolutionFuntion"""
@@ -57,7 +59,9 @@ OFFERED: dict[str, str] = {
     "nn.utils": "fapply get_kernel_offsets",
     "nn.functional": f"""relu silu leaky_relu sphash sphashquery spcount spvoxelize spdevoxelize
         calc_ti_weights spcrop global_avg_pool global_max_pool global_sum_pool {WINDOWS} {CONV}
-        activation bev conv count crop devoxelize hash local_pooling norm pooling query voxelize
+        activation bev conv count crop devoxelize hash interpolate local_pooling norm
+        pooling query voxelize
+        interpolate_points point_voxel initial_voxelize point_to_voxel voxel_to_point
         conv_config conv_mode func kmap""",
     "nn.functional.bev": """to_bev_reduction to_bev_convolution to_dense_bev_convolution
         to_bev_height_compression""",
@@ -75,7 +79,9 @@ OFFERED: dict[str, str] = {
     "nn.functional.crop": "spcrop",
     "nn.functional.devoxelize": "spdevoxelize calc_ti_weights",
     "nn.functional.hash": "sphash",
+    "nn.functional.interpolate": "interpolate_points",
     "nn.functional.norm": "group_norm instance_norm",
+    "nn.functional.point_voxel": "initial_voxelize point_to_voxel voxel_to_point",
     "nn.functional.local_pooling": WINDOWS,
     "nn.functional.pooling": "global_avg_pool global_max_pool global_sum_pool",
     "nn.functional.query": "sphashquery",
@@ -84,11 +90,14 @@ OFFERED: dict[str, str] = {
     "utils.utils": "make_ntuple make_tensor make_divisible",
     "utils.to_dense": "to_dense",
     "utils.quantize": "sparse_quantize ravel_hash",
+    "utils.voxelize": "VoxelizedPoints voxelize_points",
     "utils.collate": "sparse_collate sparse_collate_fn",
     "utils.tensor_cache": CACHE,
     "utils.helpers": f"{OLD_UTILS} ravel_hash_vec make_tuple",
     "utils.kernel_region": "KernelRegion",
     "checkpoints": "LAYOUTS Layout convert state_of",
+    "models": """MinkUNet MinkResUNet SPVCNN SparseEncoder ResNetClassifier UNetDesign
+        EncoderDesign MINKUNETS ENCODERS RESNETS MINKOWSKI_NAMES SPVNAS_NAMES""",
     "backbones": "SparseResNet SparseResNet21D SparseResUNet SparseResUNet42 modules resnet unet",
     "backbones.modules": BLOCKS,
     "backbones.modules.blocks": BLOCKS,
@@ -99,7 +108,7 @@ OFFERED: dict[str, str] = {
 # Found there too, but not part of `import *`.
 REACHED: dict[str, str] = {
     "": "sparse_tensor point_tensor",  # of versions before 2.0
-    "utils": f"{OLD_UTILS} quantize collate tensor_cache",
+    "utils": f"{OLD_UTILS} quantize collate tensor_cache voxelize voxelize_points",
 }
 
 # Helpers that sibling modules import; no promise to users.
@@ -107,8 +116,10 @@ HELPERS: dict[str, str] = {
     "nn.functional.conv.conv_config": "resolve_config",
     "nn.functional.count": "check_index",
     "nn.functional.local_pooling": "pool pool_max unpool unpool_max",
+    "nn.functional.interpolate": "on_lattice",
     "nn.functional.pooling": "samples",
     "utils.collate": "as_tensor",
+    "utils.quantize": "cell_size",
 }
 
 # Promised and not yet there. Adding one moves it into the tables above.

@@ -142,11 +142,12 @@ def test_addition(device: torch.device) -> None:
 
 def test_addition_of_other_types_is_not_ours(device: torch.device) -> None:
     x = sparse(device)
-    assert x.__add__(3) is NotImplemented  # pyright: ignore
-    with pytest.raises(TypeError):
-        x + 3  # pyright: ignore
-    with pytest.raises(TypeError):
-        x + PointTensor(x.feats, x.coords)  # pyright: ignore
+    for other in ("3", None, np.ones(3), PointTensor(x.feats, x.coords)):
+        assert x.__add__(other) is NotImplemented
+        with pytest.raises(TypeError):
+            x + other
+        with pytest.raises(TypeError):
+            other + x  # pyright: ignore
 
 
 def test_cat(device: torch.device) -> None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Callable, Sequence
+from numbers import Number
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from torchsparse import _forms
 from torchsparse._autograd.points import to_dense
 from torchsparse._cache import (
     TensorCache,
@@ -22,6 +26,7 @@ from torchsparse._compat import OldNames
 from torchsparse._flags import Complaint, complain_if
 from torchsparse._geometry import as_tuple
 from torchsparse._settings import settings
+from torchsparse._validate import check_coords, check_feats, check_rows, check_same_device
 
 __all__ = [
     "PointTensor",
@@ -96,10 +101,49 @@ def _moved(value: Any, device: Any, dtype: torch.dtype | None, non_blocking: boo
     return value.to(device=device, dtype=dtype, non_blocking=non_blocking and not wait)
 
 
+def _operator(
+    apply: Callable[[Any, Any], Any], reflected: bool = False
+) -> Callable[[SparseTensor, Any], SparseTensor]:
+    """``apply(self.feats, other)``, in the other order if ``reflected``."""
+
+    def operate(self: SparseTensor, other: Any) -> SparseTensor:
+        if isinstance(other, SparseTensor):
+            check_same_sites(self, other)
+            other = other.feats
+        elif not isinstance(other, (Tensor, Number)):
+            return NotImplemented
+        _check_broadcast(self.feats, other)
+        return wrap(apply(other, self.feats) if reflected else apply(self.feats, other), self)
+
+    return operate
+
+
+def _check_broadcast(feats: Any, other: Any) -> None:
+    """The other operand has a value for every row and channel."""
+    if not isinstance(other, Tensor) or not isinstance(feats, Tensor):
+        return
+    mine, theirs = list(feats.shape), list(other.shape)
+    fits = len(theirs) <= len(mine)
+    for a, b in zip(mine[::-1], theirs[::-1]):
+        fits &= a == b or b == 1 or a == 1
+    if len(theirs) == len(mine) and theirs:
+        fits &= theirs[0] in (1, mine[0])  # no operand adds rows
+    if not fits:
+        raise ValueError(
+            f"the operand must broadcast over the features {mine}, as [C], [N, 1] or [N, C] do, "
+            f"got {theirs}"
+        )
+
+
 class SparseTensor(OldNames, _OnDevice):
     """Features on the voxels of a sparse lattice.
 
     The constructor stores what it is given; each operation checks what it uses.
+
+    ``+ - * /`` combine the features with a number, with a tensor that broadcasts over them ([C],
+    [N, 1], [N, C]), or with another sparse tensor on the same coordinates; the result has the
+    coordinates, stride, range and caches of this one. For other coordinates there are `add`,
+    `sub` and `mul` of ``torchsparse.operators``.
 
     Args:
         feats: [N, C] floating. Anything else (labels [N], NumPy arrays) can be stored.
@@ -195,24 +239,159 @@ class SparseTensor(OldNames, _OnDevice):
             )
         return to_dense(self.feats, self.coords, self.spatial_range)
 
-    def __add__(self, other: Any) -> SparseTensor:
-        if not isinstance(other, SparseTensor):
-            return NotImplemented
-        check_same_sites(self, other)
-        return wrap(self.feats + other.feats, self)
+    @staticmethod
+    def from_dense(
+        dense: Tensor, mask: Tensor | None = None, stride: int | Sequence[int] = 1
+    ) -> SparseTensor:
+        """Voxels from a dense grid; the inverse of `dense`. Waits for the device.
+
+        Args:
+            dense: [B, X, Y, Z, C], channels last.
+            mask: [B, X, Y, Z] bool, the cells to keep, zeros included. None: cells in which some
+                channel is not 0 (NaN is not).
+            stride: Of the result, one int or one per axis.
+
+        Returns:
+            Features [N, C], coordinates [N, 4] int32 sorted by (b, x, y, z) and the range
+            (B, X, Y, Z). Differentiable in ``dense``.
+
+        Raises:
+            TypeError: No tensor.
+            ValueError: Fewer than 3 axes, a mask of another shape or dtype.
+        """
+        feats, coords = _forms.from_grid(dense, mask)
+        extents = tuple(dense.shape[:-1])
+        return SparseTensor(feats, coords, as_tuple(stride, len(extents) - 1, "stride"), extents)
+
+    def to_sparse_coo(self) -> Tensor:
+        """A hybrid COO tensor of PyTorch, [B, X, Y, Z] sparse and [C] dense; not coalesced.
+
+        Its size is the ``spatial_range``; without one the smallest that holds every row, which
+        waits for the device. Differentiable in the features.
+
+        Raises:
+            TypeError: Features that are not floating, coordinates that are not integers.
+            ValueError: Shapes that do not fit, a row outside the range.
+        """
+        self._check()
+        return _forms.to_coo(self.feats, self.coords, self.spatial_range)
+
+    @staticmethod
+    def from_sparse_coo(coo: Tensor, stride: int | Sequence[int] = 1) -> SparseTensor:
+        """Voxels from a COO tensor of PyTorch. Entries of one site are added up.
+
+        Args:
+            coo: [B, X, Y, Z] sparse, with one dense axis [C] or none (one channel).
+            stride: Of the result, one int or one per axis.
+
+        Returns:
+            Coordinates [N, 4] int32 sorted by (b, x, y, z) and the range (B, X, Y, Z).
+            Differentiable in the values.
+
+        Raises:
+            TypeError: Another layout.
+            ValueError: Fewer than 2 sparse axes, more than one dense one.
+        """
+        feats, coords, extents = _forms.from_coo(coo)
+        return SparseTensor(feats, coords, as_tuple(stride, len(extents) - 1, "stride"), extents)
+
+    def samples(self, which: int | slice | Sequence[int]) -> SparseTensor:
+        """The voxels of some samples of the batch, numbered from 0. Waits for the device.
+
+        Args:
+            which: A batch index, several distinct ones in the wanted order, or a slice (of the
+                samples of the range, else up to the largest batch index).
+
+        Returns:
+            Rows by sample, in their order within each; stride and range (with the new batch size)
+            of this tensor, a cache of its own. Differentiable.
+
+        Raises:
+            TypeError: Coordinates that are not integers.
+            ValueError: A negative or repeated index, shapes that do not fit.
+        """
+        self._check(feats=False)
+        if isinstance(which, slice):
+            size = _forms.batch_size_of(self.coords, self.spatial_range)
+            chosen = list(range(*which.indices(size)))
+        else:
+            several = which if isinstance(which, Sequence) else [which]
+            chosen = [operator.index(sample) for sample in several]
+        feats, coords = _forms.pick_samples(self.feats, self.coords, chosen)
+        extents = None if self.spatial_range is None else (len(chosen), *self.spatial_range[1:])
+        return SparseTensor(feats, coords, self.stride, extents)
+
+    def decompose(self, batch_size: int | None = None) -> tuple[list[Tensor], list[Tensor]]:
+        """The samples of the batch, one by one; the inverse of collation. Waits for the device.
+
+        Args:
+            batch_size: B. None: that of the range, else the largest batch index + 1.
+
+        Returns:
+            Coordinates [N_b, 3] = (x, y, z) and features [N_b, C] of each sample b, in their row
+            order; no rows for a sample without any. Differentiable.
+
+        Raises:
+            TypeError: Coordinates that are not integers.
+            ValueError: A batch index below 0 or of ``batch_size`` and more, shapes that do not
+                fit.
+        """
+        self._check(feats=False)
+        if batch_size is None:
+            batch_size = _forms.batch_size_of(self.coords, self.spatial_range)
+        return _forms.split_samples(self.feats, self.coords, batch_size)
+
+    def clone(self) -> SparseTensor:
+        """A copy of the features (differentiable) on the same coordinates and caches."""
+        return wrap(self.feats.clone(), self)
+
+    def requires_grad_(self, requires_grad: bool = True) -> SparseTensor:
+        """Let autograd record operations on the features, in place."""
+        self.feats.requires_grad_(requires_grad)
+        return self
+
+    __add__ = _operator(operator.add)
+    __radd__ = _operator(operator.add, reflected=True)
+    __sub__ = _operator(operator.sub)
+    __rsub__ = _operator(operator.sub, reflected=True)
+    __mul__ = _operator(operator.mul)
+    __rmul__ = _operator(operator.mul, reflected=True)
+    __truediv__ = _operator(operator.truediv)
+    __rtruediv__ = _operator(operator.truediv, reflected=True)
+    __array_ufunc__ = None  # NumPy numbers leave the operators to this class
+
+    def __neg__(self) -> SparseTensor:
+        return wrap(-self.feats, self)
+
+    def _check(self, feats: bool = True) -> None:
+        """Coordinates, and features that fit them (floating [N, C] ones if ``feats``)."""
+        if feats:
+            check_feats(self.feats)
+        elif not isinstance(self.feats, Tensor):
+            raise TypeError(f"`feats` must be a tensor, got {type(self.feats).__name__}")
+        check_coords(self.coords, ndim=None)
+        check_rows(self.feats, self.coords)
+        check_same_device(feats=self.feats, coords=self.coords)
 
     def __getstate__(self) -> dict[str, Any]:
         return dict(vars(self))
 
     def __repr__(self) -> str:
-        feats = self.feats
-        if isinstance(feats, Tensor):
-            shape = ", ".join(map(str, feats.shape))
-            what = f"feats=[{shape}] {str(feats.dtype).removeprefix('torch.')} on {feats.device}"
-        else:
-            what = f"feats={type(feats).__name__}"
-        extent = "" if self.spatial_range is None else f", spatial_range={self.spatial_range}"
-        return f"{type(self).__name__}({what}, stride={self.stride}{extent})"
+        parts = [f"feats={_described(self.feats)}", f"coords={_described(self.coords)}"]
+        parts.append(f"stride={self.stride}")
+        if self.spatial_range is not None:
+            parts.append(f"spatial_range={self.spatial_range}")
+        if self._caches.cmaps:  # the levels that a transposed layer can return to
+            parts.append(f"levels={list(self._caches.cmaps)}")
+        return f"{type(self).__name__}({', '.join(parts)})"
+
+
+def _described(value: Any) -> str:
+    """Shape, dtype and device, which are known without waiting."""
+    if not isinstance(value, Tensor):
+        return type(value).__name__
+    words = [str(list(value.shape)), str(value.dtype).removeprefix("torch."), f"on {value.device}"]
+    return " ".join(words + ["with grad"] * value.requires_grad)
 
 
 def _ndim(coords: Any) -> int:

@@ -8,8 +8,10 @@ from torchsparse.nn.functional import (
     crop,
     devoxelize,
     hash,
+    interpolate,
     local_pooling,
     norm,
+    point_voxel,
     pooling,
     query,
     voxelize,
@@ -47,12 +49,18 @@ from torchsparse.nn.functional.count import spcount
 from torchsparse.nn.functional.crop import spcrop
 from torchsparse.nn.functional.devoxelize import calc_ti_weights, spdevoxelize
 from torchsparse.nn.functional.hash import sphash
+from torchsparse.nn.functional.interpolate import interpolate_points
 from torchsparse.nn.functional.local_pooling import (
     avg_pool3d,
     max_pool3d,
     max_unpool3d,
     sum_pool3d,
     unpool3d,
+)
+from torchsparse.nn.functional.point_voxel import (
+    initial_voxelize,
+    point_to_voxel,
+    voxel_to_point,
 )
 from torchsparse.nn.functional.pooling import (
     global_avg_pool,
@@ -93,12 +101,17 @@ __all__ = [
     "global_max_pool",
     "global_sum_pool",
     "hash",
+    "initial_voxelize",
+    "interpolate",
+    "interpolate_points",
     "kmap",
     "leaky_relu",
     "local_pooling",
     "max_pool3d",
     "max_unpool3d",
     "norm",
+    "point_to_voxel",
+    "point_voxel",
     "pooling",
     "query",
     "relu",
@@ -118,5 +131,6 @@ __all__ = [
     "sum_pool3d",
     "transpose_kernel_map",
     "unpool3d",
+    "voxel_to_point",
     "voxelize",
 ]

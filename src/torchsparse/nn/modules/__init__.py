@@ -1,12 +1,35 @@
 """The modules, name by name."""
 
-from torchsparse.nn.modules.activation import LeakyReLU, ReLU, SiLU
+from torchsparse.nn.modules.activation import (
+    CELU,
+    ELU,
+    GELU,
+    SELU,
+    Dropout,
+    Hardsigmoid,
+    Hardswish,
+    Hardtanh,
+    LayerNorm,
+    LeakyReLU,
+    Linear,
+    LogSigmoid,
+    Mish,
+    PReLU,
+    ReLU,
+    ReLU6,
+    Sigmoid,
+    SiLU,
+    Softplus,
+    Softsign,
+    Tanh,
+)
 from torchsparse.nn.modules.bev import (
     ToBEVConvolution,
     ToBEVHeightCompression,
     ToBEVReduction,
     ToDenseBEVConvolution,
 )
+from torchsparse.nn.modules.container import OnFeats, Sequential
 from torchsparse.nn.modules.conv import Conv1d, Conv2d, Conv3d, Conv4d
 from torchsparse.nn.modules.crop import SparseCrop
 from torchsparse.nn.modules.local_pooling import (
@@ -31,7 +54,13 @@ from torchsparse.nn.modules.local_pooling import (
     Unpool3d,
     Unpool4d,
 )
-from torchsparse.nn.modules.norm import BatchNorm, GroupNorm, InstanceNorm
+from torchsparse.nn.modules.norm import (
+    BatchNorm,
+    GroupNorm,
+    InstanceNorm,
+    SyncBatchNorm,
+    convert_sync_batchnorm,
+)
 from torchsparse.nn.modules.pooling import GlobalAvgPool, GlobalMaxPool, GlobalSumPool
 
 __all__ = [
@@ -40,16 +69,26 @@ __all__ = [
     "AvgPool3d",
     "AvgPool4d",
     "BatchNorm",
+    "CELU",
     "Conv1d",
     "Conv2d",
     "Conv3d",
     "Conv4d",
+    "Dropout",
+    "ELU",
+    "GELU",
     "GlobalAvgPool",
     "GlobalMaxPool",
     "GlobalSumPool",
     "GroupNorm",
+    "Hardsigmoid",
+    "Hardswish",
+    "Hardtanh",
     "InstanceNorm",
+    "LayerNorm",
     "LeakyReLU",
+    "Linear",
+    "LogSigmoid",
     "MaxPool1d",
     "MaxPool2d",
     "MaxPool3d",
@@ -58,13 +97,24 @@ __all__ = [
     "MaxUnpool2d",
     "MaxUnpool3d",
     "MaxUnpool4d",
+    "Mish",
+    "OnFeats",
+    "PReLU",
     "ReLU",
+    "ReLU6",
+    "SELU",
+    "Sequential",
     "SiLU",
+    "Sigmoid",
+    "Softplus",
+    "Softsign",
     "SparseCrop",
     "SumPool1d",
     "SumPool2d",
     "SumPool3d",
     "SumPool4d",
+    "SyncBatchNorm",
+    "Tanh",
     "ToBEVConvolution",
     "ToBEVHeightCompression",
     "ToBEVReduction",
@@ -73,4 +123,5 @@ __all__ = [
     "Unpool2d",
     "Unpool3d",
     "Unpool4d",
+    "convert_sync_batchnorm",
 ]

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import nn
 
 from torchsparse.nn.functional.norm import group_norm, instance_norm
 from torchsparse.nn.utils.apply import fapply
 from torchsparse.tensor import SparseTensor, wrap
 
-__all__ = ["BatchNorm", "GroupNorm", "InstanceNorm"]
+__all__ = ["BatchNorm", "GroupNorm", "InstanceNorm", "SyncBatchNorm", "convert_sync_batchnorm"]
 
 # The base classes take dense tensors.
 # pyright: reportIncompatibleMethodOverride=false
@@ -56,3 +59,69 @@ class InstanceNorm(nn.InstanceNorm1d):
             momentum,
             self.eps,
         )
+
+
+class SyncBatchNorm(nn.SyncBatchNorm):
+    """``torch.nn.SyncBatchNorm``: statistics over the rows of all processes; same arguments.
+
+    A process without rows still takes part. Outside a process group, in evaluation and in a group
+    of one it is `BatchNorm`. PyTorch synchronises on GPUs alone: training in a process group on a
+    CPU raises its ValueError.
+    """
+
+    def forward(self, input: SparseTensor) -> SparseTensor:
+        if input.feats.shape[0] == 0 and not self._has_company():
+            return wrap(input.feats, input)
+        return fapply(input, super().forward)
+
+    def _has_company(self) -> bool:
+        """Whether other processes wait for this one's statistics."""
+        together = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if not (self.training and together):
+            return False
+        group = self.process_group or torch.distributed.group.WORLD
+        return torch.distributed.get_world_size(group) > 1
+
+    @classmethod
+    def convert_sync_batchnorm(cls, module: nn.Module, process_group: Any = None) -> nn.Module:
+        """Replace every batch norm in ``module`` by its synchronising sibling.
+
+        Args:
+            module: Changed in place. `BatchNorm` becomes `SyncBatchNorm`, the batch norms of
+                ``torch.nn`` become ``torch.nn.SyncBatchNorm``; parameters and buffers are the same
+                objects, state-dict keys stay.
+            process_group: Of the new modules; None = all processes.
+
+        Returns:
+            ``module``; a new module if it is a batch norm itself.
+        """
+        return convert_sync_batchnorm(module, process_group)
+
+
+def convert_sync_batchnorm(module: nn.Module, process_group: Any = None) -> nn.Module:
+    """See `SyncBatchNorm.convert_sync_batchnorm`."""
+    if isinstance(module, BatchNorm):
+        return _synchronising(module, process_group)
+    if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        if isinstance(module, nn.SyncBatchNorm):
+            return module
+        return nn.SyncBatchNorm.convert_sync_batchnorm(module, process_group)
+    for name, child in list(module.named_children()):
+        setattr(module, name, convert_sync_batchnorm(child, process_group))
+    return module
+
+
+def _synchronising(norm: BatchNorm, process_group: Any) -> SyncBatchNorm:
+    """A `SyncBatchNorm` that shares the parameters and buffers of ``norm``."""
+    found = SyncBatchNorm(
+        norm.num_features,
+        norm.eps,
+        norm.momentum,
+        norm.affine,
+        norm.track_running_stats,
+        process_group,
+    )
+    found._parameters.update(norm._parameters)
+    found._buffers.update(norm._buffers)
+    found.training = norm.training
+    return found

@@ -1,0 +1,54 @@
+"""Points by voxel: the choice of implementation."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from torchsparse._ops.dispatch import twin
+from torchsparse._reference.voxels import VoxelGroups
+
+__all__ = ["VoxelGroups", "group_points", "majority"]
+
+
+def group_points(
+    points: Tensor,
+    voxel_size: tuple[float, ...],
+    batch: Tensor | None = None,
+    also: Tensor | None = None,
+) -> tuple[VoxelGroups, list[float]]:
+    """Bring the points of each cell ``floor(point / voxel_size)`` together.
+
+    Waits for the device once, for the number of voxels, and raises what it had noticed before.
+
+    Args:
+        points: [N, D] numbers, divided in float64.
+        voxel_size: D numbers.
+        batch: [N] integers, the first column of the cells; None = no such column.
+        also: [J] numbers to be read while waiting.
+
+    Returns:
+        The groups, with coordinates of D, or 1 + D columns with a batch; ``also``, rounded to
+        float64.
+
+    Raises:
+        ValueError: A point that is not finite, a cell outside int32.
+    """
+    return twin("voxels", points).group_points(points, voxel_size, batch, also)
+
+
+def majority(
+    labels: Tensor, ignored: int, groups: VoxelGroups, lowest: Tensor, spread: Tensor
+) -> Tensor:
+    """The most frequent label of each voxel, the lowest of several.
+
+    Args:
+        labels: [N] int64.
+        ignored: A label that does not count.
+        groups: Of N points.
+        lowest, spread: [] int64, the smallest label, and the largest minus it plus 1; their
+            product with N is below 2^62.
+
+    Returns:
+        [M] int64; ``ignored`` for a voxel without another label.
+    """
+    return twin("voxels", labels).majority(labels, ignored, groups, lowest, spread)

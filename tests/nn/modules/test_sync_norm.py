@@ -1,0 +1,123 @@
+"""SyncBatchNorm: conversion on any machine, statistics of two processes where PyTorch has them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import multiprocessing, nn
+
+import torchsparse.nn as spnn
+from tests.cases import sparse
+from torchsparse import SparseTensor
+from torchsparse.models import MinkUNet
+
+F32 = torch.float32
+
+
+def network() -> nn.Module:
+    return nn.ModuleDict(
+        {
+            "body": nn.Sequential(spnn.Conv3d(3, 4, 3), spnn.BatchNorm(4, eps=1e-3), spnn.ReLU()),
+            "many": nn.ModuleList([spnn.BatchNorm(4, momentum=None), spnn.GroupNorm(2, 4)]),
+            "head": nn.BatchNorm2d(5),
+            "bare": spnn.BatchNorm(3, affine=False),
+            "still": spnn.BatchNorm(3, track_running_stats=False),
+        }
+    )
+
+
+def test_conversion_changes_the_classes_alone() -> None:
+    net = network()
+    net["still"].eval()  # pyright: ignore
+    before = dict(net.state_dict(keep_vars=True))
+    got = spnn.SyncBatchNorm.convert_sync_batchnorm(net)
+    assert got is net
+    after = net.state_dict(keep_vars=True)
+    assert list(after) == list(before)
+    assert all(after[name] is before[name] for name in before)
+    norms = [m for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    kinds = [type(m) for m in norms]
+    ours, theirs = spnn.SyncBatchNorm, nn.SyncBatchNorm
+    assert kinds == [ours, ours, theirs, ours, ours]
+    assert [m.eps for m in norms] == [1e-3, *[1e-5] * 4]
+    assert [m.momentum for m in norms] == [0.1, None, 0.1, 0.1, 0.1]
+    assert [m.training for m in norms] == [True, True, True, True, False]
+    assert [m.affine for m in norms] == [True, True, True, False, True]
+    assert not isinstance(net["many"][1], nn.SyncBatchNorm)  # pyright: ignore
+
+
+def test_a_norm_alone_and_a_second_conversion() -> None:
+    norm = spnn.BatchNorm(4).eval()
+    group = object()
+    got = spnn.convert_sync_batchnorm(norm, group)
+    assert type(got) is spnn.SyncBatchNorm and got.weight is norm.weight and not got.training
+    assert got.process_group is group
+    assert spnn.convert_sync_batchnorm(got) is got
+    plain = spnn.convert_sync_batchnorm(nn.BatchNorm1d(4))
+    assert type(plain) is nn.SyncBatchNorm and spnn.convert_sync_batchnorm(plain) is plain
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_without_a_group_it_is_batch_norm(training: bool, device: torch.device) -> None:
+    """Checkpoints go back and forth, and so do results."""
+    torch.manual_seed(0)
+    x = sparse(device, "batch_gap", dtype=F32)
+    config = {"stem": 4, "encoder": (6,), "decoder": (5,), "depth": 1}
+    plain = MinkUNet(3, 2, **config).to(device)
+    synced = spnn.convert_sync_batchnorm(MinkUNet(3, 2, **config)).to(device)
+    assert sum(isinstance(m, spnn.SyncBatchNorm) for m in synced.modules()) == 10
+    synced.load_state_dict(plain.state_dict())
+    plain.train(training)
+    synced.train(training)
+    torch.testing.assert_close(synced(x), plain(x))
+    for name, value in plain.state_dict().items():
+        torch.testing.assert_close(synced.state_dict()[name], value)
+
+
+def test_no_rows_leave_statistics_alone(device: torch.device) -> None:
+    norm = spnn.SyncBatchNorm(3).to(device)
+    before = {name: value.clone() for name, value in norm.state_dict().items()}
+    assert norm(sparse(device, "empty", dtype=F32)).feats.shape == (0, 3)
+    assert all(torch.equal(norm.state_dict()[name], value) for name, value in before.items())
+
+
+# What process r of two computes; process 1 of the second case has no rows.
+SPLITS = [(40, 21), (61, 0)]
+
+
+def run(rank: int, split: tuple[int, int], meeting: str, out: str) -> None:
+    device = torch.device("cuda", 0)
+    torch.cuda.set_device(device)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{meeting}", rank=rank, world_size=2
+    )
+    x = sparse(device, dtype=F32)
+    rows = slice(0, split[0]) if rank == 0 else slice(split[0], 61)
+    feats = x.feats[rows].clone().requires_grad_()
+    norm = spnn.convert_sync_batchnorm(spnn.BatchNorm(3)).to(device)
+    y = norm(SparseTensor(feats, x.coords[rows])).feats
+    (y * torch.arange(61, device=device)[rows, None]).sum().backward()
+    found = {"feats": y.detach(), "grad": feats.grad, **norm.state_dict()}
+    torch.save({name: value.cpu() for name, value in found.items()}, f"{out}{rank}")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="PyTorch synchronises batch norms on GPUs alone"
+)
+@pytest.mark.parametrize("split", SPLITS)
+def test_two_processes_are_one(split: tuple[int, int], tmp_path: Path) -> None:
+    arguments = (split, str(tmp_path / "meeting"), str(tmp_path / "rank"))
+    multiprocessing.spawn(run, arguments, nprocs=2)  # pyright: ignore
+    found = [torch.load(tmp_path / f"rank{rank}", weights_only=True) for rank in (0, 1)]
+    x = sparse(torch.device("cpu"), dtype=F32).requires_grad_()
+    norm = spnn.BatchNorm(3)
+    y = norm(x).feats
+    (y * torch.arange(61)[:, None]).sum().backward()
+    together = {name: torch.cat([f[name] for f in found]) for name in ("feats", "grad")}
+    torch.testing.assert_close(together["feats"], y.detach(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(together["grad"], x.feats.grad, rtol=1e-4, atol=1e-4)
+    for name, value in norm.state_dict().items():
+        torch.testing.assert_close(found[0][name], value, rtol=1e-5, atol=1e-5)
