@@ -14,7 +14,7 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[2] / "src")]
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 from torch import Tensor
@@ -55,14 +55,15 @@ def convolutions(gpu: torch.device) -> None:
 
 
 def maps(gpu: torch.device) -> None:
-    """Ranges, minkowski sites, negative sites, given sites, and sites too far apart for 32 bits."""
+    """Ranges, both rules of sites, negative and given sites, sites too far apart for 32 bits."""
     coords = torch.from_numpy(surface(300)).to(gpu)
     for mode in ("spconv", "minkowski"):
         for spatial_range in (None, (2, 64, 64, 24)):
             kmap = F.build_kernel_map(
                 coords, 300, 3, 2, 1, spatial_range=spatial_range, downsample_mode=mode
             )
-            kmap["out_in_map"], kmap["out_in_map_t"], kmap["nbmaps"], kmap["nbsizes"]
+            for view in kmap:
+                _ = kmap[view]
     far = coords.clone()
     far[0, 1:] = 2**20 - 1
     torchsparse.tensor.set_allow_negative_coordinates(True)
@@ -117,7 +118,8 @@ def rows_of_samples(gpu: torch.device) -> None:
             return SparseTensor(feats, coords, 1, (2, 64, 64, 24))  # noqa: B023
 
         def back(value: SparseTensor | Tensor) -> None:
-            (value if isinstance(value, Tensor) else value.feats).sum().backward()
+            feats: Tensor = value.feats if isinstance(value, SparseTensor) else value
+            feats.sum().backward()
 
         back(F.global_avg_pool(fresh()))
         back(F.global_max_pool(fresh(), 2))

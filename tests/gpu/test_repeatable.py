@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -23,10 +25,8 @@ RUNS = 10
 def repeat(gpu: torch.device, name: str, channels: tuple[int, int], dtype: str, flow: int) -> None:
     first: Result | None = None
     for turn in range(RUNS):
-        byte = 0xFF if turn % 2 else 0x7F
-        got = run(
-            KINDS[name], channels, dtype, gpu, dataflow=flow, before=lambda: poison(gpu, byte)
-        )
+        before = partial(poison, gpu, 0xFF if turn % 2 else 0x7F)
+        got = run(KINDS[name], channels, dtype, gpu, dataflow=flow, before=before)
         if first is None:
             first = got
             assert_right(got, run(KINDS[name], channels, dtype, CPU), dtype)
