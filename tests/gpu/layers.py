@@ -15,10 +15,11 @@ from torchsparse.nn import functional as F
 
 # Of the largest entry. Inputs are rounded alike for both sides: what differs is the order of the
 # sums (float32), the 10 bits of each factor (TF32) or one rounding to 11 or 8 bits at the end.
-SHARE = {"fp64": 1e-11, "fp32": 2e-5, "tf32": 2e-3, "fp16": 2e-3, "bf16": 1.5e-2}
+SHARE = {"fp64": 1e-11, "fp32": 2e-5, "ieee": 2e-5, "tf32": 2e-3, "fp16": 2e-3, "bf16": 1.5e-2}
 DTYPES = {
     "fp64": torch.float64,
-    "fp32": torch.float32,
+    "fp32": torch.float32,  # as three TF32 products
+    "ieee": torch.float32,
     "tf32": torch.float32,
     "fp16": torch.float16,
     "bf16": torch.bfloat16,
@@ -117,6 +118,7 @@ def run(
         fine = SparseTensor(feats, coords)
         x = F.conv3d(fine, one, kind.kernel_size, None, kind.stride, kind.padding)
     torchsparse.backends.allow_tf32 = dtype == "tf32"
+    torchsparse.backends.float32_precision = "ieee" if dtype == "ieee" else "tf32x3"
     feats = numbers(len(x.coords), c_in).requires_grad_()
     weight = numbers(kind.volume, c_in, c_out, scale=(kind.volume * c_in) ** -0.5)
     weight.requires_grad_()

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 import torchsparse
-from tests.gpu.layers import KINDS, Kind, run, surface
-from torchsparse import SparseTensor
+from tests.gpu.layers import DTYPES, KINDS, Kind, run, surface
+from torchsparse import SparseTensor, operators
 from torchsparse import nn as spnn
 from torchsparse.backbones import SparseResNet21D, SparseResUNet42
 from torchsparse.backend import GPUHashTable
@@ -37,7 +37,7 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 def convolutions(gpu: torch.device) -> None:
     """Kinds, dtypes and channels each against a middling choice of the others."""
     for name, kind in KINDS.items():
-        for dtype, flow in itertools.product(("fp16", "bf16", "tf32", "fp32", "fp64"), (0, 1, 2)):
+        for dtype, flow in itertools.product(DTYPES, (0, 1, 2)):
             run(kind, (32, 64), dtype, gpu, rows=200, dataflow=flow)
         for rows in ROWS:
             run(kind, (5, 7), "fp16", gpu, rows=rows)
@@ -74,6 +74,35 @@ def maps(gpu: torch.device) -> None:
         F.conv3d(coarse, weight, 3, None, 2, 1, transposed=True)
         F.conv3d(x, weight, 3, coordinates=coords)
     torchsparse.tensor.set_allow_negative_coordinates(False)
+
+
+def dimensions(gpu: torch.device) -> None:
+    """One, two and four axes: keys, taps and unpacking are other kernels."""
+    sites = torch.from_numpy(surface(300)).to(gpu)
+    for ndim, conv in ((1, spnn.Conv1d), (2, spnn.Conv2d), (4, spnn.Conv4d)):
+        columns = torch.cat([sites, sites[:, 3:] % 5], 1)[:, : 1 + ndim]
+        coords = torch.unique(columns, dim=0)
+        x = SparseTensor(torch.ones(len(coords), 8, device=gpu, requires_grad=True), coords)
+        net = torch.nn.Sequential(
+            conv(8, 8, 3), conv(8, 8, 2, 2), conv(8, 8, 2, 2, transposed=True)
+        )
+        net.to(gpu)(x).feats.sum().backward()
+
+
+def windows(gpu: torch.device) -> None:
+    """Pools over windows, and back."""
+    for rows, dtype in itertools.product(ROWS, FLOATS):
+        coords = torch.from_numpy(surface(rows)).to(gpu)
+        feats = torch.ones(len(coords), 24, device=gpu, dtype=dtype, requires_grad=True)
+        for size, stride, padding in ((2, 2, 0), (3, 2, 1), (3, 1, 1)):
+            x = SparseTensor(feats, coords)
+            top, where = F.max_pool3d(x, size, stride, padding, return_indices=True)
+            total = F.sum_pool3d(x, size, stride, padding).feats.sum() + top.feats.sum()
+            (total + F.avg_pool3d(x, size, stride, padding).feats.sum()).backward()
+            top.feats = top.feats.detach().requires_grad_()
+            if stride > 1:
+                F.unpool3d(top, size, stride, padding).feats.sum().backward()
+                F.max_unpool3d(top, where, size, stride, padding).feats.sum().backward()
 
 
 def points(gpu: torch.device) -> None:
@@ -132,6 +161,11 @@ def rows_of_samples(gpu: torch.device) -> None:
         back(F.spcrop(fresh(), (0, 0, 0), (40, 40, 40)))
         other = SparseTensor(fresh().feats, coords + 1)
         back(torchsparse.generative_add(fresh(), other))
+        back(operators.mul(fresh(), other))
+        operators.intersection(fresh(), other)
+        operators.prune(fresh(), coords[:, 1] % 2 == 0)
+        vectors = torch.ones(2, 8, device=gpu, dtype=dtype)
+        back(operators.broadcast_add(fresh(), vectors))
 
 
 def networks(gpu: torch.device) -> None:
@@ -170,7 +204,7 @@ def main() -> int:
         print("skipped: no CUDA device")
         return 0
     gpu = torch.device("cuda", 0)
-    for part in (convolutions, maps, points, rows_of_samples, networks):
+    for part in (convolutions, maps, dimensions, windows, points, rows_of_samples, networks):
         print(part.__name__, flush=True)
         part(gpu)
         torch.cuda.synchronize(gpu)

@@ -15,13 +15,12 @@ from torchsparse import SparseTensor
 from torchsparse import nn as spnn
 from torchsparse.backbones import SparseResUNet42
 
-# Most waits per map: the sites of a strided or generative layer are as many as the data says.
-# The bounds are what the library does today; lower them when it does better.
+# Most waits per map: a strided or generative layer has as many sites as the data says.
 MOST_PER_MAP = {
-    "pointwise": 0, "submanifold-3": 1, "submanifold-even": 1, "submanifold-5": 1,
-    "strided-2": 3, "strided-3": 3, "generative": 3,
+    "pointwise": 0, "submanifold-3": 0, "submanifold-even": 0, "submanifold-5": 0,
+    "strided-2": 1, "strided-3": 1, "generative": 1,
 }  # fmt: skip
-MOST_PER_UNET = 13  # 4 strided levels, and the search structure of the first
+MOST_PER_UNET = 4  # one for each halving
 
 
 @contextmanager
