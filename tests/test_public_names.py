@@ -51,7 +51,7 @@ OFFERED: dict[str, str] = {
     "compat": "ADVICE forget_notes",
     "backend": "GPUHashTable",
     "backends": """benchmark hash_rsv_ratio infer_spatial_range device_capability allow_tf32
-        allow_fp16 check_errors init""",
+        allow_fp16 float32_precision check_errors init""",
     "nn": f"functional utils {MODULES}",
     "nn.modules": MODULES,
     "nn.utils": "fapply get_kernel_offsets",
@@ -232,13 +232,14 @@ BACKEND_VALUES = (
     "device_capability",
     "allow_tf32",
     "allow_fp16",
+    "float32_precision",
 )
 
 
 @pytest.mark.parametrize("name", BACKEND_VALUES)
 def test_backends_values_can_be_read_and_written(name: str) -> None:
     value = getattr(torchsparse.backends, name)
-    assert isinstance(value, int)
+    assert isinstance(value, str if name == "float32_precision" else int)
     setattr(torchsparse.backends, name, value)
     assert getattr(torchsparse.backends, name) == value
 

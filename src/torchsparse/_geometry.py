@@ -12,6 +12,7 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 __all__ = ["Geometry", "as_tuple", "conv_range", "default_padding", "tap_list"]
@@ -111,11 +112,18 @@ class Geometry:
             padding = tuple(d * ((k - 1) // 2) for k, d in zip(kernel_size, dilation))
         return Geometry(kind, kernel_size, stride, dilation, padding)
 
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.kind, self.kernel_size, self.stride, self.dilation, self.offset))
+
     @property
     def ndim(self) -> int:
         return len(self.kernel_size)
 
-    @property
+    @cached_property
     def volume(self) -> int:
         """Number of taps K."""
         return math.prod(self.kernel_size)

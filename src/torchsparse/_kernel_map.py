@@ -115,6 +115,16 @@ class KernelMap:
         backward: bool = False,
     ) -> conv_ops.Planned:
         """The layout that `_ops.conv.gather_gemm` wants for a layer of these channels."""
+        known = self._views.get((recipe, out_channels, transposed, backward))
+        if known is None:
+            known = self._plan(recipe, out_channels, transposed, backward)
+            if not torch.compiler.is_compiling():
+                self._views[recipe, out_channels, transposed, backward] = known
+        return known
+
+    def _plan(
+        self, recipe: ConvRecipe, out_channels: int, transposed: bool, backward: bool
+    ) -> conv_ops.Planned:
         if transposed and self.identity is None:
             return self.transposed.plan(recipe, out_channels, backward=backward)
         key, make = conv_ops.plan_key(

@@ -19,9 +19,13 @@ class Dataflow(enum.Enum):
     CodedCSR = 3
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ConvRecipe:
-    """The resolved choices of one call: a config says what is wanted, this what is done."""
+    """The resolved choices of one call: a config says what is wanted, this what is done.
+
+    Equal choices are one object where `nn.functional.conv` makes them, so that layouts can be
+    remembered by it.
+    """
 
     dataflow: Dataflow
     sort: bool  # order output rows by their neighbour mask

@@ -35,6 +35,11 @@ class Settings:
     allow_tf32: bool | None = None
     float32_precision: str = "tf32x3"  # of float32 convolutions on a GPU without TF32
     allow_fp16: bool | None = None
+    version: int = 0  # counts assignments, so that what was derived can be remembered
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+        object.__setattr__(self, "version", getattr(self, "version", 0) + 1)
 
 
 settings = Settings()

@@ -48,7 +48,7 @@ def insert_keys(keys, live, table, shift, slots_mask, most):
 def find_slots(keys, live, table, shift, slots_mask):
     """The slot of each key, -1 where it is absent or not ``live``."""
     slot = first_slot(keys, shift, slots_mask)
-    found = tl.where(live, -1, -1)
+    found = tl.zeros_like(slot) - 1
     while tl.max(live.to(tl.int32)) > 0:
         # Two slots a step: their loads are in flight together, mostly in one sector.
         then = (slot + 1) & slots_mask

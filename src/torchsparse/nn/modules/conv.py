@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from torchsparse._compat import old_conv_arguments
 from torchsparse._geometry import default_padding
-from torchsparse.nn.functional.conv.conv import check_parameters, convolve
+from torchsparse.nn.functional.conv.conv import Layer, check_parameters, layer_of, run_layer
 from torchsparse.tensor import SparseTensor
 
 __all__ = ["Conv1d", "Conv2d", "Conv3d", "Conv4d"]
@@ -20,6 +20,7 @@ class _Conv(nn.Module):
     """A convolution over ``ndim`` spatial axes; see `Conv3d`."""
 
     ndim = 3
+    _layer: Layer | None = None
 
     def __init__(
         self,
@@ -69,20 +70,40 @@ class _Conv(nn.Module):
         self, input: SparseTensor, coordinates: SparseTensor | Tensor | None = None
     ) -> SparseTensor:
         """[N, C_in] features -> [M, C_out], on ``coordinates`` if they are given."""
-        return convolve(
-            self.ndim,
-            input,
-            self.kernel,
-            self.kernel_size,
-            self.bias,
-            self.stride,
-            self.padding,
-            self.dilation,
-            self._config,
-            self.transposed,
-            self.generative,
-            coordinates,
+        return run_layer(
+            self._parameters_of(), input, self.kernel, self.bias, self._config, coordinates
         )
+
+    def _parameters_of(self) -> Layer:
+        """The record of this layer, made again if somebody assigned other parameters."""
+        layer = self._layer
+        if (
+            layer is None
+            or layer.kernel_size is not self.kernel_size
+            or layer.stride is not self.stride
+            or layer.padding is not self.padding
+            or layer.dilation is not self.dilation
+            or layer.transposed is not self.transposed
+            or layer.generative is not self.generative
+        ):
+            layer = layer_of(
+                self.ndim,
+                self.kernel_size,
+                self.stride,
+                self.padding,
+                self.dilation,
+                self.transposed,
+                self.generative,
+            )
+            # The record's own tuples, so that identity tells next time.
+            self.kernel_size, self.stride = layer.kernel_size, layer.stride
+            self.padding, self.dilation = layer.padding, layer.dilation
+            self.transposed, self.generative = layer.transposed, layer.generative
+            self._layer = layer
+        return layer
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_layer": None}
 
     def extra_repr(self) -> str:
         parts = [f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}"]

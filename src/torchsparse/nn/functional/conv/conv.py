@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from torchsparse import _validate, backends
 from torchsparse._autograd.conv import pointwise, sparse_conv
-from torchsparse._cache import TensorCache
+from torchsparse._cache import Stamp, TensorCache
 from torchsparse._compat import old_conv3d_arguments
 from torchsparse._geometry import Geometry, as_tuple
 from torchsparse._kernel_map import KernelMap
@@ -159,21 +160,141 @@ def convolve(
     coordinates: SparseTensor | Tensor | None = None,
 ) -> SparseTensor:
     """`conv3d` over ``ndim`` spatial axes."""
-    kernel_size, stride, padding, dilation = check_parameters(
-        ndim, kernel_size, stride, padding, dilation, transposed, generative
-    )
-    weight = _check_operands(ndim, x, weight, bias, kernel_size)
+    layer = layer_of(ndim, kernel_size, stride, padding, dilation, transposed, generative)
+    return run_layer(layer, x, weight, bias, config, coordinates)
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """The checked parameters of a layer. Equal ones are one object: see `layer_of`."""
+
+    ndim: int
+    kernel_size: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    transposed: bool
+    generative: bool
+    volume: int
+    pointwise: bool  # 1x1 at stride 1: no map
+
+
+_layers: dict[tuple[Any, ...], Layer] = {}
+
+
+def layer_of(
+    ndim: int,
+    kernel_size: Any,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    transposed: bool,
+    generative: bool,
+) -> Layer:
+    """The record of a layer's parameters.
+
+    Raises:
+        ValueError, TypeError: Parameters outside their range.
+    """
+    sizes = check_parameters(ndim, kernel_size, stride, padding, dilation, transposed, generative)
+    key = (*sizes, transposed, generative)
+    layer = _layers.get(key)
+    if layer is None:
+        volume = math.prod(sizes[0])
+        pointwise = volume == 1 and math.prod(sizes[1]) == 1
+        layer = Layer(ndim, *sizes, transposed, generative, volume, pointwise)
+        layer = _layers.setdefault(key, layer)
+    return layer
+
+
+class _Path(NamedTuple):
+    """Where a layer led from given coordinates, kept among the kernel maps of their cache so that
+    it goes with them."""
+
+    start: Stamp
+    ends: tuple[Stamp, Stamp]
+    kmap: KernelMap
+    level: Level
+
+    def holds(self, x: SparseTensor) -> bool:
+        """Whether ``x`` starts there, nothing was written to, and the cache knows both levels."""
+        cmaps = x._caches.cmaps
+        return (
+            self.start.fits(x.coords)
+            and self.ends[0].unchanged()
+            and self.ends[1].unchanged()
+            and x.stride in cmaps
+            and self.level.stride in cmaps
+        )
+
+
+def run_layer(
+    layer: Layer,
+    x: SparseTensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    config: Mapping[str, Any] | None,
+    coordinates: SparseTensor | Tensor | None = None,
+) -> SparseTensor:
+    """Convolve ``x``: check, resolve, find the map, one call, wrap."""
+    if not _fits(layer, x, weight, bias):
+        weight = _check_operands(layer.ndim, x, weight, bias, layer.kernel_size)
     recipe = resolve(config, x.feats, weight, bias)
-    coords = int32_coords(x._caches, x.coords)
-    if math.prod(kernel_size) == 1 and math.prod(stride) == 1 and coordinates is None:
-        feats = pointwise(x.feats, weight[0], bias, recipe.dtype)
+    if layer.pointwise and coordinates is None:
+        matrix = weight if weight.dim() == 2 else weight[0]
+        feats = pointwise(x.feats, matrix, bias, recipe.dtype)
+        coords = int32_coords(x._caches, x.coords)
         return wrap(feats, x, coords, x.stride, x.spatial_range)
+    key = (
+        layer,
+        x.stride,
+        x.spatial_range,
+        recipe.downsample_mode,
+        settings.allow_negative_coordinates,
+        settings.infer_spatial_range,
+    )
+    paths = x._caches.kmaps.setdefault("paths", {})
+    path = paths.get(key) if coordinates is None else None
+    if path is not None and path.holds(x):
+        feats = sparse_conv(x.feats, weight, bias, path.kmap, layer.transposed, recipe)
+        if not layer.generative:
+            return wrap(feats, x, *path.level)
+        return on_level(feats, x, path.level, True)
     kmap, level = find_map(
-        ndim, x, kernel_size, stride, padding, dilation, recipe.downsample_mode,
-        transposed, generative, coordinates,
+        layer.ndim, x, layer.kernel_size, layer.stride, layer.padding, layer.dilation,
+        recipe.downsample_mode, layer.transposed, layer.generative, coordinates,
     )  # fmt: skip
-    feats = sparse_conv(x.feats, weight, bias, kmap, transposed, recipe)
-    return on_level(feats, x, level, generative)
+    if weight.dim() == 2:
+        weight = weight[None]
+    if coordinates is None:
+        ends = Stamp(kmap.in_coords), Stamp(kmap.out_coords)
+        x._caches.kmaps.setdefault("paths", {})[key] = _Path(Stamp(x.coords), ends, kmap, level)
+    feats = sparse_conv(x.feats, weight, bias, kmap, layer.transposed, recipe)
+    return on_level(feats, x, level, layer.generative)
+
+
+def _fits(layer: Layer, x: SparseTensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether everything is as usual; if not, `_check_operands` says what is wrong."""
+    if not isinstance(x, SparseTensor):
+        return False
+    feats, coords = x.feats, x.coords
+    if not (isinstance(feats, Tensor) and isinstance(coords, Tensor)):
+        return False
+    shape, sites, kernel = feats.shape, coords.shape, weight.shape
+    device = feats.device
+    return (
+        len(shape) == len(sites) == 2
+        and (kernel[:-2] == (layer.volume,) or (layer.pointwise and len(kernel) == 2))
+        and shape[0] == sites[0]
+        and sites[1] == 1 + layer.ndim
+        and kernel[-2] == shape[1]
+        and coords.dtype is torch.int32
+        and feats.dtype.is_floating_point
+        and weight.dtype.is_floating_point
+        and weight.device == device
+        and coords.device == device
+        and (bias is None or (bias.shape == kernel[-1:] and bias.device == device))
+    )
 
 
 def find_map(
@@ -357,13 +478,39 @@ def _needed_range(spatial_range: tuple[int, ...] | None, ndim: int) -> tuple[int
 HALVES = (torch.float16, torch.bfloat16)
 
 
+_recipes: dict[Any, ConvRecipe] = {}
+MOST_RECIPES = 1024  # forgotten beyond: settings that change all the time
+
+
 def resolve(
     config: Mapping[str, Any] | None, feats: Tensor, weight: Tensor, bias: Tensor | None
 ) -> ConvRecipe:
     """Turn configuration, modes, dtypes and autocast into one record."""
-    complete = resolve_config(config)
     dtype = compute_dtype(feats, weight, bias)
-    on_gpu = feats.device.type == "cuda"
+    shared = settings.conv_config
+    key = (
+        settings.version,
+        dtype,
+        feats.device,
+        None if shared is None else tuple(shared.items()),
+        None if config is None else tuple(config.items()) if hasattr(config, "items") else 0,
+    )
+    try:
+        known = _recipes.get(key)
+    except TypeError:  # a value without a hash, which the checks below refuse
+        return _resolve(config, dtype, feats.device)
+    if known is None:
+        if len(_recipes) >= MOST_RECIPES:
+            _recipes.clear()
+        known = _recipes[key] = _resolve(config, dtype, feats.device)
+    return known
+
+
+def _resolve(
+    config: Mapping[str, Any] | None, dtype: torch.dtype, device: torch.device
+) -> ConvRecipe:
+    complete = resolve_config(config)
+    on_gpu = device.type == "cuda"
     full = on_gpu and dtype in HALVES and not backends.allow_fp16
     if on_gpu and dtype == torch.float32:
         precision = "tf32" if backends.allow_tf32 else settings.float32_precision
@@ -389,10 +536,13 @@ def compute_dtype(feats: Tensor, weight: Tensor, bias: Tensor | None) -> torch.d
     Raises:
         TypeError: float16 meets bfloat16 outside autocast.
     """
+    device = feats.device.type
+    autocast = torch.is_autocast_enabled(device)
+    if not autocast and bias is None and feats.dtype is weight.dtype:
+        return feats.dtype
     operands = (feats, weight) if bias is None else (feats, weight, bias)
     found = {t.dtype for t in operands}
-    device = feats.device.type
-    if torch.is_autocast_enabled(device) and torch.float64 not in found:
+    if autocast and torch.float64 not in found:
         return torch.get_autocast_dtype(device)
     if len(found) == 1:
         return feats.dtype
