@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-__all__ = ["Complaint", "complain_if", "raise_pending"]
+__all__ = ["Complaint", "complain_if", "flag_word", "raise_pending"]
 
 
 class Complaint(enum.Enum):
@@ -59,8 +59,18 @@ def complain_if(
         if bool(bad):
             raise _error(complaint, detail() if detail else "")
         return
-    word = _words.setdefault(bad.device, torch.zeros((), dtype=torch.int64, device=bad.device))
-    word |= bad.to(torch.int64) * complaint.bit
+    word = flag_word(bad.device)
+    if word is not None:
+        word |= bad * complaint.bit
+
+
+def flag_word(device: torch.device) -> Tensor | None:
+    """The [] int64 into which kernels `or` the bits of what they notice; None on the CPU."""
+    if device.type == "cpu":
+        return None
+    if device not in _words:
+        _words[device] = torch.zeros((), dtype=torch.int64, device=device)
+    return _words[device]
 
 
 def raise_pending(device: torch.device | None = None) -> None:

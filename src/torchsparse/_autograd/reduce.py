@@ -23,7 +23,9 @@ class SegmentSum(Function):
     @staticmethod
     def forward(ctx: Any, feats: Tensor, index: Tensor, num: int) -> Tensor:
         ctx.save_for_backward(index)
-        return reduce.segment_sum(feats, reduce.group_rows(index, num)).to(feats.dtype)
+        return reduce.segment_sum(
+            feats, reduce.group_rows(index, num), None, None, feats.dtype
+        )
 
     @staticmethod
     @once_differentiable
@@ -136,7 +138,8 @@ class SampleNorm(Function):
 
 def _per_channel(values: Tensor, channels: int) -> Tensor:
     """[B, G] -> [B, C]: every channel of a group has its value."""
-    return values.repeat_interleave(channels // values.shape[1], dim=1)
+    # repeat_interleave waits for a GPU.
+    return values[:, :, None].expand(-1, -1, channels // values.shape[1]).flatten(1)
 
 
 def _over_groups(values: Tensor, num_groups: int) -> Tensor:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from torchsparse._groups import Groups
 from torchsparse._ops.dispatch import twin
-from torchsparse._reference.reduce import Groups
 
 __all__ = ["affine", "sample_moments"]
 

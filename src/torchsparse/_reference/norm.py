@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from torchsparse._reference.reduce import Groups, segment_sum
+from torchsparse._groups import Groups
+from torchsparse._reference.reduce import segment_sum
 
 __all__ = ["affine", "sample_moments"]
 
