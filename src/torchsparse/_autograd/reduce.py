@@ -23,9 +23,7 @@ class SegmentSum(Function):
     @staticmethod
     def forward(ctx: Any, feats: Tensor, index: Tensor, num: int) -> Tensor:
         ctx.save_for_backward(index)
-        return reduce.segment_sum(
-            feats, reduce.group_rows(index, num), None, None, feats.dtype
-        )
+        return reduce.segment_sum(feats, reduce.group_rows(index, num), None, None, feats.dtype)
 
     @staticmethod
     @once_differentiable

@@ -361,9 +361,7 @@ def trilinear_weights(points: Tensor, scale: float) -> Tensor:
 
 
 @triton.jit(do_not_specialize=["n"])
-def _trilinear_kernel(
-    points, out, n, row_stride, stride, scale: tl.float64, ROWS: tl.constexpr
-):
+def _trilinear_kernel(points, out, n, row_stride, stride, scale: tl.float64, ROWS: tl.constexpr):
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     corner = tl.arange(0, 8)
     share = tl.full([ROWS, 8], 1, points.dtype.element_ty)
@@ -376,4 +374,3 @@ def _trilinear_kernel(
         share *= tl.where(far, upper[:, None], 1 - upper[:, None])
     at = row.to(tl.int64)[:, None] * 8 + corner[None, :]
     tl.store(out + at, share, mask=(row < n)[:, None])
-

@@ -274,36 +274,35 @@ def _groups_kernel(
     first = tl.program_id(0).to(tl.int64) * TOGETHER
     longest = SHORT + 1
     if TOGETHER > 1:
-        group = first + tl.arange(0, TOGETHER)
-        begin = tl.load(starts + group, mask=group < num, other=0)
-        end = tl.load(starts + group + 1, mask=group < num, other=0)
-        longest = tl.max(end - begin, 0).to(tl.int32)
-        short = (group < num) & (end - begin <= SHORT)
-        end = tl.where(short, end, begin)
+        # Columns from the start: slices of tiles, [:, None], fail to compile here (Triton 3.6).
+        many = (first + tl.arange(0, TOGETHER))[:, None]
+        begins = tl.load(starts + many, mask=many < num, other=0)
+        sizes = tl.load(starts + many + 1, mask=many < num, other=0) - begins
+        longest = tl.max(tl.max(sizes, 1), 0)
+        short = (many < num) & (sizes <= SHORT)
         inside = (col < width)[None, :]
-        mask = (group < num)[:, None] & inside
+        mask = short & inside
+        cells = many * width + col[None, :]
         total = tl.zeros([TOGETHER, COLS], ACC)
-        middle = tl.zeros([TOGETHER, COLS], ACC)
         if CENTRED:
-            middle = tl.load(centre + group[:, None] * width + col[None, :], mask=mask, other=0)
-        for start in range(0, tl.max(end - begin, 0).to(tl.int32), 4):
+            middles = tl.load(centre + cells, mask=mask, other=0)
+        for start in range(0, tl.minimum(longest, SHORT), 4):
             for k in tl.static_range(4):  # four rows of each group are on their way at a time
-                at = begin + start + k
-                here = at < end
+                at = begins + (start + k)
+                here = short & (start + k < sizes)
                 row = tl.load(order + at, mask=here, other=0)
-                read = here[:, None] & inside
-                value = tl.load(feats + row[:, None] * width + col[None, :], mask=read, other=0)
+                read = here & inside
+                value = tl.load(feats + row * width + col[None, :], mask=read, other=0)
                 value = value.to(ACC)
                 if CENTRED:
-                    value = tl.where(read, value - middle, 0)
+                    value = tl.where(read, value - middles, 0)
                     value = value * value
                 if WEIGHTED:
                     w = tl.load(weights + at, mask=here, other=0).to(ACC)
-                    value = value * w[:, None]
+                    value = value * w
                 total += value
-        total = _finish(total, counts, group[:, None], mask, ACC, DIVIDED)
-        at = group[:, None] * width + col[None, :]
-        tl.store(out + at, total.to(out.dtype.element_ty), mask=short[:, None] & inside)
+        total = _finish(total, counts, many, short, ACC, DIVIDED)
+        tl.store(out + cells, total.to(out.dtype.element_ty), mask=mask)
     if longest > SHORT:
         for k in range(TOGETHER):
             group = first + k

@@ -68,7 +68,7 @@ def _site_kernel(sites, keys, n, BLOCK: tl.constexpr):
     mixed = tl.full([BLOCK], FNV_OFFSET, tl.int64)
     inside = row < n
     for column in tl.static_range(4):
-        bits: tl.constexpr = 10 if column == 0 else 17 if column == 3 else 18
+        bits = 10 if column == 0 else 17 if column == 3 else 18
         value = tl.load(sites + row * 4 + column, mask=row < n, other=0)
         mixed = (mixed ^ value) * FNV_PRIME
         mixed ^= (mixed >> 29) & 0x7FFFFFFFF  # logical shift: bring high bits down
