@@ -143,6 +143,7 @@ def run_all(dtype: torch.dtype = torch.float16, channels: int = 64) -> None:
     reduce.argmax_rows(feats, index, top)
     table_ = torch.zeros((5, channels))
     norm.sample_moments(feats, index, Groups(groups.order, groups.starts[:7]), 8)
+    norm.centred_dots(feats, feats, index, groups, torch.zeros((num, channels)))
     norm.affine(feats, index, table_, table_, table_, dtype, (feats, table_))
     keys = table.hash_rows(coords, torch.zeros((27, 3), dtype=torch.int32))
     table.find_rows(keys[0], keys)

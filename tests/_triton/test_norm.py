@@ -25,6 +25,20 @@ def test_moments(rows, dtype, device):
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("rows", [0, 1, 20, 700])
+def test_centred_dots(rows, dtype, device):
+    """Over short samples and long ones."""
+    batch = randint(0, 12, (rows,), device).clamp_(max=5)
+    feats, other = (randn(rows, 7, dtype=dtype, device=device, seed=s) for s in (1, 2))
+    mean = randn(40, 7, dtype=torch.promote_types(dtype, torch.float32), device=device)
+    groups = reduce.group_rows(batch, 40)
+    got = norm.centred_dots(feats, other, batch, groups, mean)
+    want = reference.centred_dots(feats, other, batch, groups, mean.double())
+    assert got.dtype == mean.dtype
+    torch.testing.assert_close(got, want.to(mean.dtype), rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize(
     ("scale", "shift", "extra"), [(0, 0, 0), (1, 0, 0), (1, 1, 0), (1, 1, 1), (0, 1, 1)]
 )

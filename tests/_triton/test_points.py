@@ -177,6 +177,16 @@ def test_devoxelize_of_absent_voxels(device):
     assert points.devoxelize(feats[:0], index, weights).tolist() == [[0.0]] * 3
 
 
+@pytest.mark.parametrize(("highest", "noted"), [(-1, 0), (21, 0), (22, 4), (2**31 - 1, 4)])
+def test_devoxelize_notes_numbers_behind_the_end(highest, noted, device):
+    feats = randn(22, 3, dtype=torch.float32, device=device)
+    index = torch.zeros((700, 5), dtype=torch.int32, device=device)
+    index[600, 4] = highest
+    word = torch.zeros((), dtype=torch.int64, device=device)
+    points.devoxelize(feats, index, torch.ones((700, 5), device=device), word, 4)
+    assert word.item() == noted
+
+
 @pytest.mark.parametrize("channels", [1, 3, 64, 130])
 @pytest.mark.parametrize("width", [1, 8])
 def test_weight_grad(width, channels, device):

@@ -50,6 +50,16 @@ def test_count_with_and_without_bins(num, device):
     assert torch.equal(reduce.count(index, num), reference.count(index, num))
 
 
+@pytest.mark.parametrize("num", [40, 4000])
+@pytest.mark.parametrize("excess", [-5000, -1, 0, 5])
+def test_count_notes_numbers_behind_the_end(excess, num, device):
+    index = torch.zeros(700, dtype=torch.int32, device=device)
+    index[600] = num + excess
+    word = torch.zeros((), dtype=torch.int64, device=device)
+    reduce.count(index, num, word, 4)
+    assert word.item() == (4 if excess >= 0 else 0)
+
+
 @pytest.mark.parametrize("channels", [1, 5, 70])
 @pytest.mark.parametrize("weighted", [False, True])
 def test_sums(groups, weighted, channels, device):

@@ -105,16 +105,18 @@ class Devoxelize(Function):
     """Weighted sums of voxel rows around points."""
 
     @staticmethod
-    def forward(ctx: Any, feats: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, feats: Tensor, index: Tensor, weights: Tensor, word: Tensor | None, bit: int
+    ) -> Tensor:
         # Features are needed for the gradient of the weights alone.
         saved = feats if weights.requires_grad else None
         ctx.save_for_backward(index, weights, saved)
         ctx.num_voxels = feats.shape[0]
-        return points.devoxelize(feats, index, weights)
+        return points.devoxelize(feats, index, weights, word, bit)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         index, weights, feats = ctx.saved_tensors
         grad_feats = grad_weights = None
         if ctx.needs_input_grad[0]:
@@ -124,7 +126,7 @@ class Devoxelize(Function):
             grad_feats = reduce.segment_sum(grad, pairs, shares, None, grad.dtype)
         if ctx.needs_input_grad[2]:
             grad_weights = points.devoxelize_weight_grad(feats, index, grad).to(weights.dtype)
-        return grad_feats, None, grad_weights
+        return grad_feats, None, grad_weights, None, None
 
 
 def devoxelize(feats: Tensor, index: Tensor, weights: Tensor) -> Tensor:
@@ -132,11 +134,18 @@ def devoxelize(feats: Tensor, index: Tensor, weights: Tensor) -> Tensor:
 
     Args:
         feats: [M, C] floating.
-        index: [N, J] integers, rows around each point; outside 0 <= i < M = none.
+        index: [N, J] integers, rows around each point; negative = none.
         weights: [N, J] floating.
 
     Returns:
         [N, C] in the dtype of ``feats``, summed in float32 (float64 in float64). Differentiable in
         ``feats`` and ``weights``.
+
+    Raises:
+        ValueError: An index of M or more (noticed later on a GPU, and taken for none).
     """
-    return Devoxelize.apply(feats, index, weights)  # pyright: ignore[reportReturnType]
+    num, word = feats.shape[0], flag_word(feats.device)
+    if word is None:
+        complain_if((index >= num).any(), Complaint.INDEX, lambda: f"{num} rows")
+    out = Devoxelize.apply(feats, index, weights, word, Complaint.INDEX.bit)
+    return out  # pyright: ignore[reportReturnType]

@@ -116,8 +116,7 @@ class SampleNorm(Function):
         mean_c, rstd_c = _per_channel(mean, channels), _per_channel(rstd, channels)
         # Per sample and channel: sum of dy, and of dy * x_hat with x_hat = (x - mean) * rstd.
         sums = reduce.segment_sum(grad, groups)
-        products = norm.affine(feats, batch, mean_c, rstd_c, None, sums.dtype)
-        dots = reduce.segment_sum(products.mul_(grad), groups)
+        dots = norm.centred_dots(feats, grad, batch, groups, mean_c) * rstd_c
         grad_weight = None if weight is None else dots.sum(0).to(weight.dtype)
         grad_bias = None if ctx.bias_dtype is None else sums.sum(0).to(ctx.bias_dtype)
         if not ctx.needs_input_grad[0]:

@@ -75,18 +75,21 @@ def share_rows(rows: Tensor, index: Tensor, counts: Tensor) -> Tensor:
     return twin("points", rows).share_rows(rows, index, counts)
 
 
-def devoxelize(feats: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+def devoxelize(
+    feats: Tensor, index: Tensor, weights: Tensor, word: Tensor | None = None, bit: int = 0
+) -> Tensor:
     """Weighted sums of rows around points.
 
     Args:
         feats: [M, C] floating.
         index: [N, J] integers; outside 0 <= i < M = none.
         weights: [N, J] floating.
+        word, bit: As in `flat_index`, for an index of M or more.
 
     Returns:
         [N, C] in the dtype of ``feats``, summed in float32 (float64 in float64).
     """
-    return twin("points", feats).devoxelize(feats, index, weights)
+    return twin("points", feats).devoxelize(feats, index, weights, word, bit)
 
 
 def devoxelize_weight_grad(feats: Tensor, index: Tensor, grad: Tensor) -> Tensor:

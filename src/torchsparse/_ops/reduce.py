@@ -46,17 +46,19 @@ def segment_sum(
     return twin("reduce", feats).segment_sum(feats, groups, weights, counts, dtype)
 
 
-def count(index: Tensor, num: int) -> Tensor:
+def count(index: Tensor, num: int, word: Tensor | None = None, bit: int = 0) -> Tensor:
     """Count the rows of each group.
 
     Args:
         index: [N] integers.
         num: Number of groups.
+        word: [] int64, into which ``bit`` is or-ed, in place, if a number is ``num`` or more.
+        bit: Its bit.
 
     Returns:
         [num] int32.
     """
-    return twin("reduce", index).count(index, num)
+    return twin("reduce", index).count(index, num, word, bit)
 
 
 def segment_max(feats: Tensor, index: Tensor, num: int) -> Tensor:

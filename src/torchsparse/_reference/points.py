@@ -61,10 +61,14 @@ def share_rows(rows: Tensor, index: Tensor, counts: Tensor) -> Tensor:
     return gather_rows(shares, torch.where(index < counts.shape[0], index, -1))
 
 
-def devoxelize(feats: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+def devoxelize(
+    feats: Tensor, index: Tensor, weights: Tensor, word: Tensor | None = None, bit: int = 0
+) -> Tensor:
     """Sum of ``weights[n, j] * feats[index[n, j]]`` over j.  -> [N, C]."""
     num, channels = feats.shape
     dtype = torch.float64 if feats.dtype == torch.float64 else torch.float32
+    if word is not None:
+        word |= (index >= num).any() * bit
     if index.numel() == 0 or channels == 0:
         return feats.new_zeros((index.shape[0], channels))
     absent = (index < 0) | (index >= num)

@@ -86,8 +86,10 @@ def _bags(feats: Tensor, rows: Tensor, starts: Tensor, weights: Tensor | None) -
     )
 
 
-def count(index: Tensor, num: int) -> Tensor:
+def count(index: Tensor, num: int, word: Tensor | None = None, bit: int = 0) -> Tensor:
     """Rows per group; numbers outside are skipped.  [N] integers -> [num] int32."""
+    if word is not None:
+        word |= (index >= num).any() * bit
     found = torch.bincount(_or_last(index, num), minlength=num + 1)
     return found[:num].to(torch.int32)
 

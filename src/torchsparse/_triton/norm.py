@@ -12,7 +12,7 @@ from torchsparse._groups import Groups
 from torchsparse._triton.reduce import sum_groups
 from torchsparse._triton.rows import accumulator, divide, launch, row_tile
 
-__all__ = ["affine", "sample_moments"]
+__all__ = ["affine", "centred_dots", "sample_moments"]
 
 
 def sample_moments(
@@ -54,6 +54,13 @@ def _mean_kernel(sums, starts, mean, spread, num_groups, size, BLOCK: tl.constex
     for start in range(0, size, BLOCK):
         at = start + tl.arange(0, BLOCK)
         tl.store(spread + first + at, value + tl.zeros_like(total), mask=at < size)
+
+
+def centred_dots(
+    feats: Tensor, rows: Tensor, batch: Tensor, groups: Groups, mean: Tensor
+) -> Tensor:
+    """Sum of ``(feats - mean[b]) * rows`` over each sample.  -> [B, C]."""
+    return sum_groups(feats, groups, centre=mean, other=rows)
 
 
 def affine(

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from torchsparse._triton.rows import accumulator, cdiv, divide, launch, row_tile, words
+from torchsparse._triton.rows import accumulator, cdiv, divide, launch, note, row_tile, words
 
 __all__ = [
     "devoxelize",
@@ -72,9 +72,7 @@ def _flat_index_kernel(
         cell = cell * extent + c
     tl.store(index + row, tl.where(inside, cell, -1), mask=here)
     if FLAG:
-        outside = tl.max((here & (inside == 0)).to(tl.int32), 0)
-        if outside > 0:
-            tl.atomic_or(word, tl.full([], bit, tl.int64))
+        note(word, bit, tl.max((here & (inside == 0)).to(tl.int32), 0) > 0)
 
 
 # ------------------------------------------------------------------ moves
@@ -274,7 +272,9 @@ def _share_kernel(
 
 
 # ------------------------------------------------------------------ interpolation
-def devoxelize(feats: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+def devoxelize(
+    feats: Tensor, index: Tensor, weights: Tensor, word: Tensor | None = None, bit: int = 0
+) -> Tensor:
     """Sum of ``weights[n, j] * feats[index[n, j]]`` over j.  -> [N, C]."""
     num, channels = feats.shape
     n, width = index.shape
@@ -283,26 +283,30 @@ def devoxelize(feats: Tensor, index: Tensor, weights: Tensor) -> Tensor:
     launch(
         _devoxelize_kernel, tile.grid(n), feats,
         feats.contiguous(), index.contiguous(), weights.contiguous(), out,
-        n, num, width, tile.units, ACC=accumulator(feats.dtype)[1], **tile.constants,
+        word, n, num, width, tile.units, bit,
+        ACC=accumulator(feats.dtype)[1], FLAG=word is not None, **tile.constants,
     )  # fmt: skip
     return out
 
 
-@triton.jit(do_not_specialize=["n", "num", "neighbours", "units"])
+@triton.jit(do_not_specialize=["n", "num", "neighbours", "units", "bit"])
 def _devoxelize_kernel(
-    feats, index, weights, out, n, num, neighbours, units,
-    ACC: tl.constexpr, UNIT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    feats, index, weights, out, word, n, num, neighbours, units, bit,
+    ACC: tl.constexpr, FLAG: tl.constexpr,
+    UNIT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     width = units * UNIT
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     col = tl.program_id(1) * COLS + tl.arange(0, COLS)
     inside = (col < width)[None, :]
     total = tl.zeros([ROWS, COLS], ACC)
+    highest = tl.full([ROWS], -1, tl.int64)
     for start in range(0, neighbours, 4):
         for k in tl.static_range(4):  # four rows are on their way at a time
             j = start + k
             here = (row < n) & (j < neighbours)
             i = tl.load(index + row * neighbours + j, mask=here, other=-1).to(tl.int64)
+            highest = tl.maximum(highest, i)
             there = (i >= 0) & (i < num)
             w = tl.load(weights + row * neighbours + j, mask=there, other=0).to(ACC)
             at = i[:, None] * width + col[None, :]
@@ -310,6 +314,8 @@ def _devoxelize_kernel(
             total += w[:, None] * value
     at = row[:, None] * width + col[None, :]
     tl.store(out + at, total.to(out.dtype.element_ty), mask=(row < n)[:, None] & inside)
+    if FLAG:
+        note(word, bit, tl.max(highest, 0) >= num)
 
 
 def devoxelize_weight_grad(feats: Tensor, index: Tensor, grad: Tensor) -> Tensor:

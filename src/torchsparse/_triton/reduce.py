@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from torchsparse._groups import Groups
-from torchsparse._triton.rows import accumulator, cdiv, divide, launch, lower_bound, row_tile
+from torchsparse._triton.rows import accumulator, cdiv, divide, launch, lower_bound, note, row_tile
 
 __all__ = [
     "Groups",
@@ -70,24 +70,26 @@ def _starts_kernel(keys, starts, n, num, steps, BLOCK: tl.constexpr):
     tl.store(starts + group, at, mask=group < num + 2)
 
 
-def count(index: Tensor, num: int) -> Tensor:
+def count(index: Tensor, num: int, word: Tensor | None = None, bit: int = 0) -> Tensor:
     """Rows per group; numbers outside are skipped.  [N] integers -> [num] int32."""
     n, index = index.shape[0], index.contiguous()
     found = torch.zeros(num, dtype=torch.int32, device=index.device)
-    if num == 0:
-        return found
     few = num <= FEW_BINS
     block = 2048 if few else BLOCK
     bins = max(triton.next_power_of_2(num), 32)
     launch(
         _count_kernel, (cdiv(n, block),), index,
-        index, found, n, num, BINS=bins if few else 0, BLOCK=block,
+        index, found, word, n, num, bit,
+        BINS=bins if few else 0, FLAG=word is not None, BLOCK=block,
     )  # fmt: skip
     return found
 
 
-@triton.jit(do_not_specialize=["n", "num"])
-def _count_kernel(index, found, n, num, BINS: tl.constexpr, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["n", "num", "bit"])
+def _count_kernel(
+    index, found, word, n, num, bit,
+    BINS: tl.constexpr, FLAG: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     group = tl.load(index + row, mask=row < n, other=-1).to(tl.int64)
     inside = (group >= 0) & (group < num)
@@ -100,6 +102,8 @@ def _count_kernel(index, found, n, num, BINS: tl.constexpr, BLOCK: tl.constexpr)
         tl.atomic_add(found + bins, rows, mask=(bins < num) & (rows > 0), sem="relaxed")
     else:
         tl.atomic_add(found + group, tl.full([BLOCK], 1, tl.int32), mask=inside, sem="relaxed")
+    if FLAG:
+        note(word, bit, tl.max(group, 0) >= num)
 
 
 # ------------------------------------------------------------------ sums
@@ -120,10 +124,11 @@ def sum_groups(
     *,
     weights: Tensor | None = None,
     centre: Tensor | None = None,
+    other: Tensor | None = None,
     counts: Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """`segment_sum`, also of the squares of ``feats[order[p]] - centre[group]``.
+    """`segment_sum`, also of ``x * x`` or ``x * other[order[p]]`` with x = feats - centre[group].
 
     Two launches. The first sums those stretches of CHUNK positions that belong to groups with more
     than CHUNK rows (two such groups at most meet in one stretch). The second sums groups: short
@@ -145,10 +150,11 @@ def sum_groups(
         feats, order, starts,
         None if weights is None else weights.contiguous(),
         None if centre is None else centre.to(acc_dtype).contiguous(),
+        None if other is None else other.contiguous(),
     )  # fmt: skip
     constants = {
-        "WEIGHTED": weights is not None, "CENTRED": centre is not None, "ACC": acc,
-        "UNIT": tile.unit, "LANES": lanes, "COLS": tile.cols,
+        "WEIGHTED": weights is not None, "CENTRED": centre is not None, "SQUARED": other is None,
+        "ACC": acc, "UNIT": tile.unit, "LANES": lanes, "COLS": tile.cols,
     }  # fmt: skip
     if n > chunk:  # otherwise no group is longer
         partial = feats.new_empty((2 * cdiv(n, chunk), channels), dtype=acc_dtype)
@@ -170,8 +176,8 @@ def sum_groups(
 
 @triton.jit
 def _sum_rows(
-    feats, order, weights, centre, begin, end, col, width,
-    WEIGHTED: tl.constexpr, CENTRED: tl.constexpr, ACC: tl.constexpr,
+    feats, order, weights, centre, other, begin, end, col, width,
+    WEIGHTED: tl.constexpr, CENTRED: tl.constexpr, SQUARED: tl.constexpr, ACC: tl.constexpr,
     LANES: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     """Sum over positions begin <= p < end; ``centre`` is the [COLS] row of their group."""
@@ -181,10 +187,14 @@ def _sum_rows(
         at = start + lane
         row = tl.load(order + at, mask=at < end, other=0)
         mask = (at < end)[:, None] & (col < width)[None, :]
-        value = tl.load(feats + row[:, None] * width + col[None, :], mask=mask, other=0).to(ACC)
+        cell = row[:, None] * width + col[None, :]
+        value = tl.load(feats + cell, mask=mask, other=0).to(ACC)
         if CENTRED:
             value = tl.where(mask, value - centre[None, :], 0)
-            value = value * value
+            if SQUARED:
+                value = value * value
+            else:
+                value = value * tl.load(other + cell, mask=mask, other=0).to(ACC)
         if WEIGHTED:
             w = tl.load(weights + at, mask=at < end, other=0).to(ACC)
             value = value * w[:, None]
@@ -207,8 +217,8 @@ def _group_at(starts, num, position):
 
 @triton.jit(do_not_specialize=["n", "num", "chunk", "units"])
 def _chunks_kernel(
-    feats, order, starts, weights, centre, partial, n, num, chunk, units,
-    WEIGHTED: tl.constexpr, CENTRED: tl.constexpr, ACC: tl.constexpr,
+    feats, order, starts, weights, centre, other, partial, n, num, chunk, units,
+    WEIGHTED: tl.constexpr, CENTRED: tl.constexpr, SQUARED: tl.constexpr, ACC: tl.constexpr,
     UNIT: tl.constexpr, LANES: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     """partial[2 c]: the long group at the first position of chunk c; [2 c + 1]: at the last."""
@@ -229,9 +239,9 @@ def _chunks_kernel(
             if CENTRED:
                 middle = tl.load(centre + group * width + col, mask=col < width, other=0)
             sums = _sum_rows(
-                feats, order, weights, middle,
+                feats, order, weights, middle, other,
                 tl.maximum(begin, group_begin), tl.minimum(end, group_end), col, width,
-                WEIGHTED, CENTRED, ACC, LANES, COLS,
+                WEIGHTED, CENTRED, SQUARED, ACC, LANES, COLS,
             )  # fmt: skip
             at = 2 * tl.program_id(0).to(tl.int64) + side
             tl.store(partial + at * width + col, sums, mask=col < width)
@@ -264,9 +274,9 @@ def _finish(sums, counts, group, mask, ACC: tl.constexpr, DIVIDED: tl.constexpr)
 
 @triton.jit(do_not_specialize=["num", "chunk", "units"])
 def _groups_kernel(
-    feats, order, starts, weights, centre, partial, counts, out, num, chunk, units,
+    feats, order, starts, weights, centre, other, partial, counts, out, num, chunk, units,
     DIVIDED: tl.constexpr, TOGETHER: tl.constexpr, SHORT: tl.constexpr,
-    WEIGHTED: tl.constexpr, CENTRED: tl.constexpr, ACC: tl.constexpr,
+    WEIGHTED: tl.constexpr, CENTRED: tl.constexpr, SQUARED: tl.constexpr, ACC: tl.constexpr,
     UNIT: tl.constexpr, LANES: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     width = units * UNIT
@@ -284,6 +294,7 @@ def _groups_kernel(
         mask = short & inside
         cells = many * width + col[None, :]
         total = tl.zeros([TOGETHER, COLS], ACC)
+        middles = total
         if CENTRED:
             middles = tl.load(centre + cells, mask=mask, other=0)
         for start in range(0, tl.minimum(longest, SHORT), 4):
@@ -292,11 +303,14 @@ def _groups_kernel(
                 here = short & (start + k < sizes)
                 row = tl.load(order + at, mask=here, other=0)
                 read = here & inside
-                value = tl.load(feats + row * width + col[None, :], mask=read, other=0)
-                value = value.to(ACC)
+                cell = row * width + col[None, :]
+                value = tl.load(feats + cell, mask=read, other=0).to(ACC)
                 if CENTRED:
                     value = tl.where(read, value - middles, 0)
-                    value = value * value
+                    if SQUARED:
+                        value = value * value
+                    else:
+                        value = value * tl.load(other + cell, mask=read, other=0).to(ACC)
                 if WEIGHTED:
                     w = tl.load(weights + at, mask=here, other=0).to(ACC)
                     value = value * w
@@ -316,8 +330,8 @@ def _groups_kernel(
                     if CENTRED:
                         middle = tl.load(centre + group * width + col, mask=col < width, other=0)
                     sums = _sum_rows(
-                        feats, order, weights, middle, begin, end, col, width,
-                        WEIGHTED, CENTRED, ACC, LANES, COLS,
+                        feats, order, weights, middle, other, begin, end, col, width,
+                        WEIGHTED, CENTRED, SQUARED, ACC, LANES, COLS,
                     )  # fmt: skip
                 sums = _finish(sums, counts, group, group < num, ACC, DIVIDED)
                 tl.store(

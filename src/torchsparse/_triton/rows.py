@@ -23,6 +23,7 @@ __all__ = [
     "divide",
     "launch",
     "lower_bound",
+    "note",
     "row_tile",
     "words",
 ]
@@ -124,3 +125,10 @@ def divide(a, b):
         return tl.div_rn(a, b)
     else:
         return a / b
+
+
+@triton.jit
+def note(word, bit, bad):
+    """Or ``bit`` into the word of what was noticed in the data, if ``bad`` holds."""
+    if bad:
+        tl.atomic_or(word, tl.full([], bit, tl.int64), sem="relaxed")

@@ -81,7 +81,9 @@ def _cells(
     """
     scaled = torch.empty((3, points.shape[0]), dtype=torch.float64, device=points.device)
     scaled.copy_(points.t())
-    scaled /= torch.tensor(voxel_size, dtype=torch.float64, device=points.device)[:, None]
+    for axis, size in zip(scaled, voxel_size):
+        # By a tensor: a GPU multiplies by the reciprocal of a number, which rounds otherwise.
+        axis /= torch.full((), size, dtype=torch.float64, device=points.device)
     scaled.floor_()
     if points.shape[0] == 0:
         return scaled.to(torch.int64), [0, 0, 0], [0, 0, 0]
@@ -99,7 +101,7 @@ def _cells(
 def _keys(cells: Tensor, lower: list[int], upper: list[int]) -> Tensor:
     """Integers in the lexicographic order of the columns of ``cells`` [3, N].  -> [N]."""
     if math.prod(high - low + 1 for low, high in zip(lower, upper)) < MAX_CELLS[torch.int64]:
-        bounds = torch.tensor([lower, upper], device=cells.device)
+        bounds = torch.tensor([lower, upper])  # on the CPU: nothing waits for a GPU
         return pack(cells.t(), fit_layout(bounds[0], bounds[1]))
     # A box too wide for one number: ranks among the values that occur fit two at a time.
     keys = cells[0]
