@@ -135,6 +135,8 @@ def run_all(dtype: torch.dtype = torch.float16, channels: int = 64) -> None:
     points.devoxelize_weight_grad(feats, eight, feats)
     points.trilinear_weights(torch.zeros((n, 3)), 1.0)
     reduce.group_rows(index, num)
+    reduce.group_rows(index, 5)
+    reduce.group_rows(index, 31)
     groups = Groups(torch.arange(n), torch.zeros(num + 2, dtype=torch.int64))
     reduce.count(index, 5)
     reduce.segment_sum(feats, groups, torch.ones(n), counts, dtype)

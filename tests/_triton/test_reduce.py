@@ -13,6 +13,7 @@ INDICES = {
     "one row": lambda: (randint(0, 1, (1,), "cpu"), 1),
     "no group": lambda: (randint(-1, 2, (9,), "cpu"), 0),
     "mixed": lambda: (randint(-2, 52, (301,), "cpu", torch.int32), 50),
+    "31 groups": lambda: (randint(-1, 33, (1300,), "cpu", torch.int32), 31),
     "many groups": lambda: (randint(0, 700, (300,), "cpu"), 700),
     # Longer than what is summed side by side, by one program, in one chunk.
     "uneven": lambda: (randint(0, 400, (1000,), "cpu").sub_(350).clamp_(min=0).sub_(1), 60),
@@ -76,7 +77,8 @@ def test_sums(groups, weighted, channels, device):
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("name", ["mixed", "uneven"])
 def test_averages_in_each_type(name, dtype, device):
-    index, num = (x.to(device) if torch.is_tensor(x) else x for x in INDICES[name]())
+    index, num = INDICES[name]()
+    index = index.to(device)
     feats = randn(len(index), 6, dtype=dtype, device=device)
     grouped = reduce.group_rows(index, num)
     counts = randint(0, 5, (num,), device, torch.int32)

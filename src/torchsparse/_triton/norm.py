@@ -1,6 +1,7 @@
 """Statistics per sample and the affine map that applies them, as kernels."""
 
-# pyright: reportMissingImports=false
+# Triton is optional, and its language is Python by syntax only.
+# pyright: reportMissingImports=false, reportGeneralTypeIssues=false, reportInvalidTypeForm=false
 from __future__ import annotations
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from torchsparse._groups import Groups
 from torchsparse._triton.reduce import sum_groups
-from torchsparse._triton.rows import accumulator, divide, launch, row_tile
+from torchsparse._triton.rows import accumulator, divide, launch, next_power, row_tile
 
 __all__ = ["affine", "centred_dots", "sample_moments"]
 
@@ -34,7 +35,7 @@ def _mean(sums: Tensor, groups: Groups, num_groups: int) -> tuple[Tensor, Tensor
     launch(
         _mean_kernel, (samples, num_groups), sums,
         sums, groups.starts, mean, spread, num_groups, size,
-        BLOCK=min(triton.next_power_of_2(max(size, 1)), 1024), num_warps=1,
+        BLOCK=min(next_power(max(size, 1)), 1024), num_warps=1,
     )  # fmt: skip
     return mean, spread
 

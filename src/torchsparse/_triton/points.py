@@ -1,6 +1,7 @@
 """Rows between points, voxels and dense grids, as kernels."""
 
-# pyright: reportMissingImports=false
+# Triton is optional, and its language is Python by syntax only.
+# pyright: reportMissingImports=false, reportGeneralTypeIssues=false, reportInvalidTypeForm=false
 from __future__ import annotations
 
 import math

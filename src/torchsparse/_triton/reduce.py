@@ -5,7 +5,8 @@ input gives the same bits in every run; maxima, minima and counts are formed by 
 whose result does not depend on the order.
 """
 
-# pyright: reportMissingImports=false
+# Triton is optional, and its language is Python by syntax only.
+# pyright: reportMissingImports=false, reportGeneralTypeIssues=false, reportInvalidTypeForm=false
 from __future__ import annotations
 
 import torch
@@ -14,7 +15,16 @@ import triton.language as tl
 from torch import Tensor
 
 from torchsparse._groups import Groups
-from torchsparse._triton.rows import accumulator, cdiv, divide, launch, lower_bound, note, row_tile
+from torchsparse._triton.rows import (
+    accumulator,
+    cdiv,
+    divide,
+    launch,
+    lower_bound,
+    next_power,
+    note,
+    row_tile,
+)
 
 __all__ = [
     "Groups",
@@ -32,27 +42,79 @@ SHORT = 32
 # Groups up to this size are summed by one program; larger ones in chunks.
 CHUNK = 256
 CHUNKS = 512  # aim for the number of chunks: their sums are added by one program
+FEW_SORTED = 31  # groups up to this number are sorted by counting
 FEW_BINS = 256  # counts up to this number are collected before they reach memory
 FEW_GROUPS = tl.constexpr(4)  # of a tile of rows, whose maxima are collected likewise
 
 
 # ------------------------------------------------------------------ grouping
 def group_rows(index: Tensor, num: int) -> Groups:
-    """Bring rows of one group together.  [N] integers -> `Groups`.
-
-    The sort is that of PyTorch: a radix sort, stable, on keys as short as they can be.
-    """
+    """Bring rows of one group together.  [N] integers -> `Groups`."""
     n, index = index.shape[0], index.contiguous()
+    starts = torch.empty(num + 2, dtype=torch.int64, device=index.device)
+    if num <= FEW_SORTED and n > 0:
+        return Groups(_count_and_place(index, num, starts), starts)
+    # The radix sort of PyTorch, stable, on keys as short as they can be.
     dtype = torch.int16 if num < 2**15 else torch.int32 if num < 2**31 else torch.int64
     keys = torch.empty(n, dtype=dtype, device=index.device)
     launch(_group_keys_kernel, (cdiv(n, BLOCK),), index, index, keys, n, num, BLOCK=BLOCK)
     keys, order = torch.sort(keys, stable=True)
-    starts = torch.empty(num + 2, dtype=torch.int64, device=index.device)
     launch(
         _starts_kernel, (cdiv(num + 2, BLOCK),), index,
         keys, starts, n, num, n.bit_length(), BLOCK=BLOCK,
     )  # fmt: skip
     return Groups(order, starts)
+
+
+def _count_and_place(index: Tensor, num: int, starts: Tensor) -> Tensor:
+    """Sort rows by few groups: each block of rows counts its own, and after a running sum over
+    (group, block) knows where they go. Fills ``starts`` and returns the order."""
+    n = index.shape[0]
+    order = torch.empty(n, dtype=torch.int64, device=index.device)
+    bins = next_power(num + 1)
+    rows = min(4096 // bins, 512)
+    blocks = cdiv(n, rows)
+    tallies = torch.empty((bins, blocks), dtype=torch.int32, device=index.device)
+    launch(_tally_kernel, (blocks,), index, index, tallies, n, num, blocks, BINS=bins, ROWS=rows)
+    ends = tallies.view(-1).cumsum(0)
+    launch(
+        _place_kernel, (blocks,), index,
+        index, tallies, ends, order, starts, n, num, blocks, BINS=bins, ROWS=rows,
+    )  # fmt: skip
+    return order
+
+
+@triton.jit
+def _members(index, n, num, BINS: tl.constexpr, ROWS: tl.constexpr):
+    """[ROWS, BINS] int32: 1 where a row of this block belongs to a group; the last one is none."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    group = tl.load(index + row, mask=row < n, other=0).to(tl.int64)
+    group = tl.where((group >= 0) & (group < num), group, num).to(tl.int32)
+    mine = (group[:, None] == tl.arange(0, BINS)[None, :]) & (row < n)[:, None]
+    return mine.to(tl.int32)
+
+
+@triton.jit(do_not_specialize=["n", "num", "blocks"])
+def _tally_kernel(index, tallies, n, num, blocks, BINS: tl.constexpr, ROWS: tl.constexpr):
+    rows = tl.sum(_members(index, n, num, BINS, ROWS), 0)
+    tl.store(tallies + tl.arange(0, BINS) * blocks + tl.program_id(0), rows)
+
+
+@triton.jit(do_not_specialize=["n", "num", "blocks"])
+def _place_kernel(
+    index, tallies, ends, order, starts, n, num, blocks, BINS: tl.constexpr, ROWS: tl.constexpr
+):
+    block = tl.program_id(0)
+    group = tl.arange(0, BINS)
+    mine = _members(index, n, num, BINS, ROWS)
+    at = group * blocks + block
+    first = tl.load(ends + at).to(tl.int32) - tl.load(tallies + at)
+    place = tl.sum(mine * (first[None, :] + tl.cumsum(mine, 0) - 1), 1)
+    row = block * ROWS + tl.arange(0, ROWS)
+    tl.store(order + place, row.to(tl.int64), mask=row < n)
+    if block == 0:
+        tl.store(starts + group, first, mask=group <= num)
+        tl.store(starts + num + 1, n)
 
 
 @triton.jit(do_not_specialize=["n", "num"])
@@ -76,7 +138,7 @@ def count(index: Tensor, num: int, word: Tensor | None = None, bit: int = 0) -> 
     found = torch.zeros(num, dtype=torch.int32, device=index.device)
     few = num <= FEW_BINS
     block = 2048 if few else BLOCK
-    bins = max(triton.next_power_of_2(num), 32)
+    bins = max(next_power(num), 32)
     launch(
         _count_kernel, (cdiv(n, block),), index,
         index, found, word, n, num, bit,
@@ -144,7 +206,7 @@ def sum_groups(
     feats = feats.contiguous()
     tile = row_tile(channels, feats.element_size(), cols=64)
     lanes = max(tile.rows, 2)
-    chunk = max(CHUNK, triton.next_power_of_2(cdiv(n, CHUNKS)))
+    chunk = max(CHUNK, next_power(cdiv(n, CHUNKS)))
     partial = torch.empty((0,), dtype=acc_dtype, device=feats.device)
     inputs = (
         feats, order, starts,

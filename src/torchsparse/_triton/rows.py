@@ -5,7 +5,8 @@ UNIT of them, where UNIT is a power of two known to the compiler: it then sees t
 starts at a multiple of UNIT and reads up to 16 bytes at once, without a kernel for each C.
 """
 
-# pyright: reportMissingImports=false
+# Triton is optional, and its language is Python by syntax only.
+# pyright: reportMissingImports=false, reportGeneralTypeIssues=false, reportInvalidTypeForm=false
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
@@ -23,6 +24,7 @@ __all__ = [
     "divide",
     "launch",
     "lower_bound",
+    "next_power",
     "note",
     "row_tile",
     "words",
@@ -51,7 +53,7 @@ class Tile(NamedTuple):
 def row_tile(width: int, itemsize: int, elements: int = 2048, cols: int = 128) -> Tile:
     """A tile of about ``elements`` for rows of ``width`` elements, at most ``cols`` wide."""
     unit = min(width & -width, max(WIDE // itemsize, 1)) if width else 1
-    cols = min(_next_power(width), cols)
+    cols = min(next_power(width), cols)
     return Tile(max(elements // cols, 1), cols, unit, width // unit)
 
 
@@ -99,7 +101,8 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def _next_power(n: int) -> int:
+def next_power(n: int) -> int:
+    """The smallest power of two that is not below n."""
     return 1 << max(n - 1, 0).bit_length()
 
 

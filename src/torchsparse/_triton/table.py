@@ -1,6 +1,7 @@
 """Search by 64-bit keys: a hash table for one search, a sorted table for a lasting one."""
 
-# pyright: reportMissingImports=false
+# Triton is optional, and its language is Python by syntax only.
+# pyright: reportMissingImports=false, reportGeneralTypeIssues=false, reportInvalidTypeForm=false
 from __future__ import annotations
 
 import torch
@@ -8,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from torchsparse._triton.rows import cdiv, launch, lower_bound
+from torchsparse._triton.rows import cdiv, launch, lower_bound, next_power
 
 __all__ = ["find_rows", "hash_rows", "insert_", "lookup", "site_keys"]
 
@@ -91,7 +92,7 @@ def find_rows(references: Tensor, queries: Tensor) -> Tensor:
     found = torch.empty(queries.shape, dtype=torch.int32, device=queries.device)
     references = references.contiguous()
     slots = torch.full(
-        (triton.next_power_of_2(2 * m) if m else 2,), -1, dtype=torch.int32, device=queries.device
+        (next_power(2 * m) if m else 2,), -1, dtype=torch.int32, device=queries.device
     )
     capacity = slots.shape[0]
     launch(
