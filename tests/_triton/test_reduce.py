@@ -106,6 +106,17 @@ def test_sums_of_rows_that_occur_several_times(device):
     torch.testing.assert_close(reduce.segment_sum(feats, grouped), want, rtol=1e-5, atol=2e-5)
 
 
+@pytest.mark.parametrize("name", ["uneven", "long", "one long group"])
+def test_sums_in_longer_chunks(name, monkeypatch, device):
+    """As for a million rows: groups of medium size fit into a chunk."""
+    monkeypatch.setattr(reduce, "CHUNKS", 3)
+    index, num = INDICES[name]()
+    grouped = reduce.group_rows(index.to(device), num)
+    feats = randn(len(index), 5, dtype=torch.float32, device=device)
+    want = reference.segment_sum(feats.double(), grouped).float()
+    torch.testing.assert_close(reduce.segment_sum(feats, grouped), want, rtol=1e-5, atol=2e-5)
+
+
 def test_a_row_of_no_group_is_not_read(device):
     feats = torch.tensor([[torch.nan], [1.0], [torch.inf]], device=device)
     index = torch.tensor([-1, 0, 5], device=device)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from torchsparse._groups import Groups
 from torchsparse._triton.rows import (
+    Tile,
     accumulator,
     cdiv,
     divide,
@@ -41,7 +42,7 @@ BLOCK = 256  # rows of kernels without channels
 SHORT = 32
 # Groups up to this size are summed by one program; larger ones in chunks.
 CHUNK = 256
-CHUNKS = 512  # aim for the number of chunks: their sums are added by one program
+CHUNKS = 1024  # aim for the number of chunks: their sums are added by one program
 FEW_SORTED = 31  # groups up to this number are sorted by counting
 FEW_BINS = 256  # counts up to this number are collected before they reach memory
 FEW_GROUPS = tl.constexpr(4)  # of a tile of rows, whose maxima are collected likewise
@@ -205,9 +206,9 @@ def sum_groups(
         return torch.zeros((num, channels), dtype=dtype, device=feats.device)
     feats = feats.contiguous()
     tile = row_tile(channels, feats.element_size(), cols=64)
-    lanes = max(tile.rows, 2)
+    blocks = cdiv(channels, tile.cols)
     chunk = max(CHUNK, next_power(cdiv(n, CHUNKS)))
-    partial = torch.empty((0,), dtype=acc_dtype, device=feats.device)
+    partial = feats.new_empty((2 * cdiv(n, chunk), channels), dtype=acc_dtype)
     inputs = (
         feats, order, starts,
         None if weights is None else weights.contiguous(),
@@ -216,24 +217,36 @@ def sum_groups(
     )  # fmt: skip
     constants = {
         "WEIGHTED": weights is not None, "CENTRED": centre is not None, "SQUARED": other is None,
-        "ACC": acc, "UNIT": tile.unit, "LANES": lanes, "COLS": tile.cols,
+        "ACC": acc, "UNIT": tile.unit, "COLS": tile.cols,
     }  # fmt: skip
     if n > chunk:  # otherwise no group is longer
-        partial = feats.new_empty((2 * cdiv(n, chunk), channels), dtype=acc_dtype)
         launch(
-            _chunks_kernel, (cdiv(n, chunk), cdiv(channels, tile.cols)), feats,
-            *inputs, partial, n, num, chunk, tile.units, **constants,
+            _chunks_kernel, (cdiv(n, chunk), blocks), feats,
+            *inputs, partial, n, num, chunk, tile.units, LANES=max(tile.rows, 2), **constants,
         )  # fmt: skip
     out = torch.empty((num, channels), dtype=dtype, device=feats.device)
-    # Groups per program: one if they are long on average, else as many as fill a tile.
-    together = 1 if n >= SHORT // 2 * num else min(max(2048 // tile.cols, 1), 128)
+    together, lanes = _shape(n, num, tile)
     launch(
-        _groups_kernel, (cdiv(num, together), cdiv(channels, tile.cols)), feats,
+        _groups_kernel, (cdiv(num, together), blocks), feats,
         *inputs, partial, None if counts is None else counts.contiguous(), out,
-        num, chunk, tile.units, DIVIDED=counts is not None, TOGETHER=together,
-        SHORT=SHORT, **constants,
+        num, chunk, tile.units, DIVIDED=counts is not None, TOGETHER=together, SHORT=SHORT,
+        LANES=lanes, **constants, num_warps=4 if max(together, lanes) * tile.cols > 512 else 1,
     )  # fmt: skip
     return out
+
+
+def _shape(n: int, num: int, tile: Tile) -> tuple[int, int]:
+    """Groups that a program sums side by side, and rows of one group that it reads at a time.
+
+    Groups that are short on average fill a tile together. Longer ones have a program each, whose
+    tile is not much longer than they are; in steps of 4, so that few kernels exist.
+    """
+    lanes = max(tile.rows, 2)
+    if n < SHORT // 2 * num:
+        return min(lanes, 128), lanes
+    while lanes >= 8 * cdiv(n, num):
+        lanes //= 4
+    return 1, lanes
 
 
 @triton.jit
@@ -245,9 +258,11 @@ def _sum_rows(
     """Sum over positions begin <= p < end; ``centre`` is the [COLS] row of their group."""
     total = tl.zeros([LANES, COLS], ACC)
     lane = tl.arange(0, LANES)
+    following = tl.load(order + begin + lane, mask=begin + lane < end, other=0)
     for start in range(begin, end, LANES):
         at = start + lane
-        row = tl.load(order + at, mask=at < end, other=0)
+        row = following  # asked for one round ahead: its features can be asked for at once
+        following = tl.load(order + at + LANES, mask=at + LANES < end, other=0)
         mask = (at < end)[:, None] & (col < width)[None, :]
         cell = row[:, None] * width + col[None, :]
         value = tl.load(feats + cell, mask=mask, other=0).to(ACC)

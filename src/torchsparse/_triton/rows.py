@@ -51,10 +51,13 @@ class Tile(NamedTuple):
 
 
 def row_tile(width: int, itemsize: int, elements: int = 2048, cols: int = 128) -> Tile:
-    """A tile of about ``elements`` for rows of ``width`` elements, at most ``cols`` wide."""
+    """A tile of about ``elements`` for rows of ``width`` elements, at most ``cols`` wide.
+
+    Elements of 8 bytes count twice: they take two registers.
+    """
     unit = min(width & -width, max(WIDE // itemsize, 1)) if width else 1
     cols = min(next_power(width), cols)
-    return Tile(max(elements // cols, 1), cols, unit, width // unit)
+    return Tile(max(elements * 4 // max(itemsize, 4) // cols, 1), cols, unit, width // unit)
 
 
 def words(*rows: Tensor) -> list[Tensor]:
