@@ -11,7 +11,6 @@ second; for dense grids the time over that of writing such a grid once with zero
 from __future__ import annotations
 
 import argparse
-import importlib
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -28,7 +27,6 @@ from torchsparse.nn.functional.norm import group_norm
 from torchsparse.utils.quantize import sparse_quantize
 from torchsparse.utils.to_dense import to_dense
 
-FAMILIES = ("norm", "points", "reduce", "table")
 FLUSH = 128 << 20  # bytes: more than twice the L2 cache of an H100
 
 
@@ -306,17 +304,6 @@ def host_time(run: Callable[[], Any], repeats: int, wait: bool) -> float:
     return sorted(times)[repeats // 2]
 
 
-def use_kernels() -> None:
-    """Route CUDA tensors to the kernels, if `_ops.dispatch` does not do so yet."""
-    for family in FAMILIES:
-        face = importlib.import_module(f"torchsparse._ops.{family}")
-        if "_triton" in face.twin(family, torch.empty(0, device="cuda")).__name__:
-            continue
-        vars(face)["twin"] = lambda name, tensor: importlib.import_module(
-            f"torchsparse.{'_triton' if tensor.is_cuda else '_reference'}.{name}"
-        )
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description="Moves between points, voxels and grids")
     parser.add_argument("families", nargs="*", help=f"some of {', '.join(CASES)}; default: all")
@@ -324,7 +311,6 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=30)
     parser.add_argument("--profile", action="store_true", help="also print the kernels of a call")
     args = parser.parse_args()
-    use_kernels()
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
     print(f"{'operation':<62}{'GPU us':>9}{'host us':>9}{'GB/s':>8}{'x write':>9}")
     for rows in args.rows:

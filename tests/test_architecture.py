@@ -359,8 +359,7 @@ def test_everything_but_the_commands_imports_without_extras() -> None:
     """Also each module that the root does not load, in no particular order."""
     absent = sorted({*OPTIONAL} - {"tqdm"})  # tqdm is a dependency
     modules = [f"{HOME}.{m}" for m in MODULES if m not in ("(root)", "__main__")]
-    # Kernels are asked for by `_ops.dispatch` alone, where Triton is there.
-    modules = [m for m in modules if not m.startswith((f"{HOME}.cli.", f"{HOME}._triton."))]
+    modules = [m for m in modules if not m.startswith((f"{HOME}.cli.", f"{HOME}._triton"))]
     seen = run_fresh(WITHOUT.format(names=absent, modules=modules))
     assert seen == {"shape": [2, 4], "blocked": absent}
 

@@ -15,7 +15,13 @@ ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ROOT / "src" / "torchsparse"
 PAGES = [ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md")]
 PAGES += [*sorted((ROOT / "docs").glob("*.md")), ROOT / "benchmarks" / "README.md"]
-WITH_CODE = {"README.md", "docs/conventions.md", "docs/how-it-works.md", "docs/migration.md"}
+WITH_CODE = {
+    "README.md",
+    "docs/beyond-convolution.md",
+    "docs/conventions.md",
+    "docs/how-it-works.md",
+    "docs/migration.md",
+}
 
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
 

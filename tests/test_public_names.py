@@ -22,12 +22,19 @@ CONV_MODE = """ConvMode get_conv_mode set_conv_mode get_kmap_mode set_kmap_mode
     get_downsample_mode set_downsample_mode"""
 MAPS = """build_kernel_map transpose_kernel_map spdownsample spupsample_generative
     convert_transposed_out_in_map"""
-CONV = f"conv3d Dataflow AttributeDict {CONV_CONFIG} {CONV_MODE} {MAPS}"
+CONV = f"conv1d conv2d conv3d conv4d Dataflow AttributeDict {CONV_CONFIG} {CONV_MODE} {MAPS}"
 CACHE = """TensorCache TensorCacheMode get_tensor_cache_mode set_tensor_cache_mode
     get_global_tensor_cache set_global_tensor_cache clear_global_tensor_cache"""
-MODULES = """Conv3d BatchNorm GroupNorm InstanceNorm ReLU LeakyReLU SiLU GlobalAvgPool
-    GlobalMaxPool SparseCrop ToBEVReduction ToBEVConvolution ToDenseBEVConvolution
-    ToBEVHeightCompression"""
+LOCAL_POOLS = " ".join(
+    f"{name}{ndim}d"
+    for name in ("MaxPool", "AvgPool", "SumPool", "Unpool", "MaxUnpool")
+    for ndim in (1, 2, 3, 4)
+)
+MODULES = f"""Conv1d Conv2d Conv3d Conv4d BatchNorm GroupNorm InstanceNorm ReLU LeakyReLU SiLU
+    GlobalAvgPool
+    GlobalMaxPool GlobalSumPool {LOCAL_POOLS} SparseCrop ToBEVReduction ToBEVConvolution
+    ToDenseBEVConvolution ToBEVHeightCompression"""
+WINDOWS = "max_pool3d avg_pool3d sum_pool3d unpool3d max_unpool3d"
 FUNCTIONS = """ImplicitGEMMConvolutionFuntion GatherScatterConvolutionFuntion
     FetchOnDemandConvolutionFuntion"""
 OLD_UTILS = "sparse_quantize sparse_collate sparse_collate_fn"
@@ -39,7 +46,8 @@ OFFERED: dict[str, str] = {
         operators tensor utils""",
     "tensor": f"""SparseTensor PointTensor get_allow_negative_coordinates
         set_allow_negative_coordinates {CACHE}""",
-    "operators": "cat generative_add",
+    "operators": """cat generative_add align union intersection add sub mul prune broadcast
+        broadcast_add broadcast_mul broadcast_cat""",
     "compat": "ADVICE forget_notes",
     "backend": "GPUHashTable",
     "backends": """benchmark hash_rsv_ratio infer_spatial_range device_capability allow_tf32
@@ -48,14 +56,14 @@ OFFERED: dict[str, str] = {
     "nn.modules": MODULES,
     "nn.utils": "fapply get_kernel_offsets",
     "nn.functional": f"""relu silu leaky_relu sphash sphashquery spcount spvoxelize spdevoxelize
-        calc_ti_weights spcrop global_avg_pool global_max_pool {CONV}
-        activation bev conv count crop devoxelize hash norm pooling query voxelize
+        calc_ti_weights spcrop global_avg_pool global_max_pool global_sum_pool {WINDOWS} {CONV}
+        activation bev conv count crop devoxelize hash local_pooling norm pooling query voxelize
         conv_config conv_mode func kmap""",
     "nn.functional.bev": """to_bev_reduction to_bev_convolution to_dense_bev_convolution
         to_bev_height_compression""",
     "nn.functional.activation": "relu silu leaky_relu",
     "nn.functional.conv": f"{CONV} conv conv_config conv_mode func kmap",
-    "nn.functional.conv.conv": "conv3d",
+    "nn.functional.conv.conv": "conv1d conv2d conv3d conv4d",
     "nn.functional.conv.conv_config": f"""{CONV_CONFIG} keys_check Dataflow AttributeDict
         ConvConfig""",
     "nn.functional.conv.conv_mode": CONV_MODE,
@@ -68,7 +76,8 @@ OFFERED: dict[str, str] = {
     "nn.functional.devoxelize": "spdevoxelize calc_ti_weights",
     "nn.functional.hash": "sphash",
     "nn.functional.norm": "group_norm instance_norm",
-    "nn.functional.pooling": "global_avg_pool global_max_pool",
+    "nn.functional.local_pooling": WINDOWS,
+    "nn.functional.pooling": "global_avg_pool global_max_pool global_sum_pool",
     "nn.functional.query": "sphashquery",
     "nn.functional.voxelize": "spvoxelize",
     "utils": "make_ntuple make_tensor make_divisible to_dense",
@@ -97,6 +106,7 @@ REACHED: dict[str, str] = {
 HELPERS: dict[str, str] = {
     "nn.functional.conv.conv_config": "resolve_config",
     "nn.functional.count": "check_index",
+    "nn.functional.local_pooling": "pool pool_max unpool unpool_max",
     "nn.functional.pooling": "samples",
     "utils.collate": "as_tensor",
 }
@@ -104,18 +114,19 @@ HELPERS: dict[str, str] = {
 # Promised and not yet there. Adding one moves it into the tables above.
 LATER: dict[str, str] = {
     "": "tune inference",
-    "operators": "prune",
     "utils": "tune",
-    "nn": "Conv1d Conv2d Conv4d MaxPool3d AvgPool3d SumPool3d",
-    "nn.functional": "conv1d conv2d conv4d max_pool3d avg_pool3d sum_pool3d",
 }
 
-# Names and defaults of the parameters, as in TorchSparse 2.1.
+# Names and defaults of the parameters; as in TorchSparse 2.1, where it has them.
 SIGNATURES: dict[str, str] = {
     "SparseTensor": "feats, coords, stride=1, spatial_range=None",
     "PointTensor": "feats, coords, idx_query=None, weights=None",
     "cat": "inputs",
     "generative_add": "a, b",
+    "operators.prune": "input, mask",
+    "operators.add": "a, b, sites='union', fill=0.0",
+    "operators.align": "*inputs, sites='union', fill=0.0",
+    "operators.broadcast": "input, vectors",
     "backend.GPUHashTable": "keys, vals=None",
     "nn.Conv3d": """in_channels, out_channels, kernel_size=3, stride=1, padding=0, dilation=1,
         bias=False, transposed=False, generative=False, config=None""",
@@ -137,6 +148,14 @@ SIGNATURES: dict[str, str] = {
     "nn.functional.spcrop": "input, coords_min=None, coords_max=None",
     "nn.functional.global_avg_pool": "input, batch_size=None",
     "nn.functional.global_max_pool": "input, batch_size=None",
+    "nn.functional.max_pool3d": """input, kernel_size, stride=None, padding=0, dilation=1,
+        return_indices=False, coordinates=None, config=None""",
+    "nn.functional.avg_pool3d": """input, kernel_size, stride=None, padding=0, dilation=1,
+        coordinates=None, config=None""",
+    "nn.functional.unpool3d": """input, kernel_size, stride=None, padding=0, dilation=1,
+        mode='mean', config=None""",
+    "nn.functional.max_unpool3d": """input, indices, kernel_size, stride=None, padding=0,
+        dilation=1, config=None""",
     "nn.functional.conv3d": """input, weight, kernel_size, bias=None, stride=1, padding=0,
         dilation=1, config=None, transposed=False, generative=False, training=False""",
     "nn.functional.build_kernel_map": """_coords, input_node_num, kernel_size=2, stride=2,
@@ -178,7 +197,7 @@ SIGNATURES: dict[str, str] = {
     "backbones.SparseResUNet42": "**kwargs",
 }
 # What this library adds behind those parameters.
-ADDED = {"nn.functional.conv3d": "coordinates=None"}
+ADDED = {"cat": "fill=None", "nn.functional.conv3d": "coordinates=None"}
 
 
 def module(path: str) -> ModuleType:

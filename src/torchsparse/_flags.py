@@ -13,7 +13,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-__all__ = ["Complaint", "complain_if", "flag_word", "raise_pending"]
+__all__ = [
+    "Complaint",
+    "complain_if",
+    "flag_word",
+    "pending_word",
+    "raise_found",
+    "raise_pending",
+]
 
 
 class Complaint(enum.Enum):
@@ -35,13 +42,18 @@ class Complaint(enum.Enum):
     BATCH_SIZE = "every batch index must be smaller than `batch_size`"
     INDEX = "every index must be smaller than the number of rows it refers to"
     BEV = "every row must lie inside the module's `shape`"
+    BOX = (
+        "the bounding box of the coordinates, widened by the kernel, must have fewer than 2^62 "
+        "cells"
+    )
     TABLE_FULL = "the hash table must have room for every distinct key"
 
     @property
     def bit(self) -> int:
-        return 1 << list(Complaint).index(self)
+        return _BITS[self]
 
 
+_BITS = {complaint: 1 << place for place, complaint in enumerate(Complaint)}
 _words: dict[torch.device, Tensor] = {}
 
 
@@ -59,18 +71,23 @@ def complain_if(
         if bool(bad):
             raise _error(complaint, detail() if detail else "")
         return
-    word = flag_word(bad.device)
-    if word is not None:
-        word |= bad * complaint.bit
+    word = pending_word(bad.device)
+    word |= bad * complaint.bit
+
+
+def pending_word(device: torch.device) -> Tensor:
+    """[] int64, the complaints of a device; kernels set `Complaint.bit` in it."""
+    word = _words.get(device)
+    if word is None:
+        with torch.inference_mode(False):
+            word = _words[device] = torch.zeros((), dtype=torch.int64, device=device)
+    return word
 
 
 def flag_word(device: torch.device) -> Tensor | None:
-    """The [] int64 into which kernels `or` the bits of what they notice; None on the CPU."""
-    if device.type == "cpu":
-        return None
-    if device not in _words:
-        _words[device] = torch.zeros((), dtype=torch.int64, device=device)
-    return _words[device]
+    """`pending_word` for operations that take note themselves; None on the CPU, where the caller
+    asks and raises at once."""
+    return None if device.type == "cpu" else pending_word(device)
 
 
 def raise_pending(device: torch.device | None = None) -> None:
@@ -80,9 +97,14 @@ def raise_pending(device: torch.device | None = None) -> None:
             continue
         found = int(word)
         word.zero_()
-        for complaint in Complaint:
-            if found & complaint.bit:
-                raise _error(complaint, f"noticed on {where} by an earlier operation")
+        raise_found(found, where)
+
+
+def raise_found(found: int, device: torch.device) -> None:
+    """Raise the first complaint in a word that was read from ``device`` and cleared there."""
+    for complaint in Complaint:
+        if found & complaint.bit:
+            raise _error(complaint, f"noticed on {device} by an earlier operation")
 
 
 def _error(complaint: Complaint, detail: str) -> Exception:

@@ -17,6 +17,7 @@ from torch import Tensor
 from torchsparse._geometry import Geometry
 from torchsparse._ops import conv as conv_ops
 from torchsparse._ops import coords as coords_ops
+from torchsparse._recipe import ConvRecipe
 
 __all__ = ["KernelMap", "KernelMapKey"]
 
@@ -53,6 +54,7 @@ class KernelMap:
     spatial_range: tuple[int, ...] | None = None  # of the outputs
     in_order: Tensor | None = None  # [N] int32, the row at each position; None: they are equal
     out_order: Tensor | None = None  # [M] int32, the same for the outputs
+    sort_keys: Tensor | None = None  # [M] sort keys of the outputs, if they came with the table
     _views: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     @property
@@ -87,9 +89,11 @@ class KernelMap:
 
     def _transpose(self) -> KernelMap:
         if self.identity is not None:
-            neighbors = self.neighbors.flip(0)
+            neighbors, keys = self.neighbors.flip(0), None
         else:
-            neighbors = coords_ops.invert_taps(self.neighbors, self.num_inputs)
+            neighbors, keys = coords_ops.invert_taps(
+                self.neighbors, self.num_inputs, self.geometry
+            )
         return replace(
             self,
             neighbors=neighbors,
@@ -99,19 +103,45 @@ class KernelMap:
             spatial_range=self.in_range,
             in_order=self.out_order,
             out_order=self.in_order,
+            sort_keys=keys,
             _views={},
         )
 
-    def plan(self, out_channels: int, transposed: bool = False) -> Any:
-        """The layout that the operations of `_ops.conv` want for a layer of these channels."""
+    def plan(
+        self,
+        recipe: ConvRecipe,
+        out_channels: int,
+        transposed: bool = False,
+        backward: bool = False,
+    ) -> conv_ops.Planned:
+        """The layout that `_ops.conv.gather_gemm` wants for a layer of these channels."""
         if transposed and self.identity is None:
-            return self.transposed.plan(out_channels)
-        key, make = conv_ops.make_plan(
-            self.neighbors, self.identity, self.in_order, self.out_order, out_channels
+            return self.transposed.plan(recipe, out_channels, backward=backward)
+        key, make = conv_ops.plan_key(
+            self.neighbors,
+            self.sort_keys,
+            self.geometry,
+            self.identity,
+            self.in_order,
+            self.out_order,
+            recipe,
+            out_channels,
+            backward,
         )
         plan = self._view(("plan", key), make)
         # Reversed taps of a symmetric table are its transposed, pair for pair.
-        return plan._replace(reverse=True) if transposed else plan
+        return plan.reversed() if transposed else plan
+
+    def pairs(
+        self, recipe: ConvRecipe, out_channels: int, transposed: bool = False
+    ) -> conv_ops.Planned:
+        """The layout that `_ops.conv.weight_grad` wants."""
+        found = conv_ops.pairs_key(self.neighbors, self.geometry, recipe)
+        if found is None:
+            return self.plan(recipe, out_channels, transposed, backward=True)
+        key, make = found
+        pairs = self._view(("pairs", key), make)
+        return pairs.swapped() if transposed else pairs
 
     @property
     def table(self) -> Tensor:

@@ -30,4 +30,6 @@ class ConvRecipe:
     literal: bool  # take sort and splits as orders, not as "you choose"
     kmap_mode: str
     downsample_mode: str
-    dtype: torch.dtype  # of the product; sums are float32, or float64 for float64
+    dtype: torch.dtype  # of the result
+    compute: torch.dtype  # of the operands; sums are float32, or float64 for float64
+    precision: str  # of float32 products on a GPU: "ieee", "tf32", "tf32x3"

@@ -33,6 +33,7 @@ class Settings:
     hash_rsv_ratio: int = 2
     device_capability: int | None = None  # None: ask the device when read
     allow_tf32: bool | None = None
+    float32_precision: str = "tf32x3"  # of float32 convolutions on a GPU without TF32
     allow_fp16: bool | None = None
 
 

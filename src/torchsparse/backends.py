@@ -13,6 +13,7 @@ import torch
 
 from torchsparse._flags import raise_pending
 from torchsparse._settings import reset, settings
+from torchsparse._validate import one_of
 
 __all__ = [
     "allow_fp16",
@@ -20,6 +21,7 @@ __all__ = [
     "benchmark",
     "check_errors",
     "device_capability",
+    "float32_precision",
     "hash_rsv_ratio",
     "infer_spatial_range",
     "init",
@@ -37,6 +39,9 @@ device_capability: int
 """100 x major + 10 x minor of the current GPU; 0 without one."""
 allow_tf32: bool
 """Use TF32 in float32 convolutions (default: from capability 8.0)."""
+float32_precision: str
+"""How float32 convolutions on a GPU multiply while `allow_tf32` is off: "tf32x3" (three TF32
+products, about 22 bits) or "ieee" (the plain units)."""
 allow_fp16: bool
 """Compute half inputs in half precision (default: from capability 7.5)."""
 
@@ -47,6 +52,7 @@ NAMES = (
     "device_capability",
     "allow_tf32",
     "allow_fp16",
+    "float32_precision",
 )
 
 
@@ -85,6 +91,8 @@ def _switch(name: str) -> property:
         return _read(name)
 
     def put(self: ModuleType, value: Any) -> None:
+        if name == "float32_precision":
+            one_of(value, ("tf32x3", "ieee"), name)
         setattr(settings, name, value)
 
     return property(get, put)
@@ -99,6 +107,7 @@ class _Backends(ModuleType):
     device_capability = _switch("device_capability")
     allow_tf32 = _switch("allow_tf32")
     allow_fp16 = _switch("allow_fp16")
+    float32_precision = _switch("float32_precision")
 
 
 sys.modules[__name__].__class__ = _Backends

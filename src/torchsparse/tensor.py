@@ -249,6 +249,26 @@ def wrap(
     return out
 
 
+def site_stride(x: SparseTensor) -> tuple[int, ...]:
+    """The stride with one entry per spatial axis of the coordinates.
+
+    Three columns may be (x, y, z) before collation or (b, x, y), so a tensor of two axes that was
+    given one int as stride holds three entries.
+
+    Raises:
+        ValueError: Another number of entries than axes.
+    """
+    axes = x.coords.shape[1] - 1
+    if len(x.stride) == axes:
+        return x.stride
+    if len(x.stride) == 3 and axes == 2 and len(set(x.stride)) == 1:
+        return x.stride[:2]
+    raise ValueError(
+        f"`stride` must have one entry per spatial axis, {axes} for `coords` "
+        f"{list(x.coords.shape)}, got {x.stride}"
+    )
+
+
 def check_same_sites(a: SparseTensor, b: SparseTensor) -> None:
     """Raise ValueError unless both tensors have the same rows of coordinates."""
     if a.coords is b.coords:

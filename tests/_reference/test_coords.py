@@ -48,7 +48,7 @@ def test_find_taps_matches_a_dictionary(ndim: int, which: int) -> None:
     coarse = fine if geometry.kind == "submanifold" else cloud(ndim, 2, -9, 12)
     index = build_index(torch.from_numpy(fine), geometry.reach)
     given = None if geometry.kind == "submanifold" else torch.from_numpy(coarse)
-    found = find_taps(index, given, geometry).numpy()
+    found = find_taps(index, given, geometry)[0].numpy()
     order = np.arange(len(fine)) if index.rows is None else index.rows.numpy()
     rows = {tuple(row): i for i, row in enumerate(fine.tolist())}
     outputs = order if given is None else range(len(coarse))
@@ -72,7 +72,7 @@ def test_strided_sites_are_every_site_that_a_tap_reaches(
     geometry = geometries(ndim)[which]
     fine = cloud(ndim, 3)
     lower, upper = ((0,) * ndim, (2,) * ndim) if bounded else ((None,) * ndim, (None,) * ndim)
-    found, index = strided_sites(torch.from_numpy(fine), geometry, lower, upper)
+    found, index = strided_sites(build_index(torch.from_numpy(fine), geometry.reach), torch.from_numpy(fine), geometry, lower, upper)
     sites = set()
     for row in fine.tolist():
         for tap in itertools.product(*map(range, geometry.kernel_size)):
@@ -91,7 +91,9 @@ def test_strided_sites_are_every_site_that_a_tap_reaches(
 
 def test_invert_taps_exchanges_the_ends() -> None:
     table = torch.tensor([[-1, 0, 2], [1, -1, -1], [-1, -1, -1]], dtype=torch.int32)
-    assert invert_taps(table, 4).tolist() == [[1, -1, 2, -1], [-1, 0, -1, -1], [-1, -1, -1, -1]]
+    geometry = Geometry.submanifold((3, 1, 1), (1, 1, 1))
+    inverse, _ = invert_taps(table, 4, geometry)
+    assert inverse.tolist() == [[1, -1, 2, -1], [-1, 0, -1, -1], [-1, -1, -1, -1]]
 
 
 def test_a_huge_box_gives_up_the_usual_margin() -> None:
@@ -100,6 +102,6 @@ def test_a_huge_box_gives_up_the_usual_margin() -> None:
     geometry = Geometry.strided((2, 2, 2), (2, 2, 2), (0, 0, 0), (1, 1, 1), "spconv")
     index = build_index(coords, geometry.reach)
     assert index.margin == (1, 1, 1)
-    coarse, _ = strided_sites(coords, geometry, (0,) * 3, (None,) * 3)
+    coarse, _ = strided_sites(index, coords, geometry, (0,) * 3, (None,) * 3)
     assert coarse.tolist() == [[0, 0, 0, 0], [0, 2**29, 2**28, 0]]
-    assert find_taps(index, coarse, geometry)[0].tolist() == [0, 1]
+    assert find_taps(index, coarse, geometry)[0][0].tolist() == [0, 1]

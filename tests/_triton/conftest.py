@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterator
 
 import pytest
 import torch
 
-from torchsparse import _ops
-
-FAMILIES = ("norm", "points", "reduce", "table")
+from torchsparse._ops.dispatch import forced
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -27,11 +24,7 @@ def device() -> torch.device:
 
 
 @pytest.fixture
-def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def kernels() -> Iterator[None]:
     """Operations are served by kernels, whatever the device."""
-    for family in FAMILIES:
-        face = importlib.import_module(f"{_ops.__name__}.{family}")
-        monkeypatch.setattr(
-            face, "twin", lambda name, _: importlib.import_module(f"torchsparse._triton.{name}")
-        )
-    yield
+    with forced("_triton"):
+        yield

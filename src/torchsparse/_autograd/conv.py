@@ -10,6 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from torchsparse._kernel_map import KernelMap
 from torchsparse._ops.conv import gather_gemm, weight_grad
+from torchsparse._recipe import ConvRecipe
 
 __all__ = ["pointwise", "sparse_conv"]
 
@@ -20,7 +21,7 @@ def sparse_conv(
     bias: Tensor | None,
     kmap: KernelMap,
     transposed: bool,
-    dtype: torch.dtype,
+    recipe: ConvRecipe,
 ) -> Tensor:
     """Convolve features along a map.
 
@@ -30,17 +31,17 @@ def sparse_conv(
         bias: [C_out] or None.
         kmap: From fine to coarse.
         transposed: Read the map from coarse to fine.
-        dtype: Of the products and of the result; sums are float32, or float64 for float64.
+        recipe: The choices of the call; sums are float32, or float64 for float64.
 
     Returns:
-        [M, C_out] in ``dtype``. Differentiable in feats, weight and bias; each gradient has the
+        [M, C_out] in ``recipe.dtype``. Differentiable in feats, weight and bias; each gradient has the
         dtype of its tensor and is summed in float32 or better.
     """
     if torch.is_grad_enabled() and (
         feats.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     ):
-        return _SparseConv.apply(feats, weight, bias, kmap, transposed, dtype)
-    return _forward(feats, weight, bias, kmap, transposed, dtype)
+        return _SparseConv.apply(feats, weight, bias, kmap, transposed, recipe)
+    return _forward(feats, weight, bias, kmap, transposed, recipe)
 
 
 def _forward(
@@ -49,11 +50,13 @@ def _forward(
     bias: Tensor | None,
     kmap: KernelMap,
     transposed: bool,
-    dtype: torch.dtype,
+    recipe: ConvRecipe,
 ) -> Tensor:
-    plan = kmap.plan(weight.shape[2], transposed)
+    planned = kmap.plan(recipe, weight.shape[2], transposed)
+    dtype = recipe.compute
     bias = None if bias is None else bias.to(dtype)
-    return gather_gemm(feats.to(dtype), weight.to(dtype), bias, plan)
+    out = gather_gemm(feats.to(dtype), weight.to(dtype), bias, planned, recipe.precision)
+    return out.to(recipe.dtype)
 
 
 class _SparseConv(torch.autograd.Function):
@@ -65,12 +68,12 @@ class _SparseConv(torch.autograd.Function):
         bias: Tensor | None,
         kmap: KernelMap,
         transposed: bool,
-        dtype: torch.dtype,
+        recipe: ConvRecipe,
     ) -> Tensor:
         ctx.save_for_backward(feats, weight)
-        ctx.kmap, ctx.transposed, ctx.dtype = kmap, transposed, dtype
+        ctx.kmap, ctx.transposed, ctx.recipe = kmap, transposed, recipe
         ctx.bias_dtype = None if bias is None else bias.dtype
-        return _forward(feats, weight, bias, kmap, transposed, dtype)
+        return _forward(feats, weight, bias, kmap, transposed, recipe)
 
     @staticmethod
     @once_differentiable
@@ -78,16 +81,18 @@ class _SparseConv(torch.autograd.Function):
         ctx: Any, *grads: Tensor
     ) -> tuple[Any, ...]:
         feats, weight = ctx.saved_tensors
-        kmap, transposed, dtype = ctx.kmap, ctx.transposed, ctx.dtype
+        kmap, transposed, recipe = ctx.kmap, ctx.transposed, ctx.recipe
+        dtype, precision = recipe.compute, recipe.precision
         grad = grads[0].to(dtype)
         grad_feats = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
-            plan = kmap.plan(weight.shape[1], not transposed)
+            planned = kmap.plan(recipe, weight.shape[1], not transposed, backward=True)
             swapped = weight.to(dtype).transpose(1, 2)
-            grad_feats = gather_gemm(grad, swapped, None, plan).to(feats.dtype)
+            grad_feats = gather_gemm(grad, swapped, None, planned, precision).to(feats.dtype)
         if ctx.needs_input_grad[1]:
-            plan = kmap.plan(weight.shape[2], transposed)
-            grad_weight = weight_grad(feats.to(dtype), grad, plan).to(weight.dtype)
+            pairs = kmap.pairs(recipe, weight.shape[2], transposed)
+            found = weight_grad(feats.to(dtype), grad, pairs, precision)
+            grad_weight = found.to(weight.dtype)
         if ctx.needs_input_grad[2]:
             total = grad.sum(0, dtype=_sum_dtype(dtype))
             grad_bias = total.to(ctx.bias_dtype)

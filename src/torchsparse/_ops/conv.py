@@ -2,62 +2,116 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
-from torchsparse._ops.dispatch import twin
+from torchsparse._geometry import Geometry
+from torchsparse._ops.dispatch import reference, twin
+from torchsparse._recipe import ConvRecipe, Dataflow
 
-__all__ = ["gather_gemm", "make_plan", "weight_grad"]
+__all__ = ["Planned", "gather_gemm", "pairs_key", "plan_key", "weight_grad"]
 
 
-def make_plan(
+class Planned(NamedTuple):
+    """A map as an implementation wants it, and that implementation."""
+
+    chosen: ModuleType
+    plan: Any
+
+    def reversed(self) -> Planned:
+        """Tap k of the table multiplies weight K - 1 - k."""
+        return self._replace(plan=self.plan._replace(reverse=True))
+
+    def swapped(self) -> Planned:
+        """Inputs and outputs of the listed pairs exchanged."""
+        return self._replace(plan=self.plan._replace(swap=True))
+
+
+def _choose(tensor: Tensor, recipe: ConvRecipe) -> ModuleType:
+    """Gather-scatter and float64 are plain PyTorch; kernels do the rest where there are some."""
+    if recipe.dataflow is Dataflow.GatherScatter or recipe.compute == torch.float64:
+        return reference("conv")
+    return twin("conv", tensor)
+
+
+def plan_key(
     neighbors: Tensor,
+    keys: Tensor | None,
+    geometry: Geometry,
     identity: int | None,
     in_order: Tensor | None,
     out_order: Tensor | None,
+    recipe: ConvRecipe,
     out_channels: int,
-) -> tuple[Any, Any]:
-    """A key for the layout that suits these channels, and a function that makes it.
+    backward: bool,
+) -> tuple[Any, Callable[[], Planned]]:
+    """A key for the layout that suits a layer, and a function that makes it.
 
     Args:
         neighbors: [K, M] int32, positions of inputs, -1 = none.
+        keys: [M] sort keys of the outputs, or None.
+        geometry: Of the taps.
         identity: The tap with ``neighbors[k, m] = m``, or None.
         in_order, out_order: [N], [M] int32, the row at each position; None: they are equal.
-        out_channels: Of the layer.
+        recipe: Of the call.
+        out_channels: Of the product.
+        backward: It computes a gradient.
 
     Returns:
         (key, make): equal keys mean equal plans; ``make()`` returns the plan.
     """
-    chosen = twin("conv", neighbors)
-    layout = chosen.choose_layout(out_channels)
-    return layout, lambda: chosen.make_plan(neighbors, identity, in_order, out_order, layout)
+    chosen = _choose(neighbors, recipe)
+    if chosen is reference("conv"):
+        layout = chosen.choose_layout(out_channels)
+        return ("reference", layout), lambda: Planned(
+            chosen, chosen.make_plan(neighbors, identity, in_order, out_order, layout)
+        )
+    layout = chosen.choose_layout(neighbors.shape[1], geometry, recipe, backward)
+    return layout, lambda: Planned(chosen, chosen.make_plan(neighbors, keys, geometry, layout))
 
 
-def gather_gemm(feats: Tensor, weight: Tensor, bias: Tensor | None, plan: Any) -> Tensor:
+def pairs_key(
+    neighbors: Tensor, geometry: Geometry, recipe: ConvRecipe
+) -> tuple[Any, Callable[[], Planned]] | None:
+    """The same for `weight_grad`; None if it wants the plan of `gather_gemm`."""
+    chosen = _choose(neighbors, recipe)
+    if chosen is reference("conv"):
+        return None
+    return "pairs", lambda: Planned(chosen, chosen.make_pairs(neighbors, geometry))
+
+
+def gather_gemm(
+    feats: Tensor, weight: Tensor, bias: Tensor | None, planned: Planned, precision: str
+) -> Tensor:
     """``out[m] = bias + sum over taps k of feats[neighbors[k, m]] @ weight[k]``.
 
     Args:
         feats: [N, C_in] floating.
         weight: [K, C_in, C_out] in the dtype of feats; any strides.
         bias: [C_out] in the dtype of feats, or None.
-        plan: The neighbour table, from `make_plan`.
+        planned: The neighbour table.
+        precision: Of float32 products on a GPU: "ieee", "tf32" or "tf32x3".
 
     Returns:
         [M, C_out] in the dtype of feats, summed in float32 (float64 for float64).
     """
-    return twin("conv", feats).gather_gemm(feats, weight, bias, plan)
+    return planned.chosen.gather_gemm(feats, weight, bias, planned.plan, precision)
 
 
-def weight_grad(feats: Tensor, grad: Tensor, plan: Any) -> Tensor:
+def weight_grad(feats: Tensor, grad: Tensor, planned: Planned, precision: str) -> Tensor:
     """``out[k] = sum over the pairs (i, m) of tap k of feats[i]^T grad[m]``.
 
     Args:
         feats: [N, C_in] floating.
         grad: [M, C_out] in the same dtype.
-        plan: The neighbour table, from `make_plan`.
+        planned: The pairs.
+        precision: Of float32 products on a GPU.
 
     Returns:
         [K, C_in, C_out] float32, or float64 for float64 inputs.
     """
-    return twin("conv", feats).weight_grad(feats, grad, plan)
+    return planned.chosen.weight_grad(feats, grad, planned.plan, precision)

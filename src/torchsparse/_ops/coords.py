@@ -11,9 +11,9 @@ from torchsparse._ops.dispatch import twin
 
 __all__ = [
     "build_index",
+    "check_sites",
     "find_taps",
     "generative_sites",
-    "has_duplicates",
     "invert_taps",
     "strided_sites",
 ]
@@ -22,16 +22,15 @@ Bounds = tuple[int | None, ...]
 
 
 def build_index(coords: Tensor, reach: tuple[int, ...]) -> Any:
-    """A search structure over coordinate rows.
+    """A search structure over coordinate rows; equal rows are complained about.
 
     Args:
         coords: [N, 1 + D] int32.
         reach: D ints, how far searches will leave the coordinates' bounding box.
 
     Returns:
-        A record with ``lower``, ``upper`` ([1 + D] int64, of the coordinates), ``margin`` (D ints,
-        at least ``reach``) and ``rows`` ([N] int32, the row at each position; None: they are
-        equal). The rest is the implementation's.
+        A record with ``margin`` (D ints, at least ``reach``) and ``rows`` ([N] int32, the row at
+        each position; None: they are equal). The rest is the implementation's.
 
     Raises:
         ValueError: The widened box has 2^62 cells or more.
@@ -39,12 +38,20 @@ def build_index(coords: Tensor, reach: tuple[int, ...]) -> Any:
     return twin("coords", coords).build_index(coords, reach)
 
 
-def has_duplicates(index: Any) -> Tensor:
-    """[] bool: two rows of the indexed coordinates are equal."""
-    return twin("coords", index.keys).has_duplicates(index)
+def check_sites(index: Any, spatial_range: tuple[int, ...] | None, allow_negative: bool) -> None:
+    """Complain about coordinates outside the range that holds for them.
+
+    Args:
+        index: Of the coordinates.
+        spatial_range: (B, X, Y, ...), or None if unbounded.
+        allow_negative: Whether axes may have negative coordinates; batch indices may not.
+    """
+    twin("coords", index.keys).check_sites(index, spatial_range, allow_negative)
 
 
-def find_taps(index: Any, coarse: Tensor | None, geometry: Geometry) -> Tensor:
+def find_taps(
+    index: Any, coarse: Tensor | None, geometry: Geometry
+) -> tuple[Tensor, Tensor | None]:
     """Positions of the fine sites under every tap of every coarse site.
 
     Args:
@@ -55,25 +62,40 @@ def find_taps(index: Any, coarse: Tensor | None, geometry: Geometry) -> Tensor:
         geometry: Its K taps.
 
     Returns:
-        [K, M] int32, -1 where no fine site is.
+        [K, M] int32, -1 where no fine site is; [M] sort keys of the coarse sites, for
+        implementations that compute them on the way.
     """
     return twin("coords", index.keys).find_taps(index, coarse, geometry)
 
 
-def invert_taps(neighbors: Tensor, num_inputs: int) -> Tensor:
-    """The same pairs seen from the inputs: result[k, neighbors[k, m]] = m; [K, num_inputs]."""
-    return twin("coords", neighbors).invert_taps(neighbors, num_inputs)
+def invert_taps(
+    neighbors: Tensor, num_inputs: int, geometry: Geometry
+) -> tuple[Tensor, Tensor | None]:
+    """The same pairs seen from the inputs: result[k, neighbors[k, m]] = m.
+
+    Args:
+        neighbors: [K, M] int32; each input meets a tap at most once.
+        num_inputs: N.
+        geometry: Of the taps.
+
+    Returns:
+        [K, N] int32, -1 = none; [N] sort keys of the inputs or None.
+    """
+    return twin("coords", neighbors).invert_taps(neighbors, num_inputs, geometry)
 
 
 def strided_sites(
-    coords: Tensor, geometry: Geometry, lower: Bounds, upper: Bounds
+    index: Any, coords: Tensor, geometry: Geometry, lower: Bounds, upper: Bounds | None
 ) -> tuple[Tensor, Any]:
     """All coarse sites that some tap ties to a fine site.
 
     Args:
+        index: Of the fine sites.
         coords: Fine sites, [N, 1 + D] int32.
         geometry: The relation.
-        lower, upper: Inclusive bounds of the coarse coordinates per axis; None = unbounded.
+        lower, upper: Inclusive bounds of the coarse coordinates per axis; None for an axis =
+            unbounded, None for ``upper`` = TorchSparse 2.1's, from the batch's largest
+            coordinates.
 
     Returns:
         [M, 1 + D] int32 in lexicographic order, and their index.
@@ -81,11 +103,11 @@ def strided_sites(
     Raises:
         ValueError: Sites outside int32, or in a box of 2^62 cells or more.
     """
-    return twin("coords", coords).strided_sites(coords, geometry, lower, upper)
+    return twin("coords", coords).strided_sites(index, coords, geometry, lower, upper)
 
 
 def generative_sites(
-    coords: Tensor, geometry: Geometry, lower: Bounds, upper: Bounds
+    index: Any, coords: Tensor, geometry: Geometry, lower: Bounds, upper: Bounds
 ) -> tuple[Tensor, Any]:
     """All fine sites that some tap ties to a coarse site; else as `strided_sites`."""
-    return twin("coords", coords).generative_sites(coords, geometry, lower, upper)
+    return twin("coords", coords).generative_sites(index, coords, geometry, lower, upper)

@@ -3,22 +3,65 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
+import os
+import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from types import ModuleType
 
 from torch import Tensor
 
-__all__ = ["twin"]
+__all__ = ["forced", "has_triton", "reference", "twin"]
+
+# Families with Triton kernels.
+KERNELS = frozenset({"conv", "coords", "norm", "points", "reduce", "table"})
+_forced: list[str] = []
 
 
 @cache
-def _reference(family: str) -> ModuleType:
-    return importlib.import_module(f"torchsparse._reference.{family}")
+def _module(package: str, family: str) -> ModuleType:
+    return importlib.import_module(f"torchsparse.{package}.{family}")
+
+
+@cache
+def has_triton() -> bool:
+    """Whether Triton can be used here; if not, one warning says what is missing."""
+    if importlib.util.find_spec("triton") is None:
+        missing = "Triton is not installed"
+    elif not (os.environ.get("CC") or any(map(shutil.which, ("clang", "gcc", "cc", "cl")))):
+        missing = "Triton needs a C compiler (gcc, clang, or one named by CC) to launch kernels"
+    else:
+        return True
+    warnings.warn(
+        f"{missing}: convolutions on the GPU use plain PyTorch, which is slower", stacklevel=2
+    )
+    return False
+
+
+@contextmanager
+def forced(package: str) -> Iterator[None]:
+    """Use ``_reference`` or ``_triton`` for every tensor, for tests."""
+    _forced.append(package)
+    try:
+        yield
+    finally:
+        _forced.pop()
+
+
+def reference(family: str) -> ModuleType:
+    """The implementation in plain PyTorch."""
+    return _module("_reference", family)
 
 
 def twin(family: str, tensor: Tensor) -> ModuleType:
     """The module that implements ``family`` ("conv", "coords", ...) for this tensor.
 
-    Plain PyTorch serves every device and dtype; it is the only implementation so far.
+    Triton kernels serve CUDA (and ROCm) devices; plain PyTorch serves everything else.
     """
-    return _reference(family)
+    package = _forced[-1] if _forced else "_triton" if tensor.is_cuda else "_reference"
+    if package == "_triton" and family in KERNELS and has_triton():
+        return _module("_triton", family)
+    return _module("_reference", family)

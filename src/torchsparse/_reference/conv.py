@@ -137,7 +137,9 @@ def _chunk(neighbors: Tensor, begin: int, end: int, identity: int | None, narrow
     return Chunk(begin, end, inputs, rows.add_(begin), present.sum(1).tolist(), bags)
 
 
-def gather_gemm(feats: Tensor, weight: Tensor, bias: Tensor | None, plan: Plan) -> Tensor:
+def gather_gemm(
+    feats: Tensor, weight: Tensor, bias: Tensor | None, plan: Plan, precision: str = "ieee"
+) -> Tensor:
     """``out[m] = bias + sum over taps k of feats[neighbors[k, m]] @ weight[k]``.
 
     Args:
@@ -145,6 +147,7 @@ def gather_gemm(feats: Tensor, weight: Tensor, bias: Tensor | None, plan: Plan) 
         weight: [K, C_in, C_out] in the dtype of feats; any strides.
         bias: [C_out] in the dtype of feats, or None.
         plan: Of the neighbour table, from `make_plan`.
+        precision: Of float32 products; here they are always exact to 24 bits.
 
     Returns:
         [M, C_out] in the dtype of feats; half types are summed in float32 and rounded once.
@@ -243,13 +246,14 @@ def _compute_dtype(feats: Tensor) -> torch.dtype:
     return torch.float64 if feats.dtype == torch.float64 else torch.float32
 
 
-def weight_grad(feats: Tensor, grad: Tensor, plan: Plan) -> Tensor:
+def weight_grad(feats: Tensor, grad: Tensor, plan: Plan, precision: str = "ieee") -> Tensor:
     """``out[k] = sum over the pairs (i, m) of tap k of feats[i]^T grad[m]``.
 
     Args:
         feats: [N, C_in] floating.
         grad: [M, C_out] in the same dtype.
         plan: Of the neighbour table, from `make_plan`.
+        precision: As in `gather_gemm`.
 
     Returns:
         [K, C_in, C_out] float32, or float64 for float64 inputs.

@@ -15,17 +15,17 @@ import torch
 from torch import Tensor
 
 from torchsparse._flags import Complaint, complain_if
-from torchsparse._geometry import Geometry
+from torchsparse._geometry import Geometry, conv_range
 from torchsparse._keys import KeyLayout, fit_layout, pack, unpack
 
 __all__ = [
     "CoordIndex",
     "bounds",
     "build_index",
+    "check_sites",
     "find_taps",
     "flat_nonzero",
     "generative_sites",
-    "has_duplicates",
     "invert_taps",
     "strided_sites",
 ]
@@ -72,7 +72,7 @@ def _fit(lower: Tensor, upper: Tensor, margin: tuple[int, ...]) -> KeyLayout:
 
 
 def build_index(coords: Tensor, reach: tuple[int, ...]) -> CoordIndex:
-    """Sort coordinate rows by key.
+    """Sort coordinate rows by key; equal rows are complained about.
 
     Args:
         coords: [N, 1 + D] int32.
@@ -85,17 +85,39 @@ def build_index(coords: Tensor, reach: tuple[int, ...]) -> CoordIndex:
     layout, margin = _layout(lower, upper, reach)
     keys = pack(coords, layout)
     if bool((keys[1:] >= keys[:-1]).all()):
-        return CoordIndex(keys, None, layout, margin, lower, upper)
-    keys, order = torch.sort(keys, stable=True)
-    return CoordIndex(keys, order.to(torch.int32), layout, margin, lower, upper)
+        order = None
+    else:
+        keys, order = torch.sort(keys, stable=True)
+        order = order.to(torch.int32)
+    complain_if((keys[1:] == keys[:-1]).any(), Complaint.DUPLICATE)
+    return CoordIndex(keys, order, layout, margin, lower, upper)
 
 
-def has_duplicates(index: CoordIndex) -> Tensor:
-    """[] bool: two rows are equal."""
-    return (index.keys[1:] == index.keys[:-1]).any()
+def check_sites(
+    index: CoordIndex, spatial_range: tuple[int, ...] | None, allow_negative: bool
+) -> None:
+    """Complain about coordinates outside the range that holds for them."""
+    lower, upper = index.lower, index.upper
+    complain_if(lower[0] < 0, Complaint.BATCH, lambda: f"smallest: {int(lower[0])}")
+    if not allow_negative:
+        complain_if(
+            (lower[1:] < 0).any(),
+            Complaint.NEGATIVE,
+            lambda: f"smallest (x, y, z): {lower[1:].tolist()}",
+        )
+    if spatial_range is not None and index.keys.shape[0]:
+        extents = spatial_range[: upper.shape[0]]
+        limit = torch.tensor(extents, device=upper.device)
+        complain_if(
+            (upper >= limit).any(),
+            Complaint.RANGE,
+            lambda: f"range {extents}, coordinates from {lower.tolist()} to {upper.tolist()}",
+        )
 
 
-def find_taps(index: CoordIndex, coarse: Tensor | None, geometry: Geometry) -> Tensor:
+def find_taps(
+    index: CoordIndex, coarse: Tensor | None, geometry: Geometry
+) -> tuple[Tensor, Tensor | None]:
     """Positions of the fine sites under every tap of every coarse site.
 
     Args:
@@ -106,11 +128,11 @@ def find_taps(index: CoordIndex, coarse: Tensor | None, geometry: Geometry) -> T
         geometry: Its taps; K is their number.
 
     Returns:
-        [K, M] int32, -1 where no fine site is.
+        [K, M] int32, -1 where no fine site is; no sort keys.
     """
     if coarse is None and geometry.is_symmetric:
-        return _find_symmetric(index, geometry)
-    return _find_all(index, coarse, geometry)
+        return _find_symmetric(index, geometry), None
+    return _find_all(index, coarse, geometry), None
 
 
 def _lines(geometry: Geometry) -> list[tuple[tuple[int, ...], list[int]]]:
@@ -220,21 +242,25 @@ def _base_keys(index: CoordIndex, coarse: Tensor, geometry: Geometry, offset: Te
     return keys.masked_fill_(outside, layout.below).to(layout.dtype)
 
 
-def invert_taps(neighbors: Tensor, num_inputs: int) -> Tensor:
+def invert_taps(
+    neighbors: Tensor, num_inputs: int, geometry: Geometry
+) -> tuple[Tensor, Tensor | None]:
     """The same pairs seen from the inputs: result[k, neighbors[k, m]] = m.
 
     Args:
         neighbors: [K, M] int32; each input meets a tap at most once.
+        num_inputs: N.
+        geometry: Not needed here.
 
     Returns:
-        [K, num_inputs] int32, -1 = none.
+        [K, N] int32, -1 = none; no sort keys.
     """
     volume, m = neighbors.shape
     # One column more takes the absent ones, which index -1 addresses after the shift.
     inverse = torch.full((volume, num_inputs + 1), -1, dtype=torch.int32, device=neighbors.device)
     outputs = torch.arange(m, dtype=torch.int32, device=neighbors.device).expand(volume, m)
     inverse.scatter_(1, (neighbors + 1).to(torch.int64), outputs)
-    return inverse[:, 1:].contiguous()
+    return inverse[:, 1:].contiguous(), None
 
 
 Candidates = list[tuple[Tensor, Tensor | None]]  # sites on one axis [N], which of them are valid
@@ -242,18 +268,26 @@ Bounds = tuple[int | None, ...]
 
 
 def strided_sites(
-    coords: Tensor, geometry: Geometry, lower: Bounds, upper: Bounds
+    index: CoordIndex,
+    coords: Tensor,
+    geometry: Geometry,
+    lower: Bounds,
+    upper: Bounds | None,
 ) -> tuple[Tensor, CoordIndex]:
     """All coarse sites that some tap ties to a fine site.
 
     Args:
+        index: Of the fine sites.
         coords: Fine sites, [N, 1 + D] int32.
         geometry: The relation.
-        lower, upper: Inclusive bounds of the coarse coordinates per axis; None = unbounded.
+        lower, upper: Inclusive bounds of the coarse coordinates per axis; None for an axis =
+            unbounded, None for ``upper`` = from the largest coordinates of the batch.
 
     Returns:
         [M, 1 + D] int32 in lexicographic order, and their index.
     """
+    if upper is None:
+        upper = _inferred_upper(index, geometry)
     axes, low, high = [], *bounds(coords)
     for i in range(geometry.ndim):
         o, s, r = geometry.offset[i], geometry.stride[i], geometry.reach[i]
@@ -263,8 +297,17 @@ def strided_sites(
     return _sites(coords[:, 0], axes, low, high, lower, upper)
 
 
+def _inferred_upper(index: CoordIndex, geometry: Geometry) -> Bounds:
+    """TorchSparse 2.1's bound where no range is given."""
+    extents = tuple(int(v) + 1 for v in index.upper.tolist()[1:])
+    limits = conv_range(
+        extents, geometry.kernel_size, geometry.stride, geometry.offset, geometry.dilation
+    )
+    return tuple(n - 1 for n in limits)
+
+
 def generative_sites(
-    coords: Tensor, geometry: Geometry, lower: Bounds, upper: Bounds
+    index: CoordIndex, coords: Tensor, geometry: Geometry, lower: Bounds, upper: Bounds
 ) -> tuple[Tensor, CoordIndex]:
     """All fine sites that some tap ties to a coarse site; else as `strided_sites`."""
     axes, low, high = [], *bounds(coords)

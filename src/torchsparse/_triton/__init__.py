@@ -1,1 +1,1 @@
-"""Every operation as kernels for GPUs, the twins of those in `_reference`."""
+"""The operations as Triton kernels: each module has a twin of the same name in `_reference`."""

@@ -10,8 +10,9 @@ import triton.language as tl
 from torch import Tensor
 
 from torchsparse._groups import Groups
+from torchsparse._triton.launch import launch, next_power
 from torchsparse._triton.reduce import sum_groups
-from torchsparse._triton.rows import accumulator, divide, launch, next_power, row_tile
+from torchsparse._triton.rows import accumulator, divide, row_tile
 
 __all__ = ["affine", "centred_dots", "sample_moments"]
 

@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from torchsparse._triton.rows import accumulator, cdiv, divide, launch, note, row_tile, words
+from torchsparse._triton.launch import cdiv, launch
+from torchsparse._triton.rows import accumulator, divide, note, row_tile, words
 
 __all__ = [
     "devoxelize",

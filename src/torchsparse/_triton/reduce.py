@@ -15,17 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 from torchsparse._groups import Groups
-from torchsparse._triton.rows import (
-    Tile,
-    accumulator,
-    cdiv,
-    divide,
-    launch,
-    lower_bound,
-    next_power,
-    note,
-    row_tile,
-)
+from torchsparse._triton.launch import cdiv, launch, next_power
+from torchsparse._triton.rows import Tile, accumulator, divide, lower_bound, note, row_tile
 
 __all__ = [
     "Groups",

@@ -1,4 +1,4 @@
-"""What kernels over rows [N, C] share: tiles, views as plain words, the launch.
+"""What kernels over rows [N, C] share: tiles, views as plain words, searches.
 
 Rows are read C at a time by tiles of ROWS x COLS elements. A row of C elements is UNITS times
 UNIT of them, where UNIT is a power of two known to the compiler: it then sees that every row
@@ -9,7 +9,6 @@ starts at a multiple of UNIT and reads up to 16 bytes at once, without a kernel 
 # pyright: reportMissingImports=false, reportGeneralTypeIssues=false, reportInvalidTypeForm=false
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -17,14 +16,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from torchsparse._triton.launch import cdiv, next_power
+
 __all__ = [
     "Tile",
     "accumulator",
-    "cdiv",
     "divide",
-    "launch",
     "lower_bound",
-    "next_power",
     "note",
     "row_tile",
     "words",
@@ -79,34 +77,6 @@ def accumulator(dtype: torch.dtype) -> tuple[torch.dtype, Any]:
     if dtype == torch.float64:
         return torch.float64, tl.float64
     return torch.float32, tl.float32
-
-
-def launch(kernel: Any, grid: tuple[int, ...], where: Tensor, *args: Any, **options: Any) -> None:
-    """Run ``kernel`` on the device of ``where``, on its current stream; nothing for an empty grid.
-
-    Under the interpreter (TRITON_INTERPRET=1) tensors on the CPU are as good.
-    """
-    if 0 in grid:
-        return
-    with _on(where):
-        kernel[grid](*args, **options)
-
-
-def _on(where: Tensor) -> AbstractContextManager[Any]:
-    device = where.device
-    if device.type != "cuda" or device.index == torch.cuda.current_device():
-        return nullcontext()
-    return torch.cuda.device(device)
-
-
-def cdiv(a: int, b: int) -> int:
-    """a / b, rounded up."""
-    return -(-a // b)
-
-
-def next_power(n: int) -> int:
-    """The smallest power of two that is not below n."""
-    return 1 << max(n - 1, 0).bit_length()
 
 
 @triton.jit

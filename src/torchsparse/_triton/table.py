@@ -9,7 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from torchsparse._triton.rows import cdiv, launch, lower_bound, next_power
+from torchsparse._triton.launch import cdiv, launch, next_power
+from torchsparse._triton.rows import lower_bound
 
 __all__ = ["find_rows", "hash_rows", "insert_", "lookup", "site_keys"]
 

@@ -8,6 +8,7 @@ from torchsparse.nn.functional import (
     crop,
     devoxelize,
     hash,
+    local_pooling,
     norm,
     pooling,
     query,
@@ -20,7 +21,10 @@ from torchsparse.nn.functional.conv import (
     Dataflow,
     build_kernel_map,
     clear_global_conv_config,
+    conv1d,
+    conv2d,
     conv3d,
+    conv4d,
     conv_config,
     conv_mode,
     convert_transposed_out_in_map,
@@ -43,7 +47,18 @@ from torchsparse.nn.functional.count import spcount
 from torchsparse.nn.functional.crop import spcrop
 from torchsparse.nn.functional.devoxelize import calc_ti_weights, spdevoxelize
 from torchsparse.nn.functional.hash import sphash
-from torchsparse.nn.functional.pooling import global_avg_pool, global_max_pool
+from torchsparse.nn.functional.local_pooling import (
+    avg_pool3d,
+    max_pool3d,
+    max_unpool3d,
+    sum_pool3d,
+    unpool3d,
+)
+from torchsparse.nn.functional.pooling import (
+    global_avg_pool,
+    global_max_pool,
+    global_sum_pool,
+)
 from torchsparse.nn.functional.query import sphashquery
 from torchsparse.nn.functional.voxelize import spvoxelize
 
@@ -52,12 +67,16 @@ __all__ = [
     "ConvMode",
     "Dataflow",
     "activation",
+    "avg_pool3d",
     "bev",
     "build_kernel_map",
     "calc_ti_weights",
     "clear_global_conv_config",
     "conv",
+    "conv1d",
+    "conv2d",
     "conv3d",
+    "conv4d",
     "conv_config",
     "conv_mode",
     "convert_transposed_out_in_map",
@@ -72,9 +91,13 @@ __all__ = [
     "get_kmap_mode",
     "global_avg_pool",
     "global_max_pool",
+    "global_sum_pool",
     "hash",
     "kmap",
     "leaky_relu",
+    "local_pooling",
+    "max_pool3d",
+    "max_unpool3d",
     "norm",
     "pooling",
     "query",
@@ -92,6 +115,8 @@ __all__ = [
     "sphashquery",
     "spupsample_generative",
     "spvoxelize",
+    "sum_pool3d",
     "transpose_kernel_map",
+    "unpool3d",
     "voxelize",
 ]

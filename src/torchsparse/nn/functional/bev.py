@@ -18,8 +18,8 @@ from torchsparse._autograd.reduce import segment_sum
 from torchsparse._cache import new_cache
 from torchsparse._flags import Complaint, complain_if, raise_pending
 from torchsparse._geometry import as_tuple
-from torchsparse._keys import fit_layout, pack, unpack
 from torchsparse._ops import reduce
+from torchsparse._ops.sets import unique_rows
 from torchsparse._validate import (
     check_coords,
     check_feats,
@@ -320,15 +320,8 @@ def _sites(columns: Tensor) -> tuple[Tensor, Tensor]:
 
     [N, A] integers -> [M, A] int32, [N] int64.
     """
-    if columns.shape[0] == 0:
-        return columns.to(torch.int32), columns.new_zeros(0, dtype=torch.int64)
-    bounds = torch.stack([torch.stack(torch.aminmax(axis)) for axis in columns.unbind(1)])
-    lower, upper = bounds.to(torch.int64).unbind(1)
     raise_pending(columns.device)  # the next line waits for the device anyway
-    layout = fit_layout(lower, upper)
-    keys, order = torch.sort(pack(columns, layout), stable=True)
-    keys, rank = torch.unique_consecutive(keys, return_inverse=True)
-    return unpack(keys, layout), torch.empty_like(order).index_copy_(0, order, rank)
+    return unique_rows(columns)
 
 
 def _sum_by_site(

@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 
 from torchsparse._autograd.points import voxelize
-from torchsparse._autograd.reduce import segment_max
+from torchsparse._autograd.reduce import segment_max, segment_sum
 from torchsparse._flags import Complaint, complain_if, raise_pending
 from torchsparse._ops import reduce
 from torchsparse._validate import check_coords, check_feats, check_rows, check_same_device
 from torchsparse.tensor import SparseTensor
 
-__all__ = ["global_avg_pool", "global_max_pool", "samples"]
+__all__ = ["global_avg_pool", "global_max_pool", "global_sum_pool", "samples"]
 
 
 def global_avg_pool(input: SparseTensor, batch_size: int | None = None) -> Tensor:
@@ -44,6 +44,19 @@ def global_max_pool(input: SparseTensor, batch_size: int | None = None) -> Tenso
     """
     batch, num = samples(input, batch_size)
     return segment_max(input.feats, batch, num)
+
+
+def global_sum_pool(input: SparseTensor, batch_size: int | None = None) -> Tensor:
+    """Sum of the rows of each sample.
+
+    The arguments and errors are those of `global_avg_pool`.
+
+    Returns:
+        [B, C] in the dtype of the features, summed in float32 (float64 in float64), also under
+        autocast; 0 for samples without rows. Differentiable.
+    """
+    batch, num = samples(input, batch_size)
+    return segment_sum(input.feats, batch, num)
 
 
 def samples(input: SparseTensor, batch_size: int | None = None) -> tuple[Tensor, int]:

@@ -1,4 +1,4 @@
-"""Convolution modules."""
+"""Convolution modules in one to four dimensions."""
 
 from __future__ import annotations
 
@@ -13,31 +13,11 @@ from torchsparse._geometry import default_padding
 from torchsparse.nn.functional.conv.conv import check_parameters, convolve
 from torchsparse.tensor import SparseTensor
 
-__all__ = ["Conv3d"]
+__all__ = ["Conv1d", "Conv2d", "Conv3d", "Conv4d"]
 
 
-class Conv3d(nn.Module):
-    """Sparse convolution; see `torchsparse.nn.functional.conv3d` for what it computes.
-
-    On an axis with odd kernel size and stride 1 the padding is always d (k - 1) / 2, whatever was
-    passed: the kernel stays centred.
-
-    Args:
-        in_channels, out_channels: C_in and C_out.
-        kernel_size, stride, padding, dilation: One int or three.
-        bias: Learn a bias.
-        transposed: Return to a finer level.
-        generative: With ``transposed``: create the finer coordinates.
-        config: Mapping that overrides the global configuration key by key, or None.
-
-    Attributes:
-        kernel: [K, C_in, C_out]; [C_in, C_out] for kernel size 1 and stride 1.
-        bias: [C_out] or None.
-        kernel_volume: K.
-
-    Raises:
-        ValueError, TypeError: Parameters outside their range.
-    """
+class _Conv(nn.Module):
+    """A convolution over ``ndim`` spatial axes; see `Conv3d`."""
 
     ndim = 3
 
@@ -128,3 +108,45 @@ class Conv3d(nn.Module):
             if kernel.dim() != self.kernel.dim() and kernel.numel() == self.kernel.numel():
                 state_dict[key] = kernel.reshape(self.kernel.shape)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+class Conv3d(_Conv):
+    """Sparse convolution; see `torchsparse.nn.functional.conv3d` for what it computes.
+
+    On an axis with odd kernel size and stride 1 the padding is always d (k - 1) / 2, whatever was
+    passed: the kernel stays centred.
+
+    Args:
+        in_channels, out_channels: C_in and C_out.
+        kernel_size, stride, padding, dilation: One int or three.
+        bias: Learn a bias.
+        transposed: Return to a finer level.
+        generative: With ``transposed``: create the finer coordinates.
+        config: Mapping that overrides the global configuration key by key, or None.
+
+    Attributes:
+        kernel: [K, C_in, C_out]; [C_in, C_out] for kernel size 1 and stride 1.
+        bias: [C_out] or None.
+        kernel_volume: K.
+
+    Raises:
+        ValueError, TypeError: Parameters outside their range.
+    """
+
+
+class Conv1d(_Conv):
+    """`Conv3d` over one spatial axis: coordinates (b, x)."""
+
+    ndim = 1
+
+
+class Conv2d(_Conv):
+    """`Conv3d` over two spatial axes: coordinates (b, x, y)."""
+
+    ndim = 2
+
+
+class Conv4d(_Conv):
+    """`Conv3d` over four spatial axes: coordinates (b, x, y, z, t)."""
+
+    ndim = 4

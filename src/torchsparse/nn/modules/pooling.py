@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from torchsparse.nn.functional.pooling import global_avg_pool, global_max_pool
+from torchsparse.nn.functional.pooling import global_avg_pool, global_max_pool, global_sum_pool
 from torchsparse.tensor import SparseTensor
 
-__all__ = ["GlobalAvgPool", "GlobalMaxPool"]
+__all__ = ["GlobalAvgPool", "GlobalMaxPool", "GlobalSumPool"]
 
 
 class GlobalAvgPool(nn.Module):
@@ -23,3 +23,10 @@ class GlobalMaxPool(nn.Module):
 
     def forward(self, input: SparseTensor, batch_size: int | None = None) -> Tensor:
         return global_max_pool(input, batch_size)
+
+
+class GlobalSumPool(nn.Module):
+    """Sum of the rows of each sample, [B, C]; see ``functional.global_sum_pool``."""
+
+    def forward(self, input: SparseTensor, batch_size: int | None = None) -> Tensor:
+        return global_sum_pool(input, batch_size)

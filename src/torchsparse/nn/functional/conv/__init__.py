@@ -1,7 +1,7 @@
 """Convolution: the function, its configuration and its kernel maps."""
 
 from torchsparse.nn.functional.conv import conv, conv_config, conv_mode, func, kmap
-from torchsparse.nn.functional.conv.conv import conv3d
+from torchsparse.nn.functional.conv.conv import conv1d, conv2d, conv3d, conv4d
 from torchsparse.nn.functional.conv.conv_config import (
     AttributeDict,
     Dataflow,
@@ -34,7 +34,10 @@ __all__ = [
     "build_kernel_map",
     "clear_global_conv_config",
     "conv",
+    "conv1d",
+    "conv2d",
     "conv3d",
+    "conv4d",
     "conv_config",
     "conv_mode",
     "convert_transposed_out_in_map",

@@ -1,4 +1,4 @@
-"""``conv3d``: check, resolve, find the map, one call, wrap."""
+"""``conv3d`` and its siblings: check, resolve, find the map, one call, wrap."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchsparse import _validate
+from torchsparse import _validate, backends
 from torchsparse._autograd.conv import pointwise, sparse_conv
 from torchsparse._cache import TensorCache
 from torchsparse._compat import old_conv3d_arguments
 from torchsparse._geometry import Geometry, as_tuple
+from torchsparse._kernel_map import KernelMap
 from torchsparse._recipe import ConvRecipe
+from torchsparse._settings import settings
 from torchsparse.nn.functional.conv.conv_config import resolve_config
 from torchsparse.nn.functional.conv.kmap import (
     Level,
@@ -25,9 +27,9 @@ from torchsparse.nn.functional.conv.kmap import (
     same_sites,
     upsampled,
 )
-from torchsparse.tensor import SparseTensor, wrap
+from torchsparse.tensor import SparseTensor, site_stride, wrap
 
-__all__ = ["conv3d"]
+__all__ = ["conv1d", "conv2d", "conv3d", "conv4d"]
 
 
 def conv3d(
@@ -82,6 +84,66 @@ def conv3d(
     )  # fmt: skip
 
 
+def conv1d(
+    input: SparseTensor,
+    weight: Tensor,
+    kernel_size: Any,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    config: Mapping[str, Any] | None = None,
+    transposed: bool = False,
+    generative: bool = False,
+    coordinates: SparseTensor | Tensor | None = None,
+) -> SparseTensor:
+    """`conv3d` over one spatial axis: coordinates (b, x)."""
+    return convolve(
+        1, input, weight, kernel_size, bias, stride, padding, dilation, config,
+        transposed, generative, coordinates,
+    )  # fmt: skip
+
+
+def conv2d(
+    input: SparseTensor,
+    weight: Tensor,
+    kernel_size: Any,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    config: Mapping[str, Any] | None = None,
+    transposed: bool = False,
+    generative: bool = False,
+    coordinates: SparseTensor | Tensor | None = None,
+) -> SparseTensor:
+    """`conv3d` over two spatial axes: coordinates (b, x, y)."""
+    return convolve(
+        2, input, weight, kernel_size, bias, stride, padding, dilation, config,
+        transposed, generative, coordinates,
+    )  # fmt: skip
+
+
+def conv4d(
+    input: SparseTensor,
+    weight: Tensor,
+    kernel_size: Any,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    config: Mapping[str, Any] | None = None,
+    transposed: bool = False,
+    generative: bool = False,
+    coordinates: SparseTensor | Tensor | None = None,
+) -> SparseTensor:
+    """`conv3d` over four spatial axes: coordinates (b, x, y, z, t)."""
+    return convolve(
+        4, input, weight, kernel_size, bias, stride, padding, dilation, config,
+        transposed, generative, coordinates,
+    )  # fmt: skip
+
+
 def convolve(
     ndim: int,
     x: SparseTensor,
@@ -106,34 +168,71 @@ def convolve(
     if math.prod(kernel_size) == 1 and math.prod(stride) == 1 and coordinates is None:
         feats = pointwise(x.feats, weight[0], bias, recipe.dtype)
         return wrap(feats, x, coords, x.stride, x.spatial_range)
-    if x.spatial_range is not None and len(x.spatial_range) != 1 + ndim:
-        x = wrap(x.feats, x, coords, x.stride, _needed_range(x.spatial_range, ndim))
-    x._caches.record(x.stride, coords, x.spatial_range)
+    kmap, level = find_map(
+        ndim, x, kernel_size, stride, padding, dilation, recipe.downsample_mode,
+        transposed, generative, coordinates,
+    )  # fmt: skip
+    feats = sparse_conv(x.feats, weight, bias, kmap, transposed, recipe)
+    return on_level(feats, x, level, generative)
+
+
+def find_map(
+    ndim: int,
+    x: SparseTensor,
+    kernel_size: tuple[int, ...],
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    dilation: tuple[int, ...],
+    downsample_mode: str,
+    transposed: bool = False,
+    generative: bool = False,
+    coordinates: SparseTensor | Tensor | None = None,
+) -> tuple[KernelMap, Level]:
+    """The kernel map of a layer on ``x``, and the level that it reaches.
+
+    Layers of one geometry share it, whatever they compute. The level of ``x`` is recorded in its
+    cache.
+
+    Args:
+        ndim: Spatial axes.
+        x: Features [N, C] on [N, 1 + ndim] coordinates, both checked.
+        kernel_size, stride, padding, dilation: From `check_parameters`.
+        downsample_mode: "spconv" or "minkowski".
+        transposed, generative, coordinates: As in `conv3d`.
+
+    Raises:
+        ValueError: Coordinates, a range or a stride that do not fit; an unknown fine level.
+    """
+    coords = int32_coords(x._caches, x.coords)
+    spatial_range = _needed_range(x.spatial_range, ndim)
+    x = wrap(x.feats, x, coords, site_stride(x), spatial_range)
+    x._caches.record(x.stride, coords, spatial_range)
     if coordinates is not None:
         if transposed:
             raise ValueError("`coordinates` cannot be given to a transposed convolution")
-        geometry = _relation(kernel_size, stride, padding, dilation, recipe.downsample_mode)
+        geometry = _relation(kernel_size, stride, padding, dilation, downsample_mode)
         level = _target(x, coordinates, stride, ndim)
-        kmap = onto(x, coords, geometry, level)
-    elif math.prod(stride) == 1 and not generative:
+        return onto(x, coords, geometry, level), level
+    if math.prod(stride) == 1 and not generative:
         kmap = same_sites(x, coords, Geometry.submanifold(kernel_size, dilation))
-        level = Level(coords, x.stride, x.spatial_range)
-    else:
-        kind = "generative" if generative else "strided"
-        geometry = Geometry.strided(
-            kernel_size, stride, padding, dilation, recipe.downsample_mode, kind
-        )
-        if generative:
-            kmap, level = generated(x, coords, geometry)
-        elif transposed:
-            kmap, level = upsampled(x, coords, geometry)
-        else:
-            kmap = downsampled(x, coords, geometry, recipe.downsample_mode)
-            level = Level(kmap.out_coords, _coarser(x.stride, stride), kmap.spatial_range)
-    feats = sparse_conv(x.feats, weight, bias, kmap, transposed, recipe.dtype)
-    out = wrap(feats, x, *level)
+        return kmap, Level(coords, x.stride, spatial_range)
+    kind = "generative" if generative else "strided"
+    geometry = Geometry.strided(kernel_size, stride, padding, dilation, downsample_mode, kind)
     if generative:
-        out._caches = _generated_cache(x._caches, level)
+        return generated(x, coords, geometry)
+    if transposed:
+        return upsampled(x, coords, geometry)
+    kmap = downsampled(x, coords, geometry, downsample_mode)
+    return kmap, Level(kmap.out_coords, _coarser(x.stride, stride), kmap.spatial_range)
+
+
+def on_level(
+    feats: Tensor, like: SparseTensor, level: Level, generative: bool = False
+) -> SparseTensor:
+    """Features on a level that a map of ``like`` reaches; the cache knows it from now on."""
+    out = wrap(feats, like, *level)
+    if generative:
+        out._caches = _generated_cache(like._caches, level)
     else:
         out._caches.record(*_cmap(level))
     return out
@@ -163,12 +262,12 @@ def _target(
     if not isinstance(coordinates, SparseTensor):
         _validate.check_coords(coordinates, ndim, "coordinates")
         return Level(int32_coords(TensorCache(), coordinates), expected, None)
-    if coordinates.stride != expected:
+    _validate.check_coords(coordinates.coords, ndim, "coordinates")
+    if site_stride(coordinates) != expected:
         raise ValueError(
             f"`coordinates` must have stride {expected} for an input of stride {x.stride} and a "
             f"convolution of stride {stride}, got {coordinates.stride}"
         )
-    _validate.check_coords(coordinates.coords, ndim, "coordinates")
     sites = int32_coords(coordinates._caches, coordinates.coords)
     return Level(sites, expected, coordinates.spatial_range)
 
@@ -245,7 +344,9 @@ def _check_operands(
     return weight
 
 
-def _needed_range(spatial_range: tuple[int, ...], ndim: int) -> tuple[int, ...]:
+def _needed_range(spatial_range: tuple[int, ...] | None, ndim: int) -> tuple[int, ...] | None:
+    if spatial_range is None:
+        return None
     if len(spatial_range) < 1 + ndim:
         raise ValueError(
             f"`spatial_range` must have {1 + ndim} entries (batch first), got {spatial_range}"
@@ -261,6 +362,13 @@ def resolve(
 ) -> ConvRecipe:
     """Turn configuration, modes, dtypes and autocast into one record."""
     complete = resolve_config(config)
+    dtype = compute_dtype(feats, weight, bias)
+    on_gpu = feats.device.type == "cuda"
+    full = on_gpu and dtype in HALVES and not backends.allow_fp16
+    if on_gpu and dtype == torch.float32:
+        precision = "tf32" if backends.allow_tf32 else settings.float32_precision
+    else:
+        precision = "ieee"
     return ConvRecipe(
         dataflow=complete.dataflow,
         sort=bool(complete.ifsort),
@@ -269,7 +377,9 @@ def resolve(
         literal=not complete.auto,
         kmap_mode=complete.kmap_mode,
         downsample_mode=complete.downsample_mode,
-        dtype=compute_dtype(feats, weight, bias),
+        dtype=dtype,
+        compute=torch.float32 if full else dtype,
+        precision=precision,
     )
 
 

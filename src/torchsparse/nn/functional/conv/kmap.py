@@ -96,11 +96,10 @@ def same_sites(x: SparseTensor, coords: Tensor, geometry: Geometry) -> KernelMap
     )
     kmap = _find(x._caches, key, coords, coords)
     if kmap is None:
-        index = _index(x._caches, coords, x.stride, geometry.reach)
-        _check_sites(index, x.spatial_range)
-        neighbors = ops.find_taps(index, None, geometry)
-        limit = x.spatial_range
-        kmap = KernelMap(neighbors, coords, coords, geometry, limit, limit, index.rows, index.rows)
+        index = _index(x._caches, coords, x.stride, geometry.reach, x.spatial_range)
+        neighbors, keys = ops.find_taps(index, None, geometry)
+        limit, rows = x.spatial_range, index.rows
+        kmap = KernelMap(neighbors, coords, coords, geometry, limit, limit, rows, rows, keys)
         _remember(x._caches, key, kmap)
     return kmap
 
@@ -119,14 +118,22 @@ def downsampled(
     )
     kmap = _find(x._caches, key, fine=coords)
     if kmap is None:
-        index = _index(x._caches, coords, x.stride, geometry.reach)
-        _check_sites(index, x.spatial_range)
+        index = _index(x._caches, coords, x.stride, geometry.reach, x.spatial_range)
         out_coords, coarse, out_range = _strided_level(index, coords, geometry, key)
         stride = tuple(a * b for a, b in zip(x.stride, geometry.stride))
-        x._caches.hashmaps[stride] = _Indexed(Stamp(out_coords), coarse)
-        neighbors = ops.find_taps(index, out_coords, geometry)
+        # What a layer creates keeps its bounds: nothing is left to check.
+        sound = {(out_range, settings.allow_negative_coordinates)}
+        x._caches.hashmaps[stride] = _Indexed(Stamp(out_coords), coarse, sound)
+        neighbors, keys = ops.find_taps(index, out_coords, geometry)
         kmap = KernelMap(
-            neighbors, coords, out_coords, geometry, x.spatial_range, out_range, index.rows
+            neighbors,
+            coords,
+            out_coords,
+            geometry,
+            x.spatial_range,
+            out_range,
+            index.rows,
+            sort_keys=keys,
         )
         _remember(x._caches, key, kmap)
     return kmap
@@ -170,19 +177,19 @@ def onto(x: SparseTensor, coords: Tensor, geometry: Geometry, target: Level) -> 
 
 def _between(cache: TensorCache, fine: Level, coarse: Level, geometry: Geometry) -> KernelMap:
     """Build and remember the map between two known levels."""
-    index = _index(cache, fine.coords, fine.stride, geometry.reach)
-    _check_sites(index, fine.spatial_range)
+    index = _index(cache, fine.coords, fine.stride, geometry.reach, fine.spatial_range)
     # Only for its checks: an input that met one tap twice could not be inverted.
-    ends = _index(cache, coarse.coords, coarse.stride, (0,) * geometry.ndim)
-    _check_sites(ends, coarse.spatial_range)
+    _index(cache, coarse.coords, coarse.stride, (0,) * geometry.ndim, coarse.spatial_range)
+    neighbors, keys = ops.find_taps(index, coarse.coords, geometry)
     kmap = KernelMap(
-        ops.find_taps(index, coarse.coords, geometry),
+        neighbors,
         fine.coords,
         coarse.coords,
         geometry,
         fine.spatial_range,
         coarse.spatial_range,
         index.rows,
+        sort_keys=keys,
     )
     _remember(cache, KernelMapKey(fine.stride, geometry, "given"), kmap)
     return kmap
@@ -201,11 +208,11 @@ def generated(x: SparseTensor, coords: Tensor, geometry: Geometry) -> tuple[Kern
     fine_range = _scaled_range(x.spatial_range, geometry.stride)
     kmap = _find(x._caches, key, coarse=coords)
     if kmap is None:
-        coarse = _index(x._caches, coords, x.stride, (0,) * geometry.ndim)
-        _check_sites(coarse, x.spatial_range)
+        zero = (0,) * geometry.ndim
+        coarse = _index(x._caches, coords, x.stride, zero, x.spatial_range)
         upper = None if fine_range is None else tuple(n - 1 for n in fine_range[1:])
-        fine_coords, index = _generative_sites(coords, geometry, upper)
-        neighbors = ops.find_taps(index, coords, geometry)
+        fine_coords, index = _generative_sites(coarse, coords, geometry, upper)
+        neighbors, keys = ops.find_taps(index, coords, geometry)
         kmap = KernelMap(
             neighbors,
             fine_coords,
@@ -213,6 +220,7 @@ def generated(x: SparseTensor, coords: Tensor, geometry: Geometry) -> tuple[Kern
             geometry,
             fine_range,
             x.spatial_range,
+            sort_keys=keys,
         )
         _remember(x._caches, key, kmap)
     return kmap, Level(kmap.in_coords, stride, fine_range)
@@ -223,14 +231,12 @@ def site_coords(
     x: SparseTensor, coords: Tensor, geometry: Geometry, rule: str, out_range: Range
 ) -> Tensor:
     """The sites alone that a layer would create, bounded by a range of the output."""
-    index = _index(x._caches, coords, x.stride, geometry.reach)
-    _check_sites(index, None)
+    index = _index(x._caches, coords, x.stride, geometry.reach, None)
     upper = None if out_range is None else tuple(n - 1 for n in out_range[1:])
     if rule == "generative":
-        return _generative_sites(coords, geometry, upper)[0]
-    if rule == "spconv" and upper is None:
-        upper = _inferred_upper(index, geometry) if settings.infer_spatial_range else None
-    return _strided_sites(coords, geometry, rule, upper)[0]
+        return _generative_sites(index, coords, geometry, upper)[0]
+    infer = upper is None and settings.infer_spatial_range
+    return _strided_sites(index, coords, geometry, rule, upper, infer)[0]
 
 
 def _strided_level(
@@ -242,33 +248,32 @@ def _strided_level(
         upper = None
     else:
         out_range = spconv_range(key.spatial_range, geometry)
-        if out_range is not None:
-            upper = tuple(n - 1 for n in out_range[1:])
-        else:
-            upper = _inferred_upper(index, geometry) if key.infer_range else None
-    return *_strided_sites(coords, geometry, key.sites, upper), out_range
+        upper = None if out_range is None else tuple(n - 1 for n in out_range[1:])
+    infer = out_range is None and key.infer_range
+    return *_strided_sites(index, coords, geometry, key.sites, upper, infer), out_range
 
 
 def _strided_sites(
-    coords: Tensor, geometry: Geometry, rule: str, upper: tuple[int, ...] | None
+    index: Any,
+    coords: Tensor,
+    geometry: Geometry,
+    rule: str,
+    upper: tuple[int, ...] | None,
+    infer: bool,
 ) -> tuple[Tensor, Any]:
-    """The coarse sites of a rule, and their index."""
+    """The coarse sites of a rule, and their index.
+
+    Without a range the "spconv" rule has no upper bound, or (``infer``) TorchSparse 2.1's.
+    """
     ndim = geometry.ndim
     unbounded = (None,) * ndim
     if rule == "minkowski":
         cell = Geometry("strided", geometry.stride, geometry.stride, (1,) * ndim, (0,) * ndim)
-        return ops.strided_sites(coords, cell, unbounded, unbounded)
+        return ops.strided_sites(index, coords, cell, unbounded, unbounded)
     lower = unbounded if settings.allow_negative_coordinates else (0,) * ndim
-    return ops.strided_sites(coords, geometry, lower, upper or unbounded)
-
-
-def _inferred_upper(index: Any, geometry: Geometry) -> tuple[int, ...]:
-    """TorchSparse 2.1's bound where no range is given: from the batch's largest coordinates."""
-    extents = tuple(int(v) + 1 for v in index.upper.tolist()[1:])
-    limits = conv_range(
-        extents, geometry.kernel_size, geometry.stride, geometry.offset, geometry.dilation
-    )
-    return tuple(n - 1 for n in limits)
+    if not infer:
+        upper = upper or unbounded
+    return ops.strided_sites(index, coords, geometry, lower, upper)
 
 
 def spconv_range(spatial_range: Range, geometry: Geometry) -> Range:
@@ -304,12 +309,12 @@ def _scaled_range(spatial_range: Range, stride: tuple[int, ...]) -> Range:
 
 
 def _generative_sites(
-    coords: Tensor, geometry: Geometry, upper: tuple[int, ...] | None
+    index: Any, coords: Tensor, geometry: Geometry, upper: tuple[int, ...] | None
 ) -> tuple[Tensor, Any]:
     """The fine sites that some tap ties to a coarse one, and their index."""
     unbounded = (None,) * geometry.ndim
     lower = unbounded if settings.allow_negative_coordinates else (0,) * geometry.ndim
-    return ops.generative_sites(coords, geometry, lower, upper or unbounded)
+    return ops.generative_sites(index, coords, geometry, lower, upper or unbounded)
 
 
 # ------------------------------------------------------------------ upsampling: the fine level
@@ -370,40 +375,31 @@ class _Indexed(NamedTuple):
 
     stamp: Stamp
     index: Any
+    sound: set[tuple[Range, bool]]  # ranges and signs that were checked against
 
 
 def _index(
-    cache: TensorCache, coords: Tensor, stride: tuple[int, ...], reach: tuple[int, ...]
+    cache: TensorCache,
+    coords: Tensor,
+    stride: tuple[int, ...],
+    reach: tuple[int, ...],
+    spatial_range: Range,
 ) -> Any:
-    """A search structure over a level that can look ``reach`` cells around it."""
+    """A search structure over a level that can look ``reach`` cells around it, once its
+    coordinates are known to lie in their range."""
     known = cache.hashmaps.get(stride)
-    if isinstance(known, _Indexed) and known.stamp.fits(coords):
-        if all(a >= b for a, b in zip(known.index.margin, reach)):
-            return known.index
-    index = ops.build_index(coords, reach)
-    complain_if(ops.has_duplicates(index), Complaint.DUPLICATE)
-    cache.hashmaps[stride] = _Indexed(Stamp(coords), index)
-    return index
-
-
-def _check_sites(index: Any, spatial_range: Range) -> None:
-    """Complain about coordinates outside the range that holds for them."""
-    lower, upper = index.lower, index.upper
-    complain_if(lower[0] < 0, Complaint.BATCH, lambda: f"smallest: {int(lower[0])}")
-    if not settings.allow_negative_coordinates:
-        complain_if(
-            (lower[1:] < 0).any(),
-            Complaint.NEGATIVE,
-            lambda: f"smallest (x, y, z): {lower[1:].tolist()}",
-        )
-    if spatial_range is not None and index.keys.shape[0]:
-        extents = spatial_range[: upper.shape[0]]
-        limit = torch.tensor(extents, device=upper.device)
-        complain_if(
-            (upper >= limit).any(),
-            Complaint.RANGE,
-            lambda: f"range {extents}, coordinates from {lower.tolist()} to {upper.tolist()}",
-        )
+    if not (
+        isinstance(known, _Indexed)
+        and known.stamp.fits(coords)
+        and all(a >= b for a, b in zip(known.index.margin, reach))
+    ):
+        known = _Indexed(Stamp(coords), ops.build_index(coords, reach), set())
+        cache.hashmaps[stride] = known
+    demand = (spatial_range, settings.allow_negative_coordinates)
+    if demand not in known.sound:
+        ops.check_sites(known.index, *demand)
+        known.sound.add(demand)
+    return known.index
 
 
 def int32_coords(cache: TensorCache, coords: Tensor) -> Tensor:

@@ -8,21 +8,28 @@ from torch import Tensor
 
 from torchsparse._autograd.conv import sparse_conv
 from torchsparse._kernel_map import KernelMap
-from torchsparse.nn.functional.conv.conv import compute_dtype
+from torchsparse._recipe import Dataflow
+from torchsparse.nn.functional.conv.conv import resolve
 
 __all__ = ["apply"]
 
 
 def apply(
-    feats: Tensor, weight: Tensor, kmap: KernelMap, config: Any = None, transposed: bool = False
+    dataflow: Dataflow,
+    feats: Tensor,
+    weight: Tensor,
+    kmap: KernelMap,
+    config: Any = None,
+    transposed: bool = False,
 ) -> Tensor:
     """Convolve features along a map from `build_kernel_map`.
 
     Args:
+        dataflow: How.
         feats: [N, C_in], on the map's inputs (its outputs if ``transposed``).
         weight: [K, C_in, C_out].
         kmap: A kernel map.
-        config: Accepted for compatibility.
+        config: Mapping that overrides the global configuration key by key, or None.
         transposed: Read the map backwards.
 
     Returns:
@@ -33,4 +40,5 @@ def apply(
     """
     if not isinstance(kmap, KernelMap):
         raise TypeError(f"`kmap` must come from build_kernel_map, got {type(kmap).__name__}")
-    return sparse_conv(feats, weight, None, kmap, transposed, compute_dtype(feats, weight, None))
+    recipe = resolve({**(config or {}), "dataflow": dataflow}, feats, weight, None)
+    return sparse_conv(feats, weight, None, kmap, transposed, recipe)

@@ -1,5 +1,8 @@
 """``GatherScatterConvolutionFuntion.apply``, as TorchSparse 2.1 spells it."""
 
+from functools import partial
+
+from torchsparse._recipe import Dataflow
 from torchsparse.nn.functional.conv.func import base
 
 __all__ = ["GatherScatterConvolutionFuntion"]
@@ -8,4 +11,4 @@ __all__ = ["GatherScatterConvolutionFuntion"]
 class GatherScatterConvolutionFuntion:
     """Convolution along a given kernel map; see `base.apply`."""
 
-    apply = staticmethod(base.apply)
+    apply = staticmethod(partial(base.apply, Dataflow.GatherScatter))

@@ -1,0 +1,186 @@
+"""Forward and input gradient: masked implicit GEMM.
+
+One program owns BM rows and BN channels of the output. It visits the taps that any of its rows
+has, gathers the input rows under a tap and multiplies them with that tap's weights. Rows are
+sorted beforehand so that rows of one tile have similar taps (`order.py`).
+
+The loop is written for Triton's pipeliner: one flat loop over taps and channel blocks, in which
+the rows to gather are carried from one iteration to the next. Loading them where they are used,
+or advancing under an ``if``, would leave no copy in flight (docs/how-it-works).
+"""
+
+import triton
+import triton.language as tl
+
+from torchsparse._triton.primitives import bit_count, lowest_bit
+
+__all__ = ["gemm_kernel", "narrow_kernel", "sum_kernel"]
+
+
+@triton.jit
+def _finish(
+    acc, rows, cols, live, bias, scale, shift, residual, slope, CO: tl.constexpr,
+    BIAS: tl.constexpr, AFFINE: tl.constexpr, RESIDUAL: tl.constexpr, ACT: tl.constexpr,
+):  # fmt: skip
+    """Epilogue: ``act((acc + bias) * scale + shift + residual)``."""
+    if BIAS:
+        acc += tl.load(bias + cols, mask=cols < CO, other=0.0).to(acc.dtype)[None, :]
+    if AFFINE:
+        acc *= tl.load(scale + cols, mask=cols < CO, other=0.0).to(acc.dtype)[None, :]
+        acc += tl.load(shift + cols, mask=cols < CO, other=0.0).to(acc.dtype)[None, :]
+    if RESIDUAL:
+        at = rows[:, None] * CO + cols[None, :]
+        acc += tl.load(residual + at, mask=live, other=0.0).to(acc.dtype)
+    if ACT == 1:  # ReLU and its leaky form; NaN stays NaN
+        acc = tl.where(acc < 0, acc * slope, acc)
+    return acc
+
+
+@triton.jit
+def _add_taps(
+    acc, x, w, table, m, first_tap, rm, live, cols, cnt, M, w_tap, w_in, w_out,
+    K: tl.constexpr, CI: tl.constexpr, CO: tl.constexpr, BK: tl.constexpr,
+    REVERSE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Add the products of the taps in mask ``m``, the first ``cnt`` of them."""
+    NK: tl.constexpr = (CI + BK - 1) // BK
+    EVEN: tl.constexpr = CI % BK == 0
+    rk = tl.arange(0, BK)
+    last = K - 1
+    tap = tl.minimum(first_tap + lowest_bit(m), last)
+    idx = tl.load(table + tap.to(tl.int64) * M + rm, mask=live, other=-1)
+    for it in range(0, cnt * NK):
+        kk = it % NK
+        k = kk * BK + rk
+        source = x + idx.to(tl.int64)[:, None] * CI + k[None, :]
+        if EVEN:
+            a = tl.load(source, mask=(idx >= 0)[:, None], other=0.0)
+        else:
+            a = tl.load(source, mask=(idx >= 0)[:, None] & (k < CI)[None, :], other=0.0)
+        slice_ = last - tap if REVERSE else tap
+        weights = w + slice_.to(tl.int64) * w_tap + k[:, None] * w_in + cols[None, :] * w_out
+        if EVEN:
+            b = tl.load(weights, mask=(cols < CO)[None, :], other=0.0)
+        else:
+            b = tl.load(weights, mask=(k < CI)[:, None] & (cols < CO)[None, :], other=0.0)
+        m = tl.where(kk == NK - 1, m & (m - 1), m)
+        tap = tl.minimum(first_tap + lowest_bit(m), last)
+        idx = tl.load(table + tap.to(tl.int64) * M + rm, mask=live, other=-1)
+        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
+def gemm_kernel(
+    x, w, out, table, order, masks, bias, scale, shift, residual, slope,
+    M, T, w_tap, w_in, w_out,
+    K: tl.constexpr, CI: tl.constexpr, CO: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLITS: tl.constexpr,
+    SORTED: tl.constexpr, REVERSE: tl.constexpr, PRECISION: tl.constexpr,
+    BIAS: tl.constexpr, AFFINE: tl.constexpr, RESIDUAL: tl.constexpr, ACT: tl.constexpr,
+):  # fmt: skip
+    """out[order[m]] = epilogue(sum over taps k of x[table[k, m]] @ w[k]).
+
+    With SPLITS > 1, program (., s) adds every s-th share of the taps of its tile, and out is
+    [SPLITS, M, CO] float32 without epilogue: `sum_kernel` finishes.
+    """
+    COLS: tl.constexpr = (CO + BN - 1) // BN
+    WORDS: tl.constexpr = (K + 31) // 32
+    PARTS: tl.constexpr = BM // 64  # masks describe 64 rows
+    pid = tl.program_id(0)
+    tile = pid // COLS
+    cols = (pid % COLS) * BN + tl.arange(0, BN)
+    rm = tile * BM + tl.arange(0, BM)
+    live = rm < M
+    acc = tl.zeros((BM, BN), dtype=tl.float32)
+    split = tl.program_id(1)
+    for word in range(0, WORDS):
+        m = tl.load(masks + word * T + tile * PARTS).to(tl.uint32, bitcast=True)
+        for part in tl.static_range(1, PARTS):
+            inside = tile * PARTS + part < T
+            more = tl.load(masks + word * T + tile * PARTS + part, mask=inside, other=0)
+            m |= more.to(tl.uint32, bitcast=True)
+        cnt = bit_count(m)
+        if SPLITS > 1:
+            begin = cnt * split // SPLITS
+            for _ in range(0, begin):
+                m &= m - 1
+            cnt = cnt * (split + 1) // SPLITS - begin
+        acc = _add_taps(
+            acc, x, w, table, m, word * 32, rm, live, cols, cnt, M, w_tap, w_in, w_out,
+            K, CI, CO, BK, REVERSE, PRECISION,
+        )  # fmt: skip
+    if SORTED:
+        rows = tl.load(order + rm, mask=live, other=0).to(tl.int64)
+    else:
+        rows = rm.to(tl.int64)
+    there = live[:, None] & (cols < CO)[None, :]
+    if SPLITS > 1:
+        out += split.to(tl.int64) * M * CO
+    else:
+        acc = _finish(
+            acc, rows, cols, there, bias, scale, shift, residual, slope, CO,
+            BIAS, AFFINE, RESIDUAL, ACT,
+        )  # fmt: skip
+    tl.store(out + rows[:, None] * CO + cols[None, :], acc.to(out.dtype.element_ty), mask=there)
+
+
+@triton.jit
+def sum_kernel(
+    partial, out, bias, scale, shift, residual, slope, M,
+    CO: tl.constexpr, PARTS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    BIAS: tl.constexpr, AFFINE: tl.constexpr, RESIDUAL: tl.constexpr, ACT: tl.constexpr,
+):  # fmt: skip
+    """out[m] = epilogue(sum over s of partial[s, m]), in the order of s."""
+    rm = tl.program_id(0) * BM + tl.arange(0, BM)
+    cols = tl.program_id(1) * BN + tl.arange(0, BN)
+    there = (rm < M)[:, None] & (cols < CO)[None, :]
+    rows = rm.to(tl.int64)
+    at = rows[:, None] * CO + cols[None, :]
+    size = tl.cast(M, tl.int64) * CO
+    acc = tl.load(partial + at, mask=there, other=0.0)
+    for part in range(1, PARTS):
+        acc += tl.load(partial + part * size + at, mask=there, other=0.0)
+    acc = _finish(
+        acc, rows, cols, there, bias, scale, shift, residual, slope, CO,
+        BIAS, AFFINE, RESIDUAL, ACT,
+    )  # fmt: skip
+    tl.store(out + at, acc.to(out.dtype.element_ty), mask=there)
+
+
+@triton.jit
+def narrow_kernel(
+    x, w, out, neighbors, bias, scale, shift, residual, slope, M, n_row, n_tap, w_tap, w_in, w_out,
+    K: tl.constexpr, CI: tl.constexpr, CO: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    REVERSE: tl.constexpr, PRECISION: tl.constexpr,
+    BIAS: tl.constexpr, AFFINE: tl.constexpr, RESIDUAL: tl.constexpr, ACT: tl.constexpr,
+):  # fmt: skip
+    """The same for few input channels: taps and channels are one axis of the product.
+
+    A row of the left operand is the concatenation of its neighbours; no sorting, no tap is
+    skipped, and the whole sum takes K CI / BK steps.
+    """
+    rm = tl.program_id(0) * BM + tl.arange(0, BM)
+    cols = tl.program_id(1) * BN + tl.arange(0, BN)
+    live = rm < M
+    acc = tl.zeros((BM, BN), dtype=tl.float32)
+    for start in range(0, K * CI, BK):
+        flat = start + tl.arange(0, BK)
+        tap, c = flat // CI, flat % CI
+        inside = flat < K * CI
+        at = rm.to(tl.int64)[:, None] * n_row + tap[None, :] * n_tap
+        idx = tl.load(neighbors + at, mask=live[:, None] & inside[None, :], other=-1)
+        a = tl.load(x + idx.to(tl.int64) * CI + c[None, :], mask=idx >= 0, other=0.0)
+        slice_ = K - 1 - tap if REVERSE else tap
+        weights = w + slice_[:, None].to(tl.int64) * w_tap + c[:, None] * w_in
+        there = inside[:, None] & (cols < CO)[None, :]
+        b = tl.load(weights + cols[None, :] * w_out, mask=there, other=0.0)
+        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+    there = live[:, None] & (cols < CO)[None, :]
+    rows = rm.to(tl.int64)
+    acc = _finish(
+        acc, rows, cols, there, bias, scale, shift, residual, slope, CO,
+        BIAS, AFFINE, RESIDUAL, ACT,
+    )  # fmt: skip
+    tl.store(out + rows[:, None] * CO + cols[None, :], acc.to(out.dtype.element_ty), mask=there)

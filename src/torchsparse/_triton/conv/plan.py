@@ -1,0 +1,79 @@
+"""What a map is turned into before a convolution: tiles, shares of the taps, lists of pairs."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+from torchsparse._geometry import Geometry
+from torchsparse._recipe import ConvRecipe, Dataflow
+from torchsparse._triton.conv.order import key_bits, make_tiles, row_sort_keys
+from torchsparse._triton.conv.pairs import Pairs, list_pairs
+from torchsparse._triton.conv.product import Plan, Share
+
+__all__ = ["choose_layout", "make_pairs", "make_plan"]
+
+# Below so many rows a sort costs more than the taps it saves.
+FEW_ROWS = 1024
+
+
+def choose_layout(
+    rows: int, geometry: Geometry, recipe: ConvRecipe, backward: bool
+) -> tuple[str, bool, int]:
+    """(kind, sorted, splits): equal layouts mean equal plans of one map.
+
+    With ``recipe.literal`` every field is an order; otherwise an order is only what asks for a
+    sort or for several splits of the forward pass.
+    """
+    if recipe.dataflow is Dataflow.FetchOnDemand:
+        return "fetch", False, 1
+    splits = recipe.splits_bwd if backward else recipe.splits
+    splits = min(splits, geometry.volume)
+    if recipe.literal:
+        return "gemm", recipe.sort, splits
+    if not backward and (recipe.sort or splits > 1):
+        return "gemm", True, splits
+    return "gemm", rows > FEW_ROWS and geometry.volume > 1, 1
+
+
+def make_plan(
+    neighbors: Tensor,
+    keys: Tensor | None,
+    geometry: Geometry,
+    layout: tuple[str, bool, int],
+) -> Plan:
+    """Lay out a neighbour table for `gather_gemm`.
+
+    Args:
+        neighbors: [K, M] int32, input rows, -1 = none; any strides.
+        keys: [M] int16 sort keys of its rows, if they were computed with it.
+        geometry: Of the taps.
+        layout: From `choose_layout`.
+    """
+    kind, sort, splits = layout
+    if kind == "fetch":
+        return Plan(neighbors, (), make_pairs(neighbors, geometry))
+    if splits == 1:
+        if sort and keys is None:
+            keys = row_sort_keys(neighbors, key_bits(geometry, neighbors.device))
+        tiles = make_tiles(neighbors, keys if sort else None)
+        return Plan(neighbors, (Share(0, geometry.volume, tiles),))
+    bounds = [geometry.volume * part // splits for part in range(splits + 1)]
+    shares = []
+    for first, last in zip(bounds, bounds[1:]):
+        part = neighbors[first:last]
+        part_keys = None
+        if sort:
+            bits = key_bits(geometry, neighbors.device, first, last)
+            part_keys = row_sort_keys(part, bits)
+        shares.append(Share(first, last, make_tiles(part, part_keys)))
+    return Plan(neighbors, tuple(shares))
+
+
+def make_pairs(neighbors: Tensor, geometry: Geometry) -> Pairs:
+    """List the pairs of a table for `weight_grad`; nothing waits for the device."""
+    m = neighbors.shape[1]
+    if geometry.is_symmetric:
+        return list_pairs(neighbors, True, (geometry.volume // 2 + 1) * m)
+    return list_pairs(neighbors, False, math.prod(neighbors.shape))

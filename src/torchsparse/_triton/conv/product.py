@@ -1,0 +1,198 @@
+"""The convolutions themselves: pick tiles, allocate, launch."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from torchsparse._triton.conv.fetch import fetch_kernel
+from torchsparse._triton.conv.gemm import gemm_kernel, narrow_kernel, sum_kernel
+from torchsparse._triton.conv.order import Tiles
+from torchsparse._triton.conv.pairs import Pairs
+from torchsparse._triton.conv.wgrad import sum_chunks_kernel, wgrad_kernel
+from torchsparse._triton.launch import cdiv, launch, next_power
+from torchsparse._triton.tiles import GemmTile, gemm_tile, grad_tile, narrow_tile
+
+__all__ = ["Plan", "Share", "gather_gemm", "weight_grad"]
+
+
+class Share(NamedTuple):
+    """Tiles of the taps from first to last - 1: rows are sorted by these taps alone."""
+
+    first: int
+    last: int
+    tiles: Tiles
+
+
+class Plan(NamedTuple):
+    """A neighbour table, laid out for the kernels."""
+
+    neighbors: Tensor  # [K, M] int32, natural row order, any strides
+    shares: tuple[Share, ...]  # for the implicit GEMM
+    pairs: Pairs | None = None  # for the fetch-on-demand dataflow, in place of shares
+    reverse: bool = False  # tap k of the table multiplies weight K - 1 - k
+
+
+def _aligned(feats: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Channels padded to 16 bytes, without which no row can be copied asynchronously."""
+    step = 16 // feats.element_size()
+    missing = -feats.shape[1] % step
+    if missing:
+        feats = torch.nn.functional.pad(feats, (0, missing))
+        weight = torch.nn.functional.pad(weight, (0, 0, 0, missing))
+    return feats, weight
+
+
+def gather_gemm(
+    feats: Tensor, weight: Tensor, bias: Tensor | None, plan: Plan, precision: str = "ieee"
+) -> Tensor:
+    """``out[m] = bias + sum over taps k of feats[neighbors[k, m]] @ weight[k]``.
+
+    Args:
+        feats: [N, C_in] float16, bfloat16 or float32.
+        weight: [K, C_in, C_out] in the dtype of feats; any strides.
+        bias: [C_out] in the dtype of feats, or None.
+        plan: Of the neighbour table, from `make_plan`.
+        precision: Of float32 products: "ieee", "tf32" or "tf32x3".
+
+    Returns:
+        [M, C_out] in the dtype of feats, summed in float32 and rounded once.
+    """
+    volume, c_in, c_out = weight.shape
+    m = plan.neighbors.shape[1]
+    out = feats.new_empty((m, c_out))
+    if out.numel() == 0:
+        return out
+    if feats.shape[0] == 0 or c_in == 0:
+        return out.zero_() if bias is None else out.copy_(bias.expand_as(out))
+    feats = feats.contiguous()
+    precision = precision if feats.dtype == torch.float32 else "ieee"
+    if plan.pairs is not None:
+        feats, weight = _aligned(feats, weight)
+        _fetch(feats, weight, bias, plan.pairs, plan.reverse, precision, out)
+        return out
+    if narrow_tile(m, c_in, c_out, volume) is not None:
+        _narrow(feats, weight, bias, plan, precision, out)
+        return out
+    feats, weight = _aligned(feats, weight)
+    c_in = feats.shape[1]
+    if feats.dtype == torch.float32 and weight.stride(1) != 1 and precision != "ieee":
+        # The tensor cores take float32 operands only with the summed axis innermost.
+        weight = weight.transpose(1, 2).contiguous().transpose(1, 2)
+    tile = gemm_tile(m, c_in, c_out, volume, feats.dtype, precision)
+    if len(plan.shares) > 1:
+        tile = tile._replace(splits=1)
+    parts = len(plan.shares) * tile.splits
+    target = out if parts == 1 else feats.new_empty((parts, m, c_out), dtype=torch.float32)
+    for number, (first, last, tiles) in enumerate(plan.shares):
+        taps = slice(volume - last, volume - first) if plan.reverse else slice(first, last)
+        part = target if parts == 1 else target[number * tile.splits]
+        only_bias = bias if parts == 1 else None
+        _gemm(feats, weight[taps], only_bias, tiles, plan.reverse, tile, precision, part)
+    if parts > 1:
+        width = min(max(next_power(c_out), 16), 128)
+        launch(
+            sum_kernel, (cdiv(m, 32), cdiv(c_out, width)), out, target, out, bias, None, None,
+            None, 0.0, m, CO=c_out, PARTS=parts, BM=32, BN=width,
+            BIAS=bias is not None, AFFINE=False, RESIDUAL=False, ACT=0,
+        )  # fmt: skip
+    return out
+
+
+def _gemm(
+    feats: Tensor, weight: Tensor, bias: Tensor | None, tiles: Tiles, reverse: bool,
+    tile: GemmTile, precision: str, out: Tensor,
+) -> None:  # fmt: skip
+    volume, c_in, c_out = weight.shape
+    m = tiles.table.shape[1]
+    grid = (cdiv(m, tile.BM) * cdiv(c_out, tile.BN), tile.splits)
+    launch(
+        gemm_kernel, grid, feats, feats, weight, out, tiles.table, tiles.order, tiles.masks,
+        bias, None, None, None, 0.0, m, tiles.masks.shape[1], *weight.stride(),
+        K=volume, CI=c_in, CO=c_out, BM=tile.BM, BN=tile.BN, BK=tile.BK, SPLITS=tile.splits,
+        SORTED=tiles.order is not None, REVERSE=reverse, PRECISION=precision,
+        BIAS=bias is not None, AFFINE=False, RESIDUAL=False, ACT=0,
+        num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+
+
+def _narrow(
+    feats: Tensor, weight: Tensor, bias: Tensor | None, plan: Plan, precision: str, out: Tensor
+) -> None:
+    volume, c_in, c_out = weight.shape
+    m = out.shape[0]
+    tile = narrow_tile(m, c_in, c_out, volume)
+    assert tile is not None
+    table = plan.neighbors
+    launch(
+        narrow_kernel, (cdiv(m, tile.BM), cdiv(c_out, tile.BN)), feats, feats, weight, out, table,
+        bias, None, None, None, 0.0, m, table.stride(1), table.stride(0), *weight.stride(),
+        K=volume, CI=c_in, CO=c_out, BM=tile.BM, BN=tile.BN, BK=tile.BK,
+        REVERSE=plan.reverse, PRECISION=precision,
+        BIAS=bias is not None, AFFINE=False, RESIDUAL=False, ACT=0,
+        num_warps=tile.warps, num_stages=3,
+    )  # fmt: skip
+
+
+def _fetch(
+    feats: Tensor, weight: Tensor, bias: Tensor | None, pairs: Pairs, reverse: bool,
+    precision: str, out: Tensor,
+) -> None:  # fmt: skip
+    """Tap after tap, each adding to its output rows: no row has a tap twice."""
+    volume, c_in, c_out = weight.shape
+    m = out.shape[0]
+    total = out if out.dtype == torch.float32 else torch.empty_like(out, dtype=torch.float32)
+    total.copy_(bias.expand_as(out)) if bias is not None else total.zero_()
+    tile = gemm_tile(m, c_in, c_out, 1, feats.dtype, precision)
+    longest = min(m, pairs.inputs.shape[0])
+    for tap in range(volume):
+        listed = tap if tap < pairs.lists else volume - 1 - tap
+        launch(
+            fetch_kernel, (cdiv(longest, tile.BM), cdiv(c_out, tile.BN)), feats, feats,
+            weight[volume - 1 - tap if reverse else tap], total, pairs.inputs, pairs.outputs,
+            pairs.ends, listed, pairs.ends.shape[1], *weight.stride()[1:],
+            CI=c_in, CO=c_out, BM=tile.BM, BN=tile.BN, BK=tile.BK,
+            SWAP=pairs.swap != (tap >= pairs.lists), PRECISION=precision,
+            num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
+    if total is not out:
+        out.copy_(total)
+
+
+def weight_grad(feats: Tensor, grad: Tensor, pairs: Pairs, precision: str = "ieee") -> Tensor:
+    """``out[k] = sum over the pairs (i, m) of tap k of feats[i]^T grad[m]``.
+
+    Args:
+        feats: [N, C_in] float16, bfloat16 or float32.
+        grad: [M, C_out] in the same dtype.
+        pairs: From `make_pairs`.
+        precision: Of float32 products: "ieee", "tf32" or "tf32x3".
+
+    Returns:
+        [K, C_in, C_out] float32, summed in a fixed order.
+    """
+    c_in, c_out, volume = feats.shape[1], grad.shape[1], pairs.volume
+    out = feats.new_empty((volume, c_in, c_out), dtype=torch.float32)
+    if out.numel() == 0 or pairs.inputs.shape[0] == 0:
+        return out.zero_()
+    feats, grad = feats.contiguous(), grad.contiguous()
+    precision = precision if feats.dtype == torch.float32 else "ieee"
+    tile = grad_tile(pairs.inputs.shape[0], c_in, c_out, feats.dtype, precision)
+    blocks, taps = pairs.ends.shape[1], next_power(volume)
+    most = tile.target + volume  # every tap may end with a short chunk
+    partial = feats.new_empty((most, c_in, c_out), dtype=torch.float32)
+    launch(
+        wgrad_kernel, (most, cdiv(c_in, tile.BM) * cdiv(c_out, tile.BN)), feats, feats, grad,
+        partial, pairs.inputs, pairs.outputs, pairs.ends, blocks, pairs.lists, tile.target,
+        K=volume, KP=taps, CI=c_in, CO=c_out, BM=tile.BM, BN=tile.BN, BK=tile.BK,
+        SWAP=pairs.swap, PRECISION=precision, num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    size = c_in * c_out
+    rows, width = (4, 1024) if size >= 1 << 14 else (16, 128)
+    launch(
+        sum_chunks_kernel, (volume, cdiv(size, width)), feats, partial, out, pairs.ends, blocks,
+        pairs.lists, tile.target, size, K=volume, KP=taps, BK=tile.BK, ROWS=rows, BLOCK=width,
+    )  # fmt: skip
+    return out

@@ -1,0 +1,290 @@
+"""Levels on the device: search structures, neighbour tables and the sites that layers create."""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from torchsparse._flags import Complaint, pending_word, raise_found
+from torchsparse._geometry import Geometry, tap_list
+from torchsparse._triton.conv.order import key_bits, row_sort_keys
+from torchsparse._triton.coords.layout import bounds_kernel, check_kernel, fit_kernel, numbers
+from torchsparse._triton.coords.neighbors import find_kernel, invert_kernel
+from torchsparse._triton.coords.sites import (
+    assign_kernel,
+    begin_kernel,
+    collect_kernel,
+    create_kernel,
+    insert_kernel,
+    level_kernel,
+    unpack_kernel,
+)
+from torchsparse._triton.launch import cdiv, launch, next_power
+
+__all__ = [
+    "CoordIndex",
+    "build_index",
+    "check_sites",
+    "find_taps",
+    "generative_sites",
+    "invert_taps",
+    "strided_sites",
+]
+
+# Cells around the bounding box: kernels up to 9 taps wide then share one index per level.
+USUAL_MARGIN = 8
+# Half as many slots double the longest probe sequence among the lanes of a warp.
+SLOTS_PER_KEY = 3
+MOST_STEPS = 512  # of an insertion, before the table counts as too small
+INT32 = torch.iinfo(torch.int32)
+Bounds = tuple[int | None, ...]
+
+
+class CoordIndex(NamedTuple):
+    """A hash table over the rows of one coordinate tensor."""
+
+    coords: Tensor  # [N, 1 + D] int32
+    keys: Tensor  # [slots] int64, -1 = unused
+    values: Tensor  # [slots] int32, the row of the key in that slot
+    layout: Tensor  # int64 on the device: see `layout.py`
+    margin: tuple[int, ...]  # D ints: how far searches may leave the bounding box
+    rows: None = None  # positions are rows
+
+    @property
+    def probe(self) -> tuple[int, int]:
+        """(shift, mask) of `primitives.first_slot`."""
+        slots = self.keys.shape[0]
+        return 64 - (slots.bit_length() - 1 - 2), slots - 1
+
+
+@lru_cache(maxsize=256)
+def _relation(geometry: Geometry, device: torch.device) -> tuple[Tensor, Tensor]:
+    """dilation * tap [K, D], and stride, offset, reach [3, D], int64 on the device."""
+    taps = [[d * t for d, t in zip(geometry.dilation, tap)] for tap in
+            tap_list(geometry.kernel_size)]  # fmt: skip
+    rows = [geometry.stride, geometry.offset, geometry.reach]
+    with torch.inference_mode(False):
+        return (
+            torch.tensor(taps, dtype=torch.int64, device=device),
+            torch.tensor(rows, dtype=torch.int64, device=device),
+        )
+
+
+def _empty_table(
+    keys: int, ndim: int, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """An empty table for so many keys, bounds [2, 1 + D] and counts [4]."""
+    slots = next_power(max(SLOTS_PER_KEY * keys, 16))
+    table = torch.empty(slots, dtype=torch.int64, device=device)
+    values = torch.empty(slots, dtype=torch.int32, device=device)
+    bounds = torch.empty((2, ndim + 1), dtype=torch.int32, device=device)
+    info = torch.empty(4, dtype=torch.int64, device=device)
+    launch(
+        begin_kernel, (cdiv(slots, 1024),), table, table, values, bounds, info, slots,
+        COLUMNS=ndim + 1, BLOCK=1024,
+    )  # fmt: skip
+    return table, values, bounds, info
+
+
+def build_index(coords: Tensor, reach: tuple[int, ...]) -> CoordIndex:
+    """A hash table over coordinate rows; duplicates are complained about.
+
+    Args:
+        coords: [N, 1 + D] int32.
+        reach: D ints, how far searches will leave the bounding box.
+    """
+    n, ndim = coords.shape[0], coords.shape[1] - 1
+    device = coords.device
+    coords = coords.contiguous()
+    table, values, bounds, _ = _empty_table(n, ndim, device)
+    layout = torch.empty(numbers(ndim), dtype=torch.int64, device=device)
+    need = max(reach, default=0)
+    usual = max(need, USUAL_MARGIN)
+    index = CoordIndex(coords, table, values, layout, (usual,) * ndim)
+    flags = pending_word(device)
+    steps = max(cdiv(n, 264 * 256), 1)
+    launch(
+        bounds_kernel, (cdiv(n, steps * 256),), coords, coords, bounds, n, steps, D=ndim, BR=256
+    )
+    launch(
+        fit_kernel, (1,), coords, bounds, layout, flags, usual, need, Complaint.BOX.bit,
+        D=ndim, num_warps=1,
+    )  # fmt: skip
+    launch(
+        insert_kernel, (cdiv(n, 128),), coords, coords, layout, table, flags, n, *index.probe,
+        Complaint.DUPLICATE.bit, table.shape[0], D=ndim, BR=128, num_warps=1,
+    )  # fmt: skip
+    launch(
+        assign_kernel, (cdiv(n, 128),), coords, coords, layout, table, values, n, *index.probe,
+        D=ndim, BR=128, num_warps=1,
+    )  # fmt: skip
+    return index
+
+
+def check_sites(
+    index: CoordIndex, spatial_range: tuple[int, ...] | None, allow_negative: bool
+) -> None:
+    """Complain about coordinates outside the range that holds for them."""
+    ndim = len(index.margin)
+    limits = (spatial_range or ())[: ndim + 1]
+    limits = tuple(min(r, INT32.max) for r in limits) + (0,) * (5 - len(limits))
+    launch(
+        check_kernel, (1,), index.layout, index.layout, pending_word(index.layout.device), *limits,
+        Complaint.BATCH.bit, Complaint.NEGATIVE.bit, Complaint.RANGE.bit,
+        D=ndim, RANGED=spatial_range is not None, NEGATIVE=allow_negative, num_warps=1,
+    )  # fmt: skip
+
+
+def find_taps(
+    index: CoordIndex, coarse: Tensor | None, geometry: Geometry
+) -> tuple[Tensor, Tensor | None]:
+    """Rows of the fine sites under every tap of every coarse site.
+
+    Args:
+        index: The fine sites, with a margin of at least ``geometry.reach``.
+        coarse: [M, 1 + D] int32; None for the submanifold relation, where they are the fine ones.
+        geometry: Its taps; K is their number.
+
+    Returns:
+        [K, M] int32, -1 where no fine site is (a view of rows); [M] int16 sort keys.
+    """
+    coords = index.coords if coarse is None else coarse.contiguous()
+    m, ndim, volume = coords.shape[0], geometry.ndim, geometry.volume
+    width = volume if volume <= 4 else cdiv(volume, 8) * 8
+    device = coords.device
+    table = torch.empty((m, width), dtype=torch.int32, device=device)
+    keys = torch.empty(m, dtype=torch.int16, device=device)
+    taps, relation = _relation(geometry, device)
+    taps_each = min(max(next_power(volume), 8), 32)
+    rows_each = 128 // taps_each  # one warp a program: nobody waits for another's long search
+    launch(
+        find_kernel, (cdiv(m, rows_each),), coords, coords, index.layout, taps, relation,
+        key_bits(geometry, device), index.keys, index.values, table, keys, m, *index.probe,
+        D=ndim, K=volume, WIDTH=width, TAPS=taps_each, BR=rows_each, num_warps=1,
+    )  # fmt: skip
+    return table[:, :volume].t(), keys
+
+
+def invert_taps(
+    neighbors: Tensor, num_inputs: int, geometry: Geometry
+) -> tuple[Tensor, Tensor | None]:
+    """The same pairs seen from the inputs: result[k, neighbors[k, m]] = m.
+
+    Returns:
+        [K, num_inputs] int32, -1 = none (a view of rows); [num_inputs] int16 sort keys.
+    """
+    volume, m = neighbors.shape
+    width = volume if volume <= 4 else cdiv(volume, 8) * 8
+    table = neighbors.new_full((num_inputs, width), -1)
+    launch(
+        invert_kernel, (cdiv(m, 64), cdiv(volume, 32)), neighbors, neighbors, table, m,
+        neighbors.stride(1), neighbors.stride(0), K=volume, WIDTH=width, BR=64,
+    )  # fmt: skip
+    inverse = table[:, :volume].t()
+    return inverse, row_sort_keys(inverse, key_bits(geometry, neighbors.device))
+
+
+def strided_sites(
+    index: CoordIndex,
+    coords: Tensor,
+    geometry: Geometry,
+    lower: Bounds,
+    upper: Bounds | None,
+) -> tuple[Tensor, CoordIndex]:
+    """All coarse sites that some tap ties to a fine site. Waits for their number.
+
+    Args:
+        index: Of the fine sites.
+        coords: Fine sites, [N, 1 + D] int32.
+        geometry: The relation.
+        lower, upper: Inclusive bounds of the coarse coordinates per axis; None for an axis =
+            unbounded, None for ``upper`` = from the largest coordinates of the batch.
+
+    Returns:
+        [M, 1 + D] int32 in lexicographic order, and their index.
+    """
+    return _create(index, coords, geometry, lower, upper, False)
+
+
+def generative_sites(
+    index: CoordIndex, coords: Tensor, geometry: Geometry, lower: Bounds, upper: Bounds
+) -> tuple[Tensor, CoordIndex]:
+    """All fine sites that some tap ties to a coarse site; else as `strided_sites`."""
+    return _create(index, coords, geometry, lower, upper, True)
+
+
+def _create(
+    source: CoordIndex,
+    coords: Tensor,
+    geometry: Geometry,
+    lower: Bounds,
+    upper: Bounds | None,
+    generative: bool,
+) -> tuple[Tensor, CoordIndex]:
+    n, ndim = coords.shape[0], geometry.ndim
+    axes = zip(geometry.kernel_size, geometry.stride, geometry.dilation)
+    # A fine site has about k / s coarse sites on an axis, a coarse one k fine sites.
+    each = math.prod(k if generative else -(-k // (s // math.gcd(s, d))) for k, s, d in axes)
+    room = min(each, 2) * n
+    found, info = _fill(source, coords, geometry, lower, upper, generative, room, MOST_STEPS)
+    count, lost, flags, cells = info.tolist()  # the one synchronisation
+    raise_found(flags, coords.device)
+    if lost:  # more sites than expected, rare: a table that holds whatever may come
+        room = each * n
+        found, info = _fill(source, coords, geometry, lower, upper, generative, room, INT32.max)
+        count, lost, flags, cells = info.tolist()
+        raise_found(flags, coords.device)
+    dtype = torch.int32 if cells <= INT32.max else torch.int64
+    keys = torch.empty(count, dtype=dtype, device=coords.device)
+    slots = found.keys.shape[0]
+    info.zero_()
+    launch(collect_kernel, (cdiv(slots, 1024),), keys, found.keys, keys, info, slots, BLOCK=1024)
+    keys = torch.sort(keys).values
+    sites = torch.empty((count, 1 + ndim), dtype=torch.int32, device=coords.device)
+    launch(
+        unpack_kernel, (cdiv(count, 128),), keys, keys, sites, found.layout, found.keys,
+        found.values, count, *found.probe, D=ndim, BR=128,
+    )  # fmt: skip
+    return sites, found._replace(coords=sites)
+
+
+def _fill(
+    source: CoordIndex,
+    coords: Tensor,
+    geometry: Geometry,
+    lower: Bounds,
+    upper: Bounds | None,
+    generative: bool,
+    room: int,
+    most: int,
+) -> tuple[CoordIndex, Tensor]:
+    """A table of the sites that a layer creates, and its counts."""
+    n, ndim, volume = coords.shape[0], geometry.ndim, geometry.volume
+    device = coords.device
+    table, values, _, info = _empty_table(room, ndim, device)
+    layout = torch.empty_like(source.layout)
+    made = CoordIndex(coords, table, values, layout, (USUAL_MARGIN,) * ndim)
+    flags = pending_word(device)
+    taps, relation = _relation(geometry, device)
+    low = [INT32.min if v is None else v for v in lower]
+    high = [INT32.max if v is None else min(v, INT32.max) for v in upper or (None,) * ndim]
+    low += [0] * (4 - ndim)
+    high += [0] * (4 - ndim)
+    launch(
+        level_kernel, (1,), coords, source.layout, layout, relation, flags, *low, *high,
+        USUAL_MARGIN, Complaint.BOX.bit, Complaint.OVERFLOW.bit,
+        D=ndim, GENERATIVE=generative, INFER=upper is None, num_warps=1,
+    )  # fmt: skip
+    taps_each = min(max(next_power(volume), 1), 32)
+    rows_each = max(512 // taps_each, 16)
+    grid = (max(cdiv(n, rows_each), 1), cdiv(volume, taps_each))
+    launch(
+        create_kernel, grid, coords, coords.contiguous(), layout, taps, relation, table, flags,
+        info, n, *made.probe, most, D=ndim, K=volume, TAPS=taps_each, BR=rows_each,
+        GENERATIVE=generative, num_warps=4,
+    )  # fmt: skip
+    return made, info

@@ -1,0 +1,73 @@
+"""Searching the fine sites under every tap, and inverting what was found."""
+
+import triton
+import triton.language as tl
+
+from torchsparse._triton.conv.order import sort_key
+from torchsparse._triton.coords.table import find_slots
+
+__all__ = ["find_kernel", "invert_kernel"]
+
+
+@triton.jit
+def _or(a, b):
+    return a | b
+
+
+@triton.jit
+def find_kernel(
+    coords, layout, taps_at, relation, bits, table, values, neighbors, keys, M, shift, slots_mask,
+    D: tl.constexpr, K: tl.constexpr, WIDTH: tl.constexpr, TAPS: tl.constexpr, BR: tl.constexpr,
+):  # fmt: skip
+    """Rows of the fine sites under every tap of every coarse site, and the sort keys of these.
+
+    neighbors[m, k] is the row at ``coords[m] * stride - offset + dilation * tap_k``, where
+    ``relation`` [3, D] holds stride, offset and reach, ``taps_at`` [K, D] dilation * tap.
+    """
+    rows = tl.program_id(0) * BR + tl.arange(0, BR)
+    inside = rows < M
+    ok = inside
+    base = tl.zeros((BR,), dtype=tl.int64)
+    for column in tl.static_range(D + 1):
+        c = tl.load(coords + rows.to(tl.int64) * (D + 1) + column, mask=inside, other=0)
+        c = c.to(tl.int64)
+        reach = tl.full((), 0, tl.int64)
+        if column > 0:
+            step = tl.load(relation + column - 1)
+            offset = tl.load(relation + D + column - 1)
+            reach = tl.load(relation + 2 * D + column - 1)
+            c = c * step - offset
+        lower = tl.load(layout + 2 * (D + 1) + column)
+        upper = tl.load(layout + 3 * (D + 1) + column)
+        ok &= (c >= lower - reach) & (c <= upper)
+        base += (c - tl.load(layout + column)) * tl.load(layout + (D + 1) + column)
+    word = tl.zeros((BR,), dtype=tl.int32)
+    for first in range(0, K, TAPS):
+        taps = first + tl.arange(0, TAPS)
+        real = taps < K
+        delta = tl.zeros((TAPS,), dtype=tl.int64)
+        for axis in tl.static_range(D):
+            step = tl.load(layout + (D + 1) + 1 + axis)
+            delta += tl.load(taps_at + taps * D + axis, mask=real, other=0) * step
+        query = base[:, None] + delta[None, :]
+        slots = find_slots(query, ok[:, None] & real[None, :], table, shift, slots_mask)
+        idx = tl.load(values + slots, mask=slots >= 0, other=-1)
+        at = rows.to(tl.int64)[:, None] * WIDTH + taps[None, :]
+        tl.store(neighbors + at, idx, mask=inside[:, None] & (taps < WIDTH)[None, :])
+        bit = tl.load(bits + taps, mask=real, other=0)
+        word |= tl.reduce(tl.where(idx >= 0, bit[None, :], 0), 1, _or)
+    tl.store(keys + rows, sort_key(word), mask=inside)
+
+
+@triton.jit
+def invert_kernel(
+    neighbors, inverse, M, n_row, n_tap, K: tl.constexpr, WIDTH: tl.constexpr, BR: tl.constexpr
+):  # fmt: skip
+    """inverse[neighbors[m, k], k] = m, where there is a neighbour."""
+    rows = tl.program_id(0) * BR + tl.arange(0, BR)
+    taps = tl.program_id(1) * 32 + tl.arange(0, 32)
+    at = rows.to(tl.int64)[:, None] * n_row + taps[None, :] * n_tap
+    there = (rows < M)[:, None] & (taps < K)[None, :]
+    idx = tl.load(neighbors + at, mask=there, other=-1)
+    target = inverse + idx.to(tl.int64) * WIDTH + taps[None, :]
+    tl.store(target, tl.broadcast_to(rows[:, None], (BR, 32)), mask=idx >= 0)

@@ -1,0 +1,192 @@
+"""Kernels that fill tables: with given coordinates, or with the sites that a layer creates."""
+
+import triton
+import triton.language as tl
+
+from torchsparse._triton.coords.layout import write_layout
+from torchsparse._triton.coords.table import FREE, find_slots, insert_keys
+from torchsparse._triton.primitives import row_key
+
+__all__ = [
+    "assign_kernel",
+    "begin_kernel",
+    "collect_kernel",
+    "create_kernel",
+    "insert_kernel",
+    "level_kernel",
+    "unpack_kernel",
+]
+
+NO_ROW = tl.constexpr(2147483647)
+INT_MAX = tl.constexpr(2147483647)
+INT_MIN = tl.constexpr(-2147483648)
+
+
+@triton.jit
+def begin_kernel(table, values, bounds, info, slots, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
+    """An empty table, empty bounds [2, COLUMNS], zero counts [4]."""
+    pid = tl.program_id(0)
+    at = pid * BLOCK + tl.arange(0, BLOCK)
+    tl.store(table + at, tl.full((BLOCK,), FREE, tl.int64), mask=at < slots)
+    tl.store(values + at, tl.full((BLOCK,), NO_ROW, tl.int32), mask=at < slots)
+    if pid == 0:
+        columns = tl.arange(0, 16)
+        empty = tl.where(columns < COLUMNS, INT_MAX, INT_MIN)
+        tl.store(bounds + columns, empty, mask=columns < 2 * COLUMNS)
+        tl.store(info + columns, tl.zeros((16,), tl.int64), mask=columns < 4)
+
+
+@triton.jit
+def insert_kernel(
+    coords, layout, table, flags, N, shift, slots_mask, duplicate_bit, most,
+    D: tl.constexpr, BR: tl.constexpr,
+):  # fmt: skip
+    """Put coordinate rows into a table, and complain about equal ones."""
+    rows = tl.program_id(0) * BR + tl.arange(0, BR)
+    live = rows < N
+    keys = row_key(coords, rows, live, layout, D)
+    _, twice, _ = insert_keys(keys, live, table, shift, slots_mask, most)
+    found = tl.max(twice.to(tl.int32), axis=0)
+    if found > 0:
+        tl.atomic_or(flags, tl.cast(duplicate_bit, tl.int64), sem="relaxed")
+
+
+@triton.jit
+def assign_kernel(
+    coords, layout, table, values, N, shift, slots_mask, D: tl.constexpr, BR: tl.constexpr
+):  # fmt: skip
+    """The value of a key is its lowest row."""
+    rows = tl.program_id(0) * BR + tl.arange(0, BR)
+    live = rows < N
+    keys = row_key(coords, rows, live, layout, D)
+    slots = find_slots(keys, live, table, shift, slots_mask)
+    tl.atomic_min(values + slots, rows, mask=slots >= 0, sem="relaxed")
+
+
+@triton.jit
+def _floor(a, b):
+    """Floor division by a positive number, however ``//`` rounds."""
+    q = a // b
+    return tl.where(q * b > a, q - 1, q)
+
+
+@triton.jit(do_not_specialize=["l0", "l1", "l2", "l3", "u0", "u1", "u2", "u3"])
+def level_kernel(
+    fine, layout, relation, flags, l0, l1, l2, l3, u0, u1, u2, u3,
+    usual, box_bit, overflow_bit,
+    D: tl.constexpr, GENERATIVE: tl.constexpr, INFER: tl.constexpr,
+):  # fmt: skip
+    """The layout of the level that a layer creates, from that of its input.
+
+    ``l`` and ``u`` bound the sites per axis. INFER: the upper bound is TorchSparse 2.1's, from
+    the largest coordinates of the batch.
+    """
+    columns = tl.arange(0, 8)
+    real = columns <= D
+    spatial = real & (columns > 0)
+    lower = tl.load(fine + 2 * (D + 1) + columns, mask=real, other=0)
+    upper = tl.load(fine + 3 * (D + 1) + columns, mask=real, other=0)
+    stride = tl.load(relation + columns - 1, mask=spatial, other=1)
+    offset = tl.load(relation + D + columns - 1, mask=spatial, other=0)
+    reach = tl.load(relation + 2 * D + columns - 1, mask=spatial, other=0)
+    bottom = tl.where(columns == 1, l0, tl.where(columns == 2, l1, tl.where(
+        columns == 3, l2, l3))).to(tl.int64)  # fmt: skip
+    top = tl.where(columns == 1, u0, tl.where(columns == 2, u1, tl.where(
+        columns == 3, u2, u3))).to(tl.int64)  # fmt: skip
+    if GENERATIVE:
+        low = lower * stride - offset
+        high = upper * stride - offset + reach
+    else:
+        low = _floor(lower + offset - reach, stride)
+        high = _floor(upper + offset, stride)
+        if INFER:
+            top = _floor(upper + 2 * offset - reach, stride)
+    low = tl.where(spatial, low, lower)
+    high = tl.where(spatial, high, upper)
+    outside = ((low < INT_MIN) & (bottom == INT_MIN)) | ((high > INT_MAX) & (top == INT_MAX))
+    lost = tl.max((spatial & outside).to(tl.int32), axis=0)
+    tl.atomic_or(flags, tl.where(lost > 0, overflow_bit, 0).to(tl.int64), sem="relaxed")
+    low = tl.where(spatial, tl.maximum(low, bottom), low)
+    high = tl.where(spatial, tl.minimum(high, top), high)
+    # An empty range keeps bounds that no site fulfils; the box itself has at least one cell.
+    box = tl.maximum(low, high)
+    write_layout(low, box, real, layout, flags, usual, 0, box_bit, D)
+    tl.store(layout + 3 * (D + 1) + columns, high, mask=real)
+
+
+@triton.jit
+def create_kernel(
+    coords, layout, taps_at, relation, table, flags, info, N, shift, slots_mask, most,
+    D: tl.constexpr, K: tl.constexpr, TAPS: tl.constexpr, BR: tl.constexpr,
+    GENERATIVE: tl.constexpr,
+):  # fmt: skip
+    """Insert every site that some tap ties to a given one.
+
+    info = [number of sites, rows that found no slot, pending complaints, cells of the layout].
+    """
+    rows = tl.program_id(0) * BR + tl.arange(0, BR)
+    taps = tl.program_id(1) * TAPS + tl.arange(0, TAPS)
+    live = (rows < N)[:, None] & (taps < K)[None, :]
+    key = tl.zeros((BR, TAPS), dtype=tl.int64)
+    for column in tl.static_range(D + 1):
+        at = rows.to(tl.int64) * (D + 1) + column
+        c = tl.load(coords + at, mask=rows < N, other=0).to(tl.int64)[:, None]
+        origin = tl.load(layout + column)
+        weight = tl.load(layout + (D + 1) + column)
+        if column > 0:
+            step = tl.load(relation + column - 1)
+            offset = tl.load(relation + D + column - 1)
+            tap = tl.load(taps_at + taps * D + column - 1, mask=taps < K, other=0)[None, :]
+            if GENERATIVE:
+                site = c * step - offset + tap
+            else:
+                shifted = c + offset - tap
+                live &= shifted % step == 0
+                site = shifted // step
+            live &= site >= tl.load(layout + 2 * (D + 1) + column)
+            live &= site <= tl.load(layout + 3 * (D + 1) + column)
+            key += (site - origin) * weight
+        else:
+            key += (c - origin) * weight
+    key = tl.reshape(key, (BR * TAPS,))
+    live = tl.reshape(live, (BR * TAPS,))
+    new, _, lost = insert_keys(tl.where(live, key, 0), live, table, shift, slots_mask, most)
+    tl.atomic_add(info, tl.sum(new.to(tl.int64), axis=0), sem="relaxed")
+    gone = tl.sum(lost.to(tl.int64), axis=0)
+    if gone > 0:
+        tl.atomic_add(info + 1, gone, sem="relaxed")
+    if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
+        tl.store(info + 2, tl.load(flags))
+        tl.store(flags, tl.full((), 0, tl.int64))
+        tl.store(info + 3, tl.load(layout + 4 * (D + 1) + 1))
+
+
+@triton.jit
+def collect_kernel(table, keys, info, slots, BLOCK: tl.constexpr):
+    """Keys of a table, in any order: they are sorted next."""
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    key = tl.load(table + at, mask=at < slots, other=FREE)
+    there = (key != FREE).to(tl.int32)
+    count = tl.sum(there, axis=0)
+    begin = tl.atomic_add(info, count.to(tl.int64), sem="relaxed")
+    place = begin + tl.cumsum(there, axis=0) - 1
+    tl.store(keys + place, key.to(keys.dtype.element_ty), mask=there > 0)
+
+
+@triton.jit
+def unpack_kernel(
+    keys, coords, layout, table, values, M, shift, slots_mask, D: tl.constexpr, BR: tl.constexpr
+):  # fmt: skip
+    """Coordinates of sorted keys; the value of a key is its place."""
+    rows = tl.program_id(0) * BR + tl.arange(0, BR)
+    live = rows < M
+    key = tl.load(keys + rows, mask=live, other=0).to(tl.int64)
+    rest = key
+    for column in tl.static_range(D + 1):
+        weight = tl.load(layout + (D + 1) + column)
+        digit = rest // weight
+        rest -= digit * weight
+        c = digit + tl.load(layout + column)
+        tl.store(coords + rows.to(tl.int64) * (D + 1) + column, c.to(tl.int32), mask=live)
+    slots = find_slots(key, live, table, shift, slots_mask)
+    tl.store(values + slots, rows, mask=slots >= 0)

@@ -1,0 +1,49 @@
+"""Small device functions that several kernels share.
+
+Bit counts are written in integer arithmetic: the compiler finds the machine instruction, and the
+interpreter and other GPU makers need no special case.
+"""
+
+import triton
+import triton.language as tl
+
+__all__ = ["bit_count", "first_slot", "lowest_bit", "row_key"]
+
+
+@triton.jit
+def bit_count(word):
+    """Number of ones in each uint32."""
+    word = word - ((word >> 1) & 0x55555555)
+    word = (word & 0x33333333) + ((word >> 2) & 0x33333333)
+    word = (word + (word >> 4)) & 0x0F0F0F0F
+    return ((word * 0x01010101) >> 24).to(tl.int32)
+
+
+@triton.jit
+def lowest_bit(word):
+    """Place of the lowest one in each uint32; 32 for 0."""
+    return bit_count((word & (0 - word)) - 1)
+
+
+@triton.jit
+def first_slot(key, shift, slots_mask):
+    """Where the search for a key begins.
+
+    Four consecutive keys share a sector of 32 bytes, so the neighbours of a voxel along the last
+    axis are fetched together. The rest is multiplicative hashing by 2^64 / golden ratio (Knuth,
+    The Art of Computer Programming 3, 6.4).
+    """
+    mixed = ((key >> 2) * -7046029254386353131) >> shift
+    return ((mixed << 2) | (key & 3)) & slots_mask
+
+
+@triton.jit
+def row_key(coords, row, inside, layout, D: tl.constexpr):
+    """Keys of coordinate rows: sum over columns of (c - origin) * stride."""
+    key = tl.zeros_like(row).to(tl.int64)
+    for column in tl.static_range(D + 1):
+        c = tl.load(coords + row.to(tl.int64) * (D + 1) + column, mask=inside, other=0)
+        origin = tl.load(layout + column)
+        stride = tl.load(layout + (D + 1) + column)
+        key += (c.to(tl.int64) - origin) * stride
+    return key
