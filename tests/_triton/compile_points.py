@@ -24,10 +24,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from torchsparse._groups import Groups
-from torchsparse._triton import norm, points, reduce, table
+from torchsparse._triton import grouping, norm, points, reduce, sums, table
 
 TARGET = GPUTarget("cuda", 90, 32)
-FAMILIES: tuple[Any, ...] = (norm, points, reduce, table)
+FAMILIES: tuple[Any, ...] = (grouping, norm, points, reduce, sums, table)
 TYPES = {
     torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64",
     torch.int16: "i16", torch.int32: "i32", torch.int64: "i64", torch.uint8: "u8",

@@ -5,7 +5,7 @@ import torch
 
 from tests._triton.test_points import FLOATS, close, on_gpu, randint, randn
 from torchsparse._reference import reduce as reference
-from torchsparse._triton import reduce
+from torchsparse._triton import reduce, sums
 
 # Group numbers by name: [N] and the number of groups.
 INDICES = {
@@ -109,7 +109,7 @@ def test_sums_of_rows_that_occur_several_times(device):
 @pytest.mark.parametrize("name", ["uneven", "long", "one long group"])
 def test_sums_in_longer_chunks(name, monkeypatch, device):
     """As for a million rows: groups of medium size fit into a chunk."""
-    monkeypatch.setattr(reduce, "CHUNKS", 3)
+    monkeypatch.setattr(sums, "CHUNKS", 3)
     index, num = INDICES[name]()
     grouped = reduce.group_rows(index.to(device), num)
     feats = randn(len(index), 5, dtype=torch.float32, device=device)
@@ -142,15 +142,20 @@ def special(n, channels, dtype, device):
     return feats
 
 
+def check_maxima(feats, index, num, top):
+    """``top`` and the rows that hold it are those found on the CPU."""
+    want = reference.segment_max(feats.cpu(), index.cpu(), num)
+    torch.testing.assert_close(top.cpu(), want, rtol=0, atol=0, equal_nan=True)
+    got = reduce.argmax_rows(feats, index, top)
+    assert torch.equal(got.cpu(), reference.argmax_rows(feats.cpu(), index.cpu(), want))
+
+
 @pytest.mark.parametrize("channels", [1, 5])
 def test_maxima_and_where_they_come_from(groups, channels, device):
     index, num = groups
     feats = special(len(index), channels, torch.float32, device)
     top = reduce.segment_max(feats, index, num)
-    want = reference.segment_max(feats, index, num)
-    torch.testing.assert_close(top, want, rtol=0, atol=0, equal_nan=True)
-    got = reduce.argmax_rows(feats, index, top)
-    assert torch.equal(got, reference.argmax_rows(feats, index, want))
+    check_maxima(feats, index, num, top)
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
@@ -158,10 +163,7 @@ def test_maxima_in_each_type(dtype, device):
     index = randint(-1, 9, (301,), device, torch.int32)
     feats = special(301, 7, dtype, device)
     top = reduce.segment_max(feats, index, 9)
-    want = reference.segment_max(feats, index, 9)
-    torch.testing.assert_close(top, want, rtol=0, atol=0, equal_nan=True)
-    got = reduce.argmax_rows(feats, index, top)
-    assert torch.equal(got, reference.argmax_rows(feats, index, want))
+    check_maxima(feats, index, 9, top)
 
 
 def test_maxima_of_minus_infinity(device):
@@ -184,12 +186,10 @@ def test_large_scenes(num, dtype, device):
     for got, want in zip(grouped, reference.group_rows(index, num)):
         assert torch.equal(got, want)
     assert torch.equal(reduce.count(index, num), reference.count(index.cpu(), num).to(device))
-    sums, top = reduce.segment_sum(feats, grouped), reduce.segment_max(feats, index, num)
+    totals, top = reduce.segment_sum(feats, grouped), reduce.segment_max(feats, index, num)
     want = reference.segment_sum(feats.double(), grouped)
-    torch.testing.assert_close(sums.double(), want, rtol=1e-5, atol=2e-3)
-    assert torch.equal(top, reference.segment_max(feats, index, num))
-    rows = reduce.argmax_rows(feats, index, top)
-    assert torch.equal(rows, reference.argmax_rows(feats, index, top))
+    torch.testing.assert_close(totals.double(), want, rtol=1e-5, atol=2e-3)
+    check_maxima(feats, index, num, top)
     for _ in range(10):
-        assert torch.equal(reduce.segment_sum(feats, grouped), sums)
+        assert torch.equal(reduce.segment_sum(feats, grouped), totals)
         assert torch.equal(reduce.segment_max(feats, index, num), top)

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from torchsparse._groups import Groups
 from torchsparse._triton.launch import launch, next_power
-from torchsparse._triton.reduce import sum_groups
 from torchsparse._triton.rows import accumulator, divide, row_tile
+from torchsparse._triton.sums import sum_groups
 
 __all__ = ["affine", "centred_dots", "sample_moments"]
 
