@@ -8,6 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    # Kernels run in Triton's interpreter, which reads this once, when Triton is first imported.
+    os.environ["TRITON_INTERPRET"] = "1"
+
 from hypothesis import HealthCheck, settings
 
 import torchsparse
