@@ -16,6 +16,7 @@ if not torch.cuda.is_available():
 from hypothesis import HealthCheck, settings
 
 import torchsparse
+from torchsparse import _tuned
 from torchsparse.nn import functional as F
 from torchsparse.utils.tensor_cache import (
     TensorCacheMode,
@@ -50,6 +51,15 @@ def reset_global_state() -> None:
     set_tensor_cache_mode(TensorCacheMode.SEPARATE_TENSOR_CACHE)
     clear_global_tensor_cache()
     torchsparse.backends.init()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_measurements(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What this machine was tuned for plays no part, and is left alone."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(_tuned.VARIABLE, str(tmp_path_factory.mktemp("tuned")))
+        _tuned.forget()
+        yield
 
 
 @pytest.fixture(autouse=True)

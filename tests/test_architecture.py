@@ -25,16 +25,16 @@ HOME = "torchsparse"
 # Names below `torchsparse`; "x.*" is every module of package x that has no row of its own.
 STOREYS: dict[int, tuple[str, ...]] = {
     0: ("version", "_geometry", "_groups", "_keys", "_recipe", "_settings", "_flags", "_validate",
-        "_optional", "_compat"),
+        "_optional", "_compat", "_timing", "_tuned"),
     1: ("_reference", "_reference.*", "_triton", "_triton.*"),
     2: ("_ops", "_ops.*"),
     3: ("_kernel_map", "_autograd", "_autograd.*"),
-    4: ("_cache", "_forms", "backends", "backend", "tensor"),
+    4: ("_cache", "_forms", "_search", "backends", "backend", "tensor"),
     5: ("operators", "nn.utils", "nn.utils.*", "nn.functional", "nn.functional.*", "utils",
         "utils.*"),
     6: ("nn", "nn.modules", "nn.modules.*", "backbones", "backbones.*", "models", "models.*",
         "compat", "sparse_tensor", "point_tensor",
-        "checkpoints", "(root)"),
+        "checkpoints", "utils.tune", "(root)"),
     7: ("datasets", "datasets.*", "viz", "segmentation", "cli", "cli.*", "__main__"),
 }  # fmt: skip
 
@@ -46,7 +46,7 @@ OPTIONAL = {
     "laspy": ("datasets.readers",),
     "pypcd4": ("datasets.readers",),
     "triton": ("_triton",),
-    "tqdm": ("segmentation", "cli"),
+    "tqdm": ("segmentation", "cli", "utils.tune"),
 }
 ALWAYS_THERE = {"torch", "numpy", HOME}
 

@@ -5,6 +5,7 @@ from torchsparse import point_tensor as point_tensor
 from torchsparse import sparse_tensor as sparse_tensor
 from torchsparse.operators import cat, generative_add
 from torchsparse.tensor import PointTensor, SparseTensor
+from torchsparse.utils.tune import tune
 from torchsparse.version import __version__
 
 __all__ = [
@@ -19,5 +20,6 @@ __all__ = [
     "nn",
     "operators",
     "tensor",
+    "tune",
     "utils",
 ]

@@ -127,7 +127,23 @@ class KernelMap:
     ) -> conv_ops.Planned:
         if transposed and self.identity is None:
             return self.transposed.plan(recipe, out_channels, backward=backward)
-        key, make = conv_ops.plan_key(
+        key, make = self.planner(recipe, out_channels, backward=backward)
+        plan = self._view(("plan", key), make)
+        # Reversed taps of a symmetric table are its transposed, pair for pair.
+        return plan.reversed() if transposed else plan
+
+    def planner(
+        self,
+        recipe: ConvRecipe,
+        out_channels: int,
+        transposed: bool = False,
+        backward: bool = False,
+    ) -> tuple[Any, Callable[[], conv_ops.Planned]]:
+        """(key, make) of the layout in `plan`: equal keys mean equal layouts."""
+        if transposed and self.identity is None:
+            key, make = self.transposed.planner(recipe, out_channels, backward=backward)
+            return ("transposed", key), make
+        return conv_ops.plan_key(
             self.neighbors,
             self.sort_keys,
             self.geometry,
@@ -138,9 +154,6 @@ class KernelMap:
             out_channels,
             backward,
         )
-        plan = self._view(("plan", key), make)
-        # Reversed taps of a symmetric table are its transposed, pair for pair.
-        return plan.reversed() if transposed else plan
 
     def pairs(
         self, recipe: ConvRecipe, out_channels: int, transposed: bool = False
@@ -152,6 +165,13 @@ class KernelMap:
         key, make = found
         pairs = self._view(("pairs", key), make)
         return pairs.swapped() if transposed else pairs
+
+    def pairs_planner(
+        self, recipe: ConvRecipe, out_channels: int, transposed: bool = False
+    ) -> tuple[Any, Callable[[], conv_ops.Planned]]:
+        """(key, make) of the layout in `pairs`."""
+        found = conv_ops.pairs_key(self.neighbors, self.geometry, recipe)
+        return found or self.planner(recipe, out_channels, transposed, backward=True)
 
     @property
     def table(self) -> Tensor:

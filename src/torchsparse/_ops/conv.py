@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -13,7 +13,7 @@ from torchsparse._geometry import Geometry
 from torchsparse._ops.dispatch import reference, twin
 from torchsparse._recipe import ConvRecipe, Dataflow
 
-__all__ = ["Planned", "gather_gemm", "pairs_key", "plan_key", "weight_grad"]
+__all__ = ["Planned", "compile_ahead", "gather_gemm", "pairs_key", "plan_key", "weight_grad"]
 
 
 class Planned(NamedTuple):
@@ -66,7 +66,7 @@ def plan_key(
     """
     chosen = _choose(neighbors, recipe)
     if chosen is reference("conv"):
-        layout = chosen.choose_layout(out_channels)
+        layout = chosen.choose_layout(out_channels, neighbors.device)
         return ("reference", layout), lambda: Planned(
             chosen, chosen.make_plan(neighbors, identity, in_order, out_order, layout)
         )
@@ -115,3 +115,10 @@ def weight_grad(feats: Tensor, grad: Tensor, planned: Planned, precision: str) -
         [K, C_in, C_out] float32, or float64 for float64 inputs.
     """
     return planned.chosen.weight_grad(feats, grad, planned.plan, precision)
+
+
+def compile_ahead(like: Tensor, calls: Iterable[Callable[[], Any]]) -> None:
+    """Compile, several at once, what calls on the device of ``like`` would launch; run nothing."""
+    chosen = twin("conv", like)
+    if chosen is not reference("conv"):
+        chosen.compile_ahead(calls)

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from torchsparse import _tuned
 from torchsparse._reference.coords import flat_nonzero
 
 __all__ = [
@@ -82,11 +83,29 @@ NARROW_LAYOUT, MEDIUM_LAYOUT, WIDE_LAYOUT = (
 MOST_ROWS = 32767
 
 
-def choose_layout(out_channels: int) -> Layout:
-    """One of three layouts, so that layers of one map share plans."""
+TRIED = (NARROW_LAYOUT, MEDIUM_LAYOUT, WIDE_LAYOUT, Layout(131072, True), Layout(32768, False))
+
+
+def choose_layout(out_channels: int, device: torch.device | None = None) -> Layout:
+    """One of a few layouts, so that layers of one map share plans.
+
+    Args:
+        out_channels: Of the product.
+        device: Whose measurements may count; None: the shipped choice alone.
+    """
     if out_channels <= 48:
-        return NARROW_LAYOUT
-    return MEDIUM_LAYOUT if out_channels <= 96 else WIDE_LAYOUT
+        shipped = NARROW_LAYOUT
+    else:
+        shipped = MEDIUM_LAYOUT if out_channels <= 96 else WIDE_LAYOUT
+    if device is None or device.type != "cpu":
+        return shipped
+    name = _tuned.key("layout", 0, 0, out_channels, 0, "any", "ieee", "cpu")
+    pairs, narrow = _tuned.choose(name, device, _entry(shipped), lambda: list(map(_entry, TRIED)))
+    return Layout(max(pairs, 1), bool(narrow))
+
+
+def _entry(layout: Layout) -> tuple[int, ...]:
+    return layout.pairs, int(layout.narrow)
 
 
 def make_plan(

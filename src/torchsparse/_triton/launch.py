@@ -9,13 +9,15 @@ in the versions it was tried with goes the public way.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
-__all__ = ["cdiv", "launch", "next_power"]
+__all__ = ["cdiv", "compile_ahead", "launch", "next_power"]
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
@@ -40,6 +42,17 @@ class _Resolved(NamedTuple):
     constants: tuple[Any, ...]  # of the constexpr parameters, which stand last
 
 
+class _Launch(NamedTuple):
+    """What `launch` was asked for."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    device: torch.device
+    args: tuple[Any, ...]  # aligned tensors as their dtypes, so that nothing is kept alive
+    options: dict[str, Any]
+
+
+_noted: list[_Launch] | None = None  # a list while `compile_ahead` looks
 _resolved: dict[Any, _Resolved | None] = {}
 _stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 
@@ -57,7 +70,9 @@ def launch(kernel: Any, grid: tuple[int, ...], like: Tensor, *args: Any, **optio
     if 0 in grid:
         return
     device = like.device
-    if INTERPRETED:
+    if _noted is not None:
+        _noted.append(_Launch(kernel, grid, device, tuple(map(_light, args)), options))
+    elif INTERPRETED:
         kernel[grid](*args, **options)
     elif device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
@@ -67,7 +82,11 @@ def launch(kernel: Any, grid: tuple[int, ...], like: Tensor, *args: Any, **optio
 
 
 def _start(
-    kernel: Any, grid: tuple[int, ...], device: int | None, args: tuple[Any, ...], options: dict[str, Any]
+    kernel: Any,
+    grid: tuple[int, ...],
+    device: int | None,
+    args: tuple[Any, ...],
+    options: dict[str, Any],
 ) -> None:
     # What a compiled kernel depends on: dtypes, alignment, and the kind of each number.
     kinds: list[Any] = [kernel, device]
@@ -117,9 +136,7 @@ def _hooked() -> bool:
     return bool(runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls)
 
 
-def _resolve(
-    kernel: Any, compiled: Any, given: int, options: dict[str, Any]
-) -> _Resolved | None:
+def _resolve(kernel: Any, compiled: Any, given: int, options: dict[str, Any]) -> _Resolved | None:
     """What a direct launch needs; None where this Triton is built differently."""
     if _stream is None or not triton.__version__.startswith("3.6."):
         return None
@@ -142,3 +159,50 @@ def _resolve(
         compiled.packed_metadata,
         tuple(options[name] for name in names),
     )
+
+
+def compile_ahead(calls: Iterable[Callable[[], Any]]) -> int:
+    """Compile what calls would launch, several kernels at once, and launch nothing.
+
+    Their results are garbage. A kernel that does not compile says so when it is launched.
+
+    Returns:
+        The number of kernels.
+    """
+    global _noted
+    _noted = noted = []
+    try:
+        for call in calls:
+            call()
+    finally:
+        _noted = None
+    kernels = {
+        (job.kernel, job.device, *map(_kind, job.args), *job.options.items()): job for job in noted
+    }
+    if kernels and not INTERPRETED:
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(_compile, kernels.values()))
+    return len(kernels)
+
+
+def _light(arg: Any) -> Any:
+    """An argument as `warmup` understands it."""
+    return arg.dtype if isinstance(arg, Tensor) and arg.data_ptr() % 16 == 0 else arg
+
+
+def _kind(arg: Any) -> Any:
+    """What a compilation depends on."""
+    if isinstance(arg, Tensor):
+        return arg.dtype, False
+    if type(arg) is int:
+        return arg % 16 == 0, arg == 1, -2147483648 <= arg <= 2147483647
+    return arg if isinstance(arg, torch.dtype) else type(arg)
+
+
+def _compile(job: _Launch) -> None:
+    # LLVM and ptxas run without Python's lock; `warmup` is Triton's public way to compile.
+    try:
+        with torch.cuda.device(job.device):
+            job.kernel.warmup(*job.args, grid=job.grid, **job.options)
+    except Exception:  # whatever it is, the launch will raise it again
+        return

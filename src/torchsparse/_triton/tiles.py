@@ -1,6 +1,7 @@
-"""Tile shapes: a pure function from the sizes of a layer to how one launch does it.
+"""Tile shapes: a function from the sizes of a layer to how one launch does it.
 
-The rows are measurements on an H100 (benchmarks/README.md); other GPUs start from them.
+The rows are measurements on an H100 (benchmarks/README.md); other GPUs start from them. What
+`torchsparse.tune` found on this machine (`_tuned`) goes before them.
 """
 
 from __future__ import annotations
@@ -10,9 +11,22 @@ from typing import NamedTuple
 
 import torch
 
+from torchsparse import _tuned
 from torchsparse._triton.launch import cdiv, next_power
 
-__all__ = ["GemmTile", "GradTile", "NarrowTile", "gemm_tile", "grad_tile", "narrow_tile"]
+__all__ = [
+    "GemmTile",
+    "GradTile",
+    "Limits",
+    "NarrowTile",
+    "gemm_tile",
+    "gemm_tiles",
+    "grad_tile",
+    "grad_tiles",
+    "narrow_tile",
+    "shipped_gemm_tile",
+    "shipped_grad_tile",
+]
 
 # Programs that keep the multiprocessors of a large GPU busy (132 on an H100).
 PROCESSORS = 132
@@ -68,11 +82,57 @@ def _splits(rows: int, tile_rows: int, cols: int, volume: int) -> int:
     return splits
 
 
-@lru_cache(maxsize=4096)
 def gemm_tile(
+    rows: int,
+    c_in: int,
+    c_out: int,
+    volume: int,
+    dtype: torch.dtype,
+    precision: str,
+    swapped: bool = False,
+    device: torch.device | None = None,
+) -> GemmTile:
+    """The tile for an implicit GEMM. ``rows`` may be rounded: it matters only for small maps.
+
+    Args:
+        rows, c_in, c_out, volume: M, C_in, C_out and K.
+        dtype, precision: Of the operands.
+        swapped: The weight lies with its input channels innermost, as in an input gradient.
+        device: Whose measurements may count; None: the shipped rows alone.
+    """
+    # The last argument makes remembered answers go out of date.
+    return _gemm_tile(
+        rows, c_in, c_out, volume, dtype, precision, swapped, device, _tuned.generation()
+    )
+
+
+@lru_cache(maxsize=4096)
+def _gemm_tile(
+    rows: int, c_in: int, c_out: int, volume: int, dtype: torch.dtype, precision: str,
+    swapped: bool, device: torch.device | None, generation: int,
+) -> GemmTile:  # fmt: skip
+    shipped = shipped_gemm_tile(rows, c_in, c_out, volume, dtype, precision)
+    if device is None:
+        return shipped
+    op, arch = "dgrad" if swapped else "fwd", _tuned.architecture(device)
+    name = _tuned.key(op, rows, c_in, c_out, volume, _short(dtype), precision, arch)
+
+    def others() -> list[_tuned.Entry]:
+        limits = Limits.of(device)
+        found = gemm_tiles(shipped, rows, c_in, c_out, volume, dtype, precision, limits)
+        return [tuple(tile) for tile in found]
+
+    return GemmTile(*_tuned.choose(name, device, shipped, others))
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def shipped_gemm_tile(
     rows: int, c_in: int, c_out: int, volume: int, dtype: torch.dtype, precision: str
 ) -> GemmTile:
-    """The tile for an implicit GEMM. ``rows`` may be rounded: it matters only for small maps."""
+    """The tile without measurements of this machine."""
     bn = min(max(next_power(c_out), 16), 128)
     if dtype != torch.float32:
         bm, bk, stages, warps = 64, _block_k(c_in, 64), 3, 4
@@ -99,11 +159,41 @@ def narrow_tile(rows: int, c_in: int, c_out: int, volume: int) -> NarrowTile | N
     return NarrowTile(64, min(max(next_power(c_out), 16), 64), 64, 4)
 
 
-@lru_cache(maxsize=4096)
 def grad_tile(
+    pairs: int,
+    c_in: int,
+    c_out: int,
+    dtype: torch.dtype,
+    precision: str,
+    volume: int = 0,
+    device: torch.device | None = None,
+) -> GradTile:
+    """The tile for a weight gradient over at most ``pairs`` pairs of ``volume`` taps."""
+    return _grad_tile(pairs, c_in, c_out, dtype, precision, volume, device, _tuned.generation())
+
+
+@lru_cache(maxsize=4096)
+def _grad_tile(
+    pairs: int, c_in: int, c_out: int, dtype: torch.dtype, precision: str,
+    volume: int, device: torch.device | None, generation: int,
+) -> GradTile:  # fmt: skip
+    shipped = shipped_grad_tile(pairs, c_in, c_out, dtype, precision)
+    if device is None:
+        return shipped
+    arch = _tuned.architecture(device)
+    name = _tuned.key("wgrad", pairs, c_in, c_out, volume, _short(dtype), precision, arch)
+
+    def others() -> list[_tuned.Entry]:
+        found = grad_tiles(shipped, pairs, c_in, c_out, dtype, Limits.of(device))
+        return [tuple(tile) for tile in found]
+
+    return GradTile(*_tuned.choose(name, device, shipped, others))
+
+
+def shipped_grad_tile(
     pairs: int, c_in: int, c_out: int, dtype: torch.dtype, precision: str
 ) -> GradTile:
-    """The tile for a weight gradient over at most ``pairs`` pairs."""
+    """The tile without measurements of this machine."""
     ci, co = max(next_power(c_in), 16), max(next_power(c_out), 16)
     if dtype != torch.float32:
         bm, bn, bk, stages, warps, waves = min(ci, 64), min(co, 128), 64, 3, 4, 2
@@ -122,3 +212,120 @@ def grad_tile(
     blocks = cdiv(c_in, bm) * cdiv(c_out, bn)
     target = max(min(waves * PROCESSORS // blocks, cdiv(pairs, 4 * bk)), 1)
     return GradTile(bm, bn, bk, stages, warps, target)
+
+
+# ------------------------------------------------------------------ what a search may try
+MOST_TRIED = 7  # tiles besides the shipped one: each costs a compilation of about a second
+
+# (BM, BN, BK, stages, warps), before they are cut to the channels of a layer
+_HALF_GEMM = (
+    (64, 64, 64, 4, 4), (64, 128, 64, 3, 4), (64, 128, 32, 4, 4), (64, 256, 64, 3, 4),
+    (128, 64, 64, 4, 4), (128, 64, 64, 3, 8), (128, 128, 64, 3, 8), (128, 128, 64, 4, 8),
+    (128, 128, 32, 4, 4), (128, 256, 64, 3, 8), (128, 32, 32, 4, 4), (64, 32, 32, 3, 2),
+)  # fmt: skip
+_FULL_GEMM = (
+    (64, 64, 32, 3, 4), (64, 64, 32, 4, 4), (64, 128, 32, 3, 4), (64, 128, 32, 4, 4),
+    (64, 128, 16, 4, 4), (128, 64, 32, 3, 4), (128, 128, 32, 3, 8), (128, 128, 32, 3, 4),
+    (128, 32, 32, 4, 4), (64, 32, 32, 3, 2),
+)  # fmt: skip
+_HALF_GRAD = (
+    (64, 64, 64, 3, 4), (64, 128, 64, 3, 4), (64, 128, 32, 4, 4), (128, 64, 64, 3, 4),
+    (128, 128, 64, 3, 8), (64, 256, 64, 3, 8), (128, 256, 64, 3, 8), (32, 128, 64, 3, 4),
+    (64, 64, 32, 4, 2), (32, 64, 64, 3, 2),
+)  # fmt: skip
+_FULL_GRAD = (
+    (64, 64, 32, 3, 2), (64, 64, 16, 4, 4), (32, 64, 32, 3, 4), (32, 128, 16, 4, 4),
+    (32, 128, 32, 3, 4), (64, 128, 32, 3, 4), (32, 256, 32, 3, 8), (32, 256, 16, 3, 4),
+)  # fmt: skip
+
+
+class Limits(NamedTuple):
+    """What one GPU can hold."""
+
+    processors: int
+    shared: int  # bytes of shared memory per program
+
+    @staticmethod
+    def of(device: torch.device) -> Limits:
+        """Of a CUDA device; for Triton's interpreter on a CPU, those of an H100."""
+        if device.type != "cuda":
+            return Limits(PROCESSORS, 227 << 10)
+        about = torch.cuda.get_device_properties(device)
+        known = {(8, 0): 163, (8, 7): 163, (9, 0): 227, (10, 0): 227}
+        usual = known.get((about.major, about.minor), 99) << 10
+        shared = getattr(about, "shared_memory_per_block_optin", usual)
+        return Limits(about.multi_processor_count, shared)
+
+
+def _fits(bm: int, bn: int, bk: int, stages: int, warps: int, size: int, limits: Limits) -> bool:
+    """Whether the buffers fit into shared memory and the sums into registers."""
+    # A thread has 255 registers; beyond 128 for sums, addresses spill.
+    return stages * (bm + bn) * bk * size <= limits.shared and bm * bn <= 128 * 32 * warps
+
+
+def _filled(programs: int, limits: Limits) -> float:
+    """The share of the GPU that works, over the waves of a launch."""
+    return programs / (cdiv(programs, limits.processors) * limits.processors)
+
+
+def gemm_tiles(
+    shipped: GemmTile, rows: int, c_in: int, c_out: int, volume: int, dtype: torch.dtype,
+    precision: str, limits: Limits,
+) -> list[GemmTile]:  # fmt: skip
+    """Tiles worth timing, the shipped one first, then by the estimate of a cost model."""
+    half = dtype != torch.float32
+    size, widest = (2, 64) if half else (4, 32)
+    found: dict[GemmTile, float] = {}
+
+    def add(bm: int, bn: int, bk: int, stages: int, warps: int, splits: int) -> None:
+        tile = GemmTile(bm, bn, bk, stages, warps, splits)
+        cols = cdiv(c_out, bn)
+        if _fits(bm, bn, bk, stages, warps, size, limits):
+            filled = _filled(cdiv(rows, bm) * cols * splits, limits)
+            # Taller tiles visit more taps than their rows have; small ones load more per product;
+            # each split writes and reads a float32 copy of the output.
+            work = cols * bn / c_out * (1.08 if bm > 64 and volume > 8 else 1.0)
+            loads = 24 / bm + 24 / bn + (splits - 1) * 4 / c_in
+            found.setdefault(tile, work * (1 + loads) / filled)
+
+    for bm, bn, bk, stages, warps in _HALF_GEMM if half else _FULL_GEMM:
+        if not half and precision != "tf32" and (bm > 64 or bn > 64):
+            continue  # three products, or none on tensor cores: registers run out
+        bn = min(bn, max(next_power(c_out), 16))
+        bk = min(bk, _block_k(c_in, widest))
+        add(bm, bn, bk, stages, warps, _splits(rows, bm, cdiv(c_out, bn), volume))
+    for splits in (shipped.splits * 2, shipped.splits // 2):
+        if 1 <= splits <= max(min(8, volume // 2), 1):
+            add(*shipped[:5], splits)
+    found.pop(shipped, None)
+    return [shipped, *sorted(found, key=found.__getitem__)[:MOST_TRIED]]
+
+
+def grad_tiles(
+    shipped: GradTile, pairs: int, c_in: int, c_out: int, dtype: torch.dtype, limits: Limits
+) -> list[GradTile]:
+    """Tiles worth timing, the shipped one first, then by the estimate of a cost model."""
+    half = dtype != torch.float32
+    size = 2 if half else 4
+    ci, co = max(next_power(c_in), 16), max(next_power(c_out), 16)
+    found: dict[GradTile, float] = {}
+
+    def add(bm: int, bn: int, bk: int, stages: int, warps: int, waves: float) -> None:
+        blocks = cdiv(c_in, bm) * cdiv(c_out, bn)
+        target = int(waves * limits.processors / blocks)
+        target = max(min(target, cdiv(pairs, 4 * bk)), 1)
+        if _fits(bm, bn, bk, stages, warps, size, limits):
+            tile = GradTile(bm, bn, bk, stages, warps, target)
+            # Every pair is loaded once per block; each chunk is written and read in float32.
+            work = blocks * bm * bn / (c_in * c_out)
+            loads = 24 / bm + 24 / bn + 8 * target * ci * co / max(pairs * (ci + co), 1)
+            found.setdefault(tile, work * (1 + loads))
+
+    for bm, bn, bk, stages, warps in _HALF_GRAD if half else _FULL_GRAD:
+        add(min(bm, ci), min(bn, co), bk, stages, warps, 2 if half else 4)
+    blocks = cdiv(c_in, shipped.BM) * cdiv(c_out, shipped.BN)
+    waves = shipped.target * blocks / limits.processors
+    for scale in (2.0, 0.5):
+        add(*shipped[:5], waves * scale)
+    found.pop(shipped, None)
+    return [shipped, *sorted(found, key=found.__getitem__)[:MOST_TRIED]]

@@ -2,5 +2,13 @@
 
 from torchsparse._triton.conv.plan import choose_layout, make_pairs, make_plan
 from torchsparse._triton.conv.product import gather_gemm, weight_grad
+from torchsparse._triton.launch import compile_ahead
 
-__all__ = ["choose_layout", "gather_gemm", "make_pairs", "make_plan", "weight_grad"]
+__all__ = [
+    "choose_layout",
+    "compile_ahead",
+    "gather_gemm",
+    "make_pairs",
+    "make_plan",
+    "weight_grad",
+]

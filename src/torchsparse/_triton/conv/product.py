@@ -81,7 +81,8 @@ def gather_gemm(
     if feats.dtype == torch.float32 and weight.stride(1) != 1 and precision != "ieee":
         # The tensor cores take float32 operands only with the summed axis innermost.
         weight = weight.transpose(1, 2).contiguous().transpose(1, 2)
-    tile = gemm_tile(m, c_in, c_out, volume, feats.dtype, precision)
+    swapped = weight.stride(1) == 1 and weight.stride(2) != 1
+    tile = gemm_tile(m, c_in, c_out, volume, feats.dtype, precision, swapped, feats.device)
     if len(plan.shares) > 1:
         tile = tile._replace(splits=1)
     parts = len(plan.shares) * tile.splits
@@ -179,7 +180,8 @@ def weight_grad(feats: Tensor, grad: Tensor, pairs: Pairs, precision: str = "iee
         return out.zero_()
     feats, grad = feats.contiguous(), grad.contiguous()
     precision = precision if feats.dtype == torch.float32 else "ieee"
-    tile = grad_tile(pairs.inputs.shape[0], c_in, c_out, feats.dtype, precision)
+    listed = pairs.inputs.shape[0]
+    tile = grad_tile(listed, c_in, c_out, feats.dtype, precision, volume, feats.device)
     blocks, taps = pairs.ends.shape[1], next_power(volume)
     most = tile.target + volume  # every tap may end with a short chunk
     partial = feats.new_empty((most, c_in, c_out), dtype=torch.float32)
