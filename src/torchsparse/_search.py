@@ -403,7 +403,7 @@ class Search:
 
     def _answer(self, entry: _Asked, rest: list[_Use]) -> None:
         name, answer, others = entry.question
-        before = self._tile_cost(entry, answer, rest, None)
+        before = self._launch_cost(entry, answer, rest)
         reference = self._output(entry, answer)
         best, least = answer, before
         for candidate in dict.fromkeys(others()):
@@ -425,13 +425,16 @@ class Search:
             return _fresh(entry.uses[0][0]).ready(self._operands)().float()
 
     def _tile_cost(
-        self, entry: _Asked, candidate: _tuned.Entry, rest: list[_Use], reference: Tensor | None
+        self, entry: _Asked, candidate: _tuned.Entry, rest: list[_Use], reference: Tensor
     ) -> float:
+        """Seconds of a candidate; infinity if it computes something else."""
+        error = (self._output(entry, candidate) - reference).abs().amax()
+        if not bool(error <= WRONG * reference.abs().amax()):
+            return float("inf")
+        return self._launch_cost(entry, candidate, rest)
+
+    def _launch_cost(self, entry: _Asked, candidate: _tuned.Entry, rest: list[_Use]) -> float:
         """Seconds of its launches, and of plans that no other launch needs."""
-        if reference is not None:
-            error = (self._output(entry, candidate) - reference).abs().amax()
-            if not bool(error <= WRONG * reference.abs().amax()):
-                return float("inf")
         with _tuned.trying({entry.question.name: candidate}, self.device):
             total, paid = 0.0, {(id(use.site.kmap), use.planner()[0]) for use in rest}
             for use, count in entry.uses:

@@ -156,7 +156,7 @@ def _load(path: Path, expected: Mapping[str, Any]) -> dict[str, Entry]:
     """The entries of a file; none, with a warning, if it is not what it should be."""
     try:
         content = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return {}
     except (OSError, ValueError) as error:
         return _ignored(path, f"it cannot be read ({error})")

@@ -123,6 +123,8 @@ def tune(
                 search.add(_sites(model, convs, inputs, device, enable_fp16))
                 if search.done:
                     break
+        if not search.groups:  # no sample, or none that meets a map
+            return _Answer(_as_found(convs), False)
         _tuned.record(search.entries, device)
         found = _configs(convs, search)
         _write(path, found, device, advise)

@@ -1,0 +1,77 @@
+"""The clock of the tuner, with a clock that the test winds."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from torchsparse._timing import Timing, measure
+
+
+class Clock:
+    """Stands still but for what a call takes: the given seconds, call after call."""
+
+    def __init__(self, *takes: float) -> None:
+        self.now, self.takes, self.calls = 100.0, takes, 0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def work(self) -> None:
+        self.now += self.takes[min(self.calls, len(self.takes) - 1)]
+        self.calls += 1
+
+
+def test_the_first_call_does_not_count() -> None:
+    clock = Clock(50.0, 0.25)
+    found = measure(clock.work, seconds=1.0, clock=clock)
+    assert found == Timing(0.25, 0.25, 0.25, 4) and clock.calls == 5
+
+
+def test_a_slow_call_is_timed_the_least_number_of_times() -> None:
+    clock = Clock(2.0)
+    assert measure(clock.work, seconds=1.0, least=3, clock=clock).calls == 3
+
+
+def test_a_fast_call_is_timed_the_largest_number_of_times() -> None:
+    clock = Clock(1e-6)
+    assert measure(clock.work, seconds=1.0, most=7, clock=clock).calls == 7
+    still = Clock(0.0)
+    found = measure(still.work, seconds=1.0, most=7, clock=still)
+    assert found.median == 0.0 and found.spread == 0.0 and found.calls == 7
+
+
+def test_one_hiccup_does_not_move_the_median() -> None:
+    clock = Clock(1.0, 1.0, 9.0, 2.0, 3.0, 4.0)
+    found = measure(clock.work, seconds=19.0, clock=clock)
+    assert found == Timing(3.0, 1.0, 9.0, 5)
+    assert found.spread == pytest.approx(8 / 3)
+
+
+def test_the_outer_tenths_are_left_out_of_the_spread() -> None:
+    found = Timing.of([0.0, *[1.0] * 9, *[2.0] * 9, 90.0])
+    assert (found.low, found.median, found.high) == (1.0, 1.5, 2.0)
+
+
+def test_a_failing_call_fails() -> None:
+    def work() -> None:
+        raise RuntimeError("no")
+
+    with pytest.raises(RuntimeError, match="no"):
+        measure(work)
+
+
+def test_the_time_of_a_gpu_is_that_of_its_kernels(gpu: torch.device) -> None:
+    """A product of 4096 x 4096 takes longer than one of 512 x 512, whatever the host does."""
+    small, large = (torch.randn(n, n, device=gpu, dtype=torch.float16) for n in (512, 4096))
+    short = measure(lambda: small @ small, gpu)
+    long = measure(lambda: large @ large, gpu)
+    assert 0 < short.low <= short.median <= short.high < long.median < 0.1
+    assert short.calls >= 3
+
+
+@pytest.fixture(scope="session")
+def gpu() -> torch.device:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    return torch.device("cuda", 0)

@@ -1,0 +1,335 @@
+"""What the machine measured: a table on disk that is whole, its own, or not there."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from torchsparse import SparseTensor, _tuned
+from torchsparse import nn as spnn
+from torchsparse._reference import conv as reference
+
+CPU = torch.device("cpu")
+KEY = _tuned.key("fwd", 70_000, 64, 96, 27, "float16", "ieee", "sm_90")
+ENTRY = (64, 128, 64, 3, 4, 1)
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.setenv(_tuned.VARIABLE, str(tmp_path))
+    _tuned.forget()
+    yield tmp_path
+    _tuned.forget()
+
+
+def file() -> Path:
+    path = _tuned.file_of(CPU)
+    assert path is not None
+    return path
+
+
+def content(**changes: Any) -> str:
+    good = {"format": 1, "machine": _tuned.machine(CPU), "entries": {KEY: list(ENTRY)}}
+    return json.dumps(good | changes)
+
+
+# ------------------------------------------------------------------ keys
+def test_sizes_of_one_power_of_two_share_a_key() -> None:
+    def name(rows: int) -> str:
+        return _tuned.key("fwd", rows, 64, 96, 27, "float16", "ieee", "sm_90")
+
+    assert name(65_536) == name(131_071) == KEY
+    assert len({name(65_535), name(65_536), name(131_072), name(0)}) == 4
+
+
+def test_every_part_of_a_key_counts() -> None:
+    parts = ("fwd", 70_000, 64, 96, 27, "float16", "ieee", "sm_90")
+    others = ("dgrad", 7, 32, 64, 8, "float32", "tf32", "sm_80")
+    names = {_tuned.key(*parts)}  # pyright: ignore[reportArgumentType]
+    for place, other in enumerate(others):
+        changed = (*parts[:place], other, *parts[place + 1 :])
+        names.add(_tuned.key(*changed))  # pyright: ignore[reportArgumentType]
+    assert len(names) == 1 + len(parts)
+
+
+# ------------------------------------------------------------------ to disk and back
+def test_nothing_is_known_at_first_and_nothing_is_written() -> None:
+    assert _tuned.lookup(KEY, CPU) is None
+    assert not file().exists()
+
+
+def test_what_is_recorded_is_there_in_the_next_process(folder: Path) -> None:
+    _tuned.record({KEY: ENTRY}, CPU)
+    _tuned.forget()
+    assert _tuned.lookup(KEY, CPU) == ENTRY
+    assert os.listdir(folder) == [file().name]  # no lock, no partial file
+
+
+def test_what_is_not_to_be_written_is_not() -> None:
+    _tuned.record({KEY: ENTRY}, CPU, write=False)
+    assert _tuned.lookup(KEY, CPU) == ENTRY and not file().exists()
+    _tuned.forget()
+    assert _tuned.lookup(KEY, CPU) is None
+
+
+def test_a_writer_keeps_what_another_process_wrote() -> None:
+    assert _tuned.lookup(KEY, CPU) is None  # this process has read an empty table
+    file().write_text(content(entries={"other": [1, 2]}))
+    _tuned.record({KEY: ENTRY}, CPU)
+    _tuned.forget()
+    assert _tuned.entries(CPU) == {"other": (1, 2), KEY: ENTRY}
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("", "cannot be read"),
+        (content()[:-40], "cannot be read"),
+        ("\x80\x04\x95 a pickle", "cannot be read"),
+        ("[1, 2]", "expected format 1"),
+        (content(format=2), "expected format 1, got 2"),
+        (content(entries={KEY: "64"}), "damaged"),
+        (content(entries={KEY: [64, -1]}), "damaged"),
+        (content(entries={KEY: [64, 1 << 40]}), "damaged"),
+        (content(entries={KEY: [True]}), "damaged"),
+        (content(entries=[KEY]), "damaged"),
+        (content(machine={"device": "another"}), "another machine"),
+        (content(machine=_tuned.machine(CPU) | {"torch": "0.1"}), "other versions"),
+        (content(machine=_tuned.machine(CPU) | {"sources": "0"}), "other versions"),
+    ],
+    ids=range(13),
+)
+def test_a_file_that_is_not_ours_is_ignored_with_one_warning(text: str, reason: str) -> None:
+    file().write_bytes(text.encode("latin-1"))
+    with pytest.warns(UserWarning, match=reason) as caught:
+        assert _tuned.lookup(KEY, CPU) is None
+        assert _tuned.lookup(KEY, CPU) is None
+    assert len(caught) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        _tuned.record({KEY: ENTRY}, CPU)  # writes a new one
+        _tuned.forget()
+        assert _tuned.entries(CPU) == {KEY: ENTRY}
+
+
+def test_a_folder_that_cannot_be_written_costs_a_warning(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "file").touch()
+    monkeypatch.setenv(_tuned.VARIABLE, str(folder / "file" / "below"))
+    with pytest.warns(UserWarning, match="cannot be written"):
+        _tuned.record({KEY: ENTRY}, CPU)
+    assert _tuned.lookup(KEY, CPU) == ENTRY
+
+
+def test_the_variable_names_the_folder_or_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(_tuned.VARIABLE, "")
+    assert _tuned.file_of(CPU) is None
+    _tuned.record({KEY: ENTRY}, CPU)
+    assert _tuned.lookup(KEY, CPU) == ENTRY
+    monkeypatch.delenv(_tuned.VARIABLE)
+    monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
+    assert file().parent == Path("/somewhere/torchsparse")
+
+
+def test_another_version_has_another_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    here = file()
+    monkeypatch.setattr(_tuned, "__version__", "9.9.9")
+    assert file() != here and file().parent == here.parent
+
+
+def test_a_thousand_entries_load_in_ten_milliseconds() -> None:
+    names = [
+        _tuned.key("fwd", 1 << 20, c, 64, 27, "float16", "ieee", "sm_90") for c in range(1000)
+    ]
+    _tuned.record(dict.fromkeys(names, ENTRY), CPU)
+    best = 1.0
+    for _ in range(5):
+        _tuned.forget()
+        start = time.perf_counter()
+        assert _tuned.lookup(names[7], CPU) == ENTRY
+        best = min(best, time.perf_counter() - start)
+    assert len(_tuned.entries(CPU)) == 1000
+    assert best < 0.01, best
+
+
+WRITER = """
+import sys, torch
+from torchsparse import _tuned
+who = sys.argv[1]
+for number in range(25):
+    _tuned.record({f"{who}/{number}": (number,)}, torch.device("cpu"))
+"""
+
+
+def test_two_processes_write_at_once_and_nothing_is_lost() -> None:
+    writers = [subprocess.Popen([sys.executable, "-c", WRITER, who]) for who in ("one", "two")]
+    seen = 0
+    while any(writer.poll() is None for writer in writers):
+        if file().exists():
+            seen += 1
+            assert json.loads(file().read_text())["format"] == 1  # whole at any moment
+        time.sleep(0.002)
+    assert [writer.returncode for writer in writers] == [0, 0] and seen
+    names = {f"{who}/{number}" for who in ("one", "two") for number in range(25)}
+    assert set(_tuned.entries(CPU)) == names
+
+
+def test_the_lock_of_a_dead_process_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
+    lock = file().with_name(file().name + ".lock")
+    lock.touch()
+    os.utime(lock, (time.time() - 60, time.time() - 60))
+    start = time.monotonic()
+    _tuned.record({KEY: ENTRY}, CPU)
+    assert time.monotonic() - start < 1 and not lock.exists()
+    monkeypatch.setattr(_tuned, "PATIENCE", 0.05)
+    lock.touch()  # somebody works, for longer than we wait: their lock stays
+    _tuned.record({"more": (1,)}, CPU)
+    assert lock.exists()
+    _tuned.forget()
+    assert set(_tuned.entries(CPU)) == {KEY, "more"}
+
+
+# ------------------------------------------------------------------ who asks
+def test_choosing_prefers_the_measured_entry_of_the_right_length() -> None:
+    def choose() -> _tuned.Entry:
+        return _tuned.choose(KEY, CPU, (1, 2), list)
+
+    assert choose() == (1, 2)
+    with _tuned.trying({KEY: (3, 4)}, CPU):
+        assert choose() == (3, 4)
+    with _tuned.trying({KEY: (3, 4, 5)}, CPU):
+        assert choose() == (1, 2)
+    assert choose() == (1, 2)
+
+
+def test_trying_puts_everything_back_after_an_exception() -> None:
+    _tuned.record({KEY: ENTRY}, CPU, write=False)
+    with pytest.raises(RuntimeError), _tuned.trying({KEY: None, "new": (1,)}, CPU):
+        assert _tuned.entries(CPU) == {"new": (1,)}
+        raise RuntimeError
+    assert _tuned.entries(CPU) == {KEY: ENTRY}
+
+
+def test_every_change_makes_a_new_generation() -> None:
+    seen = [_tuned.generation()]
+    _tuned.record({KEY: ENTRY}, CPU, write=False)
+    seen.append(_tuned.generation())
+    with _tuned.trying({KEY: None}, CPU):
+        seen.append(_tuned.generation())
+    seen.append(_tuned.generation())
+    with _tuned.listening():
+        seen.append(_tuned.generation())
+    _tuned.forget()
+    seen.append(_tuned.generation())
+    assert len(set(seen)) == len(seen)
+
+
+@pytest.fixture
+def deterministic() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def test_deterministic_mode_knows_nothing(deterministic: None) -> None:
+    _tuned.record({KEY: ENTRY}, CPU, write=False)
+    assert _tuned.lookup(KEY, CPU) is None and _tuned.generation() == -1
+
+
+def test_a_layout_on_a_cpu_follows_the_table() -> None:
+    shipped = reference.choose_layout(64)
+    name = _tuned.key("layout", 0, 0, 64, 0, "any", "ieee", "cpu")
+    with _tuned.listening() as heard:
+        assert reference.choose_layout(64, CPU) == shipped
+    assert list(heard) == [name] and (shipped.pairs, shipped.narrow) in heard[name].others()
+    coords = torch.tensor([[0, 1, 2, 3], [0, 1, 2, 4], [0, 9, 9, 9]], dtype=torch.int32)
+    feats = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
+    conv = spnn.Conv3d(4, 64, 3)
+    want = conv(SparseTensor(feats, coords)).feats
+    with _tuned.trying({name: (2, 1)}, CPU):
+        assert reference.choose_layout(64, CPU) == reference.Layout(2, True)
+        got = conv(SparseTensor(feats, coords)).feats
+    # The same products, summed in another order.
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+
+
+# ------------------------------------------------------------------ the tiles of kernels
+tiles = pytest.importorskip("torchsparse._triton.tiles")
+HALF, FULL = torch.float16, torch.float32
+H100 = tiles.Limits(132, 227 << 10)
+SIZES = [
+    (rows, c_in, c_out, volume)
+    for rows in (1, 100, 94_444, 1_000_000)
+    for c_in, c_out in ((8, 16), (32, 32), (64, 96), (384, 256))
+    for volume in (8, 27, 125)
+]
+
+
+def test_a_measured_tile_goes_before_the_shipped_one() -> None:
+    arguments = (70_000, 64, 96, 27, HALF, "ieee")
+    shipped = tiles.gemm_tile(*arguments)
+    assert tiles.gemm_tile(*arguments, False, CPU) == shipped
+    other = shipped._replace(BM=128, warps=8)
+    name = _tuned.key("fwd", 70_000, 64, 96, 27, "float16", "ieee", "cpu")
+    with _tuned.trying({name: tuple(other)}, CPU):
+        assert tiles.gemm_tile(*arguments, False, CPU) == other
+        assert tiles.gemm_tile(*arguments, True, CPU) == shipped  # an input gradient
+        assert tiles.gemm_tile(*arguments) == shipped
+        torch.use_deterministic_algorithms(True)
+        try:
+            assert tiles.gemm_tile(*arguments, False, CPU) == shipped
+        finally:
+            torch.use_deterministic_algorithms(False)
+    assert tiles.gemm_tile(*arguments, False, CPU) == shipped
+
+
+def test_a_measured_gradient_tile_goes_before_the_shipped_one() -> None:
+    arguments = (1_300_000, 64, 96, FULL, "tf32", 27)
+    shipped = tiles.grad_tile(*arguments)
+    other = shipped._replace(target=7)
+    name = _tuned.key("wgrad", 1_300_000, 64, 96, 27, "float32", "tf32", "cpu")
+    with _tuned.trying({name: tuple(other)}, CPU):
+        assert tiles.grad_tile(*arguments, CPU) == other
+    assert tiles.grad_tile(*arguments, CPU) == shipped
+
+
+@pytest.mark.parametrize(
+    ("dtype", "precision"), [(HALF, "ieee"), (FULL, "tf32"), (FULL, "tf32x3")]
+)
+def test_candidates_fit_a_gpu_and_begin_with_the_shipped_tile(
+    dtype: torch.dtype, precision: str
+) -> None:
+    for sizes in SIZES:
+        shipped = tiles.shipped_gemm_tile(*sizes, dtype, precision)
+        found = tiles.gemm_tiles(shipped, *sizes, dtype, precision, H100)
+        assert found[0] == shipped and len(set(found)) == len(found) <= 8
+        for tile in found[1:]:
+            held = tile.stages * (tile.BM + tile.BN) * tile.BK * dtype.itemsize
+            assert held <= H100.shared and tile.BM % 64 == 0 and tile.BN >= 16
+            assert tile.BM * tile.BN / (32 * tile.warps) <= 128
+            assert 1 <= tile.splits <= max(min(8, sizes[3] // 2), 1)
+        pairs, c_in, c_out = sizes[0] * sizes[3], *sizes[1:3]
+        grad = tiles.shipped_grad_tile(pairs, c_in, c_out, dtype, precision)
+        found = tiles.grad_tiles(grad, pairs, c_in, c_out, dtype, H100)
+        assert found[0] == grad and len(set(found)) == len(found) <= 8
+        assert all(tile.target >= 1 and min(tile[:3]) >= 16 for tile in found)
+
+
+def test_there_is_something_to_choose_from_where_it_matters() -> None:
+    sizes = (94_444, 128, 128, 27)
+    shipped = tiles.shipped_gemm_tile(*sizes, HALF, "ieee")
+    found = tiles.gemm_tiles(shipped, *sizes, HALF, "ieee", H100)
+    assert len({tile.BM for tile in found}) == 2 and len(found) >= 6
+    small = tiles.Limits(20, 48 << 10)
+    assert len(tiles.gemm_tiles(shipped, *sizes, HALF, "ieee", small)) < len(found)
