@@ -93,7 +93,7 @@ OFFERED: dict[str, str] = {
     "utils.voxelize": "VoxelizedPoints voxelize_points",
     "utils.collate": "sparse_collate sparse_collate_fn",
     "utils.tensor_cache": CACHE,
-    "utils.tune": "tune",
+    "utils.tune": "tune compare Gain",
     "utils.helpers": f"{OLD_UTILS} ravel_hash_vec make_tuple",
     "utils.kernel_region": "KernelRegion",
     "checkpoints": "LAYOUTS Layout convert state_of",

@@ -33,7 +33,9 @@ def test_python_m_torchsparse_is_the_command(monkeypatch, capsys) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--help"], ["demo", "segment"]),
+        (["--help"], ["demo", "segment", "tune", "bench"]),
+        (["tune", "--help"], ["CHECKPOINT", "FOLDER", "--backward", "--seconds", "--device"]),
+        (["bench", "--help"], ["CHECKPOINT", "FOLDER", "--tuned", "--fp16"]),
         (["demo", "--help"], ["checkpoint.pt", "metrics.json", "prediction.png", "--quick"]),
         (["segment", "--help"], ["labels.npy", "--format", "--checkpoint", "--out"]),
     ],

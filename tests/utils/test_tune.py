@@ -29,7 +29,7 @@ from torchsparse._search import Choice, Group, Search, Site, choices_of
 from torchsparse._timing import Timing
 from torchsparse.nn import functional as F
 from torchsparse.nn.functional import Dataflow
-from torchsparse.utils.tune import tune
+from torchsparse.utils.tune import compare, tune
 
 CPU = torch.device("cpu")
 
@@ -622,3 +622,38 @@ def test_a_candidate_that_computes_something_else_is_not_taken(
     search._answer(_search._Asked(question, [], 1.0), [])
     assert search.entries == {name: right}
     assert search.gained == pytest.approx(0.2)
+
+
+# ------------------------------------------------------------------ before and after
+@pytest.mark.parametrize("backward", [False, True])
+def test_comparing_leaves_the_model_as_found(backward: bool) -> None:
+    model = Restless().train()
+    model.conv._config = {"ifsort": True}
+    model.conv.kernel.grad = torch.ones_like(model.conv.kernel)
+    before = picture(model)
+    found = compare(
+        model, (cloud(),), {"conv": {"split_mask_num": 2}}, backward=backward, seconds=0.0
+    )
+    assert_same(picture(model), before)
+    assert model.conv._config == {"ifsort": True}
+    assert found.ratio == found.before.median / found.after.median > 0
+
+
+def test_before_has_neither_configurations_nor_measured_tiles() -> None:
+    seen = set()
+
+    class Looks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = spnn.Conv3d(4, 8, 3)
+
+        def forward(self, x: SparseTensor) -> list[Any]:
+            seen.add((str(self.conv._config), len(_tuned.entries(CPU)), x._caches.kmaps == {}))
+            return [{"out": self.conv(x)}]
+
+    _tuned.record({"name": (1, 2)}, CPU, write=False)
+    compare(Looks(), cloud(), {"conv": {"ifsort": True}}, backward=True, seconds=0.0)
+    assert seen == {("None", 0, True), (str({"ifsort": True}), 1, True)}
+    assert _tuned.entries(CPU) == {"name": (1, 2)}
+    with pytest.raises(KeyError, match="no layers"):
+        compare(Looks(), cloud(), {"stem": {}}, seconds=0.0)

@@ -1,4 +1,4 @@
-"""The command line: ``torchsparse demo``, ``segment`` and ``convert``."""
+"""The command line: ``torchsparse demo``, ``segment``, ``convert``, ``tune`` and ``bench``."""
 
 import sys
 

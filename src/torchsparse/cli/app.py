@@ -4,9 +4,11 @@ from typing import Annotated
 
 import typer
 
+from torchsparse.cli.bench import bench
 from torchsparse.cli.convert import convert
 from torchsparse.cli.demo import demo
 from torchsparse.cli.segment import segment
+from torchsparse.cli.tune import tune
 from torchsparse.version import __version__
 
 __all__ = ["app"]
@@ -38,6 +40,8 @@ def _root(
     pass
 
 
+app.command()(bench)
 app.command()(convert)
 app.command()(demo)
 app.command()(segment)
+app.command()(tune)

@@ -23,13 +23,14 @@ from torchsparse._cache import TensorCache
 from torchsparse._recipe import Dataflow
 from torchsparse._search import Choice, Search, Site, choices_of
 from torchsparse._settings import settings
+from torchsparse._timing import Timing, measure
 from torchsparse._validate import one_of
 from torchsparse.nn.functional.conv.conv import find_map, resolve
 from torchsparse.nn.functional.conv.conv_config import AttributeDict, resolve_config
 from torchsparse.nn.modules.conv import Conv1d, Conv2d, Conv3d, Conv4d
 from torchsparse.tensor import PointTensor, SparseTensor
 
-__all__ = ["tune"]
+__all__ = ["Gain", "compare", "tune"]
 
 FORMAT = "torchsparse.tune/1"
 CONVS = (Conv1d, Conv2d, Conv3d, Conv4d)
@@ -159,6 +160,95 @@ def _device_of(model: nn.Module) -> torch.device:
     return torch.device("cpu")
 
 
+class Gain(NamedTuple):
+    """How long a network takes on one input, without and with what was tuned."""
+
+    before: Timing
+    after: Timing
+
+    @property
+    def ratio(self) -> float:
+        """before / after: above 1, tuning pays."""
+        return self.before.median / self.after.median
+
+
+def compare(
+    model: nn.Module,
+    inputs: Any,
+    configs: Mapping[str, Mapping[str, Any]],
+    *,
+    enable_fp16: bool = False,
+    backward: bool = False,
+    seconds: float = 1.0,
+) -> Gain:
+    """Time a network as it was before `tune`, and with its result; both build maps in every call.
+
+    The two take turns. The model is left as found.
+
+    Args:
+        model: Any module with convolutions of this library.
+        inputs: What it takes; a tuple is unpacked.
+        configs: From `tune`. "Before" has no configurations and no measured tiles.
+        enable_fp16: Under float16 autocast.
+        backward: In training mode, with the gradients of all parameters; otherwise without any.
+        seconds: For each of the two, about.
+
+    Raises:
+        KeyError: A configuration for a layer that is not there.
+    """
+    convs = {name: m for name, m in model.named_modules() if isinstance(m, CONVS)}
+    device = _device_of(model)
+    found = inputs if type(inputs) is tuple else (inputs,)
+
+    def step() -> None:
+        half = torch.autocast(device.type, torch.float16) if enable_fp16 else nullcontext()
+        with torch.set_grad_enabled(backward), half:
+            output = model(*_moved(found, device))
+        if backward:
+            torch.autograd.backward([t.float().square().mean() for t in _outputs(output)])
+            model.zero_grad(set_to_none=True)
+
+    def time(after: bool) -> Timing:
+        hidden = {} if after else dict.fromkeys(_tuned.entries(device))
+        with _tuned.trying(hidden, device), _configured(convs, configs if after else {}):
+            return measure(step, device, seconds=seconds / 2)
+
+    with _untouched(model, device):
+        model.train(backward)
+        rounds = [Gain(time(False), time(True)) for _ in range(2)]
+    return Gain(*(min(times, key=lambda timing: timing.median) for times in zip(*rounds)))
+
+
+def _outputs(value: Any) -> Iterator[Tensor]:
+    """Differentiable tensors of a network's output."""
+    if isinstance(value, SparseTensor):
+        value = value.feats
+    if isinstance(value, Tensor):
+        if value.requires_grad:
+            yield value
+    elif isinstance(value, (list, tuple, Mapping)):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from _outputs(item)
+
+
+@contextmanager
+def _configured(
+    convs: Mapping[str, Any], configs: Mapping[str, Mapping[str, Any]]
+) -> Iterator[None]:
+    """Let exactly these configurations hold."""
+    before = {name: conv._config for name, conv in convs.items()}
+    unknown = set(configs) - set(convs)
+    if unknown:
+        raise KeyError(f"the model has no layers {sorted(unknown)}")
+    try:
+        for name, conv in convs.items():
+            conv._config = configs.get(name)
+        yield
+    finally:
+        for name, conv in convs.items():
+            conv._config = before[name]
+
+
 # ------------------------------------------------------------------ running the network
 @contextmanager
 def _untouched(model: nn.Module, device: torch.device) -> Iterator[None]:
@@ -175,6 +265,8 @@ def _untouched(model: nn.Module, device: torch.device) -> Iterator[None]:
     with ExitStack() as stack:
         devices = [device] if device.type == "cuda" else []
         stack.enter_context(torch.random.fork_rng(devices=devices))
+        for parameter, _ in grads:
+            parameter.grad = None  # a backward pass would add to it in place
         try:
             yield
         finally:
