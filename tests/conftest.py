@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+# What this machine was tuned for plays no part, and is left alone.
+os.environ["TORCHSPARSE_TUNED"] = ""
 if not torch.cuda.is_available():
     # Kernels run in Triton's interpreter, which reads this once, when Triton is first imported.
     os.environ["TRITON_INTERPRET"] = "1"
@@ -51,15 +53,7 @@ def reset_global_state() -> None:
     set_tensor_cache_mode(TensorCacheMode.SEPARATE_TENSOR_CACHE)
     clear_global_tensor_cache()
     torchsparse.backends.init()
-
-
-@pytest.fixture(scope="session", autouse=True)
-def own_measurements(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """What this machine was tuned for plays no part, and is left alone."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(_tuned.VARIABLE, str(tmp_path_factory.mktemp("tuned")))
-        _tuned.forget()
-        yield
+    _tuned.forget()
 
 
 @pytest.fixture(autouse=True)

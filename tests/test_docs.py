@@ -18,6 +18,7 @@ PAGES += [*sorted((ROOT / "docs").glob("*.md")), ROOT / "benchmarks" / "README.m
 WITH_CODE = {
     "README.md",
     "docs/beyond-convolution.md",
+    "docs/choosing-a-dataflow.md",
     "docs/conventions.md",
     "docs/how-it-works.md",
     "docs/migration.md",

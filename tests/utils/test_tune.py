@@ -24,11 +24,11 @@ from torchsparse import PointTensor, SparseTensor, _search, _tuned
 from torchsparse import nn as spnn
 from torchsparse._kernel_map import KernelMap
 from torchsparse._ops.dispatch import forced
-from torchsparse._recipe import ConvRecipe
 from torchsparse._search import Choice, Group, Search, Site, choices_of
 from torchsparse._timing import Timing
 from torchsparse.nn import functional as F
 from torchsparse.nn.functional import Dataflow
+from torchsparse.nn.functional.conv.conv import resolve
 from torchsparse.utils.tune import compare, tune
 
 CPU = torch.device("cpu")
@@ -259,7 +259,9 @@ class Restless(nn.Module):
         self.counter += 1
         self.replaced = torch.ones(1)
         self.absent = torch.ones(1)
-        torch.rand(3), random.random(), np.random.rand()  # noqa: NPY002
+        torch.rand(3)
+        random.random()
+        np.random.rand()  # noqa: NPY002
         torchsparse.backends.allow_tf32 = True
         torchsparse.backends.benchmark = True
         F.set_conv_mode(2)
@@ -535,7 +537,8 @@ def test_choices_cover_the_modes_of_v21() -> None:
 
 
 def _group(**costs: float) -> tuple[Group, dict[str, Choice]]:
-    named = dict(zip(("auto", "unsorted", "sorted"), choices_of([Dataflow.ImplicitGEMM], True)))
+    names: list[str] = ["auto", "unsorted", "sorted"]
+    named = dict(zip(names, choices_of([Dataflow.ImplicitGEMM], True)))
     group = Group(("a",), {"a": named["auto"]}, (1, 1), (3, 3, 3), 1)
     group.costs = {named.get(name): cost for name, cost in costs.items()}
     group.decide(list(named.values()))
@@ -549,10 +552,9 @@ def test_the_cheapest_choice_wins_by_a_margin() -> None:
     assert group.best is None and group.choice("a") == named["auto"]
 
 
-def site(name: str, kmap: Any, recipe: ConvRecipe | None = None) -> Site:
-    return Site(
-        name, kmap, False, 4, 4, recipe or F.conv.conv.resolve(None, *[torch.ones(1, 1)] * 2, None)
-    )
+def site(name: str, kmap: KernelMap) -> Site:
+    ones = torch.ones(1, 1)
+    return Site(name, kmap, False, 4, 4, resolve(None, ones, ones, None))
 
 
 def test_layers_that_share_a_map_are_a_group() -> None:
@@ -605,8 +607,8 @@ def test_a_candidate_that_computes_something_else_is_not_taken(
     shipped, wrong, broken, right = (65536, 1), (3, 1), (4, 1), (5, 1)
     name = _tuned.key("layout", 0, 0, 8, 0, "any", "ieee", "cpu")
     question = _tuned.Question(name, shipped, lambda: [shipped, wrong, broken, right])
-    outputs = {shipped: 1.0, wrong: 1.5, right: 1.0 + 1e-6}
-    costs = {shipped: 1.0, wrong: 0.1, broken: 0.1, right: 0.8}
+    outputs: dict[Any, float] = {shipped: 1.0, wrong: 1.5, right: 1.0 + 1e-6}
+    costs: dict[Any, float] = {shipped: 1.0, wrong: 0.1, broken: 0.1, right: 0.8}
 
     def output(self: Search, entry: Any, candidate: _tuned.Entry) -> Tensor:
         if candidate == broken:

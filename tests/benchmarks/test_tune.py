@@ -1,0 +1,53 @@
+"""The benchmark of the tuner, on a layer and a tiny scan."""
+
+from __future__ import annotations
+
+import csv
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import tune
+from torchsparse import _tuned
+from torchsparse import nn as spnn
+from torchsparse.nn import functional as F
+
+
+def test_every_way_is_timed_and_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(tune, "NETWORKS", {"subm-3-4-32": "tiny"})
+    monkeypatch.setattr(tune, "ALLOWED", 100.0)
+    folder = os.environ[_tuned.VARIABLE]
+    options = ["--tuned-on=1", "--judged-on=2", "--search=0.2", "--seconds=0.01"]
+    assert tune.main([*options, f"--scenes={tmp_path / 'scenes'}", f"--out={tmp_path}"]) == 0
+    with (tmp_path / "tune-cpu.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["mode"], row["seed"]) for row in rows] == [
+        (mode, seed) for seed in ("100", "101") for mode in ("infer", "train")
+    ]
+    for row in rows:
+        others = [float(row[f"{name}_ms"]) for name in ("default", "mode1", "mode2")]
+        assert float(row["of_best"]) == pytest.approx(float(row["tuned_ms"]) / min(others))
+        assert float(row["gain"]) == pytest.approx(others[0] / float(row["tuned_ms"]))
+    assert "geometric mean of the gains" in capsys.readouterr().out
+    assert os.environ[_tuned.VARIABLE] == folder
+
+
+def test_a_way_holds_and_ends() -> None:
+    device = torch.device("cpu")
+    network = torch.nn.Sequential(spnn.Conv3d(4, 4, 3))
+    _tuned.record({"name": (1,)}, device, write=False)
+    try:
+        for name, mode, config, known in (
+            ("default", 0, None, 0), ("mode 2", 2, None, 0), ("tuned", 0, {"ifsort": True}, 1),
+        ):  # fmt: skip
+            with tune.way(name, network, {"0": {"ifsort": True}}, device):
+                assert F.get_conv_mode().value == mode
+                assert network[0]._config == config
+                assert len(_tuned.entries(device)) == known
+        assert F.get_conv_mode().value == 0
+    finally:
+        _tuned.forget()
