@@ -256,8 +256,6 @@ class Search:
         known = len(self.entries)
         groups = sorted(_grouped(sites), key=lambda sites: -sum(site.work for site in sites))
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
-            if not self.groups:
-                self._compile([(u, {}) for g in groups for u in self._all_uses(g)])
             for members in groups:
                 self._time_group(members)
             self._time_tiles(sites)
@@ -283,6 +281,7 @@ class Search:
                 (kmap.num_inputs, kmap.num_outputs),
                 kmap.geometry.kernel_size,
             )
+            group.decide(self.allowed)  # for want of time it may stay so
         if group.samples and self._left(0.5) <= 0:
             return
         tried = self._choices(group)
@@ -295,6 +294,8 @@ class Search:
             return
         if len(set(keys.values())) == 1 or (not group.samples and self._left(0.5) <= 0):
             return
+        if not group.samples:
+            self._compile([(use, {}) for uses in plans.values() for use in uses])
         known: dict[Any, float] = {}  # seconds of products and plans
         seen: dict[Any, float] = {}  # and of whole choices: many come to the same
         costs: dict[Choice | None, float] = {}
@@ -314,9 +315,6 @@ class Search:
         limit = min(group.costs.values()) * (PRUNED if self.prune else float("inf"))
         kept = [c for c, cost in group.costs.items() if cost <= limit]
         return kept if None in kept else [None, *kept]
-
-    def _all_uses(self, sites: list[Site]) -> list[_Use]:
-        return [use for choice in (None, *self.allowed) for use in self._uses(sites, choice)]
 
     def _uses(self, sites: list[Site], choice: Choice | None) -> list[_Use]:
         return [
@@ -352,6 +350,7 @@ class Search:
                 uses.setdefault((use.shape, use.planner()[0]), []).append(use)
         asked: dict[str, _Asked] = {}
         total = 0.0
+        self._compile([(same[0], {}) for same in uses.values()])
         for same in uses.values():
             with _tuned.listening() as heard:
                 seconds = self._time(_fresh(same[0]).ready(self._operands))

@@ -92,8 +92,9 @@ def _on_gpu(
 
     on_device, on_host = _between(cold, 3)
     count = min(max(math.ceil(seconds / max(on_device, 1e-6)), least), most)
-    # Where the host is slower than the device, work in front of it hides that.
-    lag = min(count * max(on_host - on_device, 0.0), MOST_LEAD)
+    # Where the host is slower than the device, work in front of it hides that. How long the
+    # function alone keeps the device busy is not known yet, for gaps are part of `on_device`.
+    lag = min(count * max(on_host - flush, 0.0), MOST_LEAD)
     events = [
         (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
         for _ in range(count)
