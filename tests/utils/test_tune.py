@@ -659,3 +659,34 @@ def test_before_has_neither_configurations_nor_measured_tiles() -> None:
     assert _tuned.entries(CPU) == {"name": (1, 2)}
     with pytest.raises(KeyError, match="no layers"):
         compare(Looks(), cloud(), {"stem": {}}, seconds=0.0)
+
+
+def test_a_gain_that_does_not_show_again_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    shipped, lucky = (65536, 1), (5, 1)
+    name = _tuned.key("layout", 0, 0, 8, 0, "any", "ieee", "cpu")
+    question = _tuned.Question(name, shipped, lambda: [shipped, lucky])
+    times = iter([1.0, 0.5, 0.9, 0.95])  # shipped, lucky; and again
+    monkeypatch.setattr(Search, "_output", lambda *args: torch.ones(2, 2))
+    monkeypatch.setattr(Search, "_launch_cost", lambda *args: next(times))
+    search = Search(CPU, choices_of([Dataflow.ImplicitGEMM], False), False, 10.0)
+    search._answer(_search._Asked(question, [], 1.0), [])
+    assert search.entries == {name: shipped} and search.gained == 0.0
+
+
+def test_a_choice_that_fails_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one that needs more memory than there is."""
+    real = _search._Use.planner
+
+    def planner(use: Any) -> Any:
+        key, make = real(use)
+        return (key, use.recipe.dataflow), make
+
+    def cost(self: Search, uses: list[Any], known: Any) -> float:
+        if uses[0].recipe.dataflow is Dataflow.FetchOnDemand:
+            raise RuntimeError("out of memory")
+        return 1.0
+
+    monkeypatch.setattr(_search._Use, "planner", planner)
+    monkeypatch.setattr(Search, "_cost", cost)
+    found = quiet(network(), dataflow_range=[Dataflow.FetchOnDemand, Dataflow.ImplicitGEMM])
+    assert {config.dataflow for config in found.values()} == {Dataflow.ImplicitGEMM}
