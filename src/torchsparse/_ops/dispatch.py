@@ -16,7 +16,7 @@ from torch import Tensor
 
 __all__ = ["forced", "has_triton", "reference", "twin"]
 
-KERNELS = frozenset({"conv", "coords"})  # families with Triton kernels
+KERNELS = frozenset({"conv", "coords", "depthwise"})  # families with Triton kernels
 _forced: list[str] = []
 
 
