@@ -29,8 +29,6 @@ runs = pytest.mark.skipif(
     not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1",
     reason="needs a GPU, or TRITON_INTERPRET=1",
 )
-# Triton's interpreter turns arrays of one element into numbers.
-pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")
 # Outputs and gradients of a layer against float64; sums of at most 27 terms of size 1, or of 30
 # pairs for the weight.
 FORMATS = [
