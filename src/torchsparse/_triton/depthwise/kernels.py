@@ -5,6 +5,9 @@ from the first-level cache, and taps that no row of a tile has are not visited. 
 masks are those of the implicit GEMM (`conv/order.py`): layers of one map share them.
 """
 
+# pyright: reportGeneralTypeIssues=false
+# A function of kernels has no type that a checker knows.
+
 import triton
 import triton.language as tl
 
