@@ -69,6 +69,9 @@ def conv3d(
         training: Accepted for compatibility; has no effect.
         coordinates: Sites to convolve onto, a tensor or its [M, 4] coordinates, in place of those
             that the layer would create; not for transposed layers.
+        groups: G. Output channel j reads only the C_in / G input channels of group
+            j // (C_out / G), as in ``torch.nn.functional.conv3d``. With G = C_in the layer is
+            depthwise and only scales and sums rows; else each group is a convolution.
 
     Returns:
         [M, C_out] in the dtype of the computation: the autocast dtype if autocast is on (and no
@@ -76,7 +79,7 @@ def conv3d(
 
     Raises:
         ValueError: Shapes, devices or parameters that do not fit; duplicate, negative or
-            out-of-range coordinates; an unknown fine level.
+            out-of-range coordinates; an unknown fine level; channels that G does not divide.
         TypeError: Wrong dtypes, float16 mixed with bfloat16, a bool as padding.
         NotImplementedError: Dataflow.CodedCSR.
     """
