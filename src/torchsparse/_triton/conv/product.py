@@ -53,16 +53,24 @@ class _End(NamedTuple):
     flags: dict[str, Any]
 
 
+def _contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
 def _end(bias: Tensor | None, epilogue: Epilogue | None) -> _End:
     norm, residual, slope = epilogue or Epilogue()
     if norm is None:
         values, kind = (None, None, None, None, 0.0), 0
     else:
-        values, kind = norm, 1 if norm.weight is None else 2
-    if residual is not None:
-        residual = residual.contiguous()
+        values = (*map(_contiguous, norm[:4]), norm.eps)
+        kind = 1 if norm.weight is None else 2
     return _End(
-        (bias, *values, residual, 0.0 if slope is None else float(slope)),
+        (
+            _contiguous(bias),
+            *values,
+            _contiguous(residual),
+            0.0 if slope is None else float(slope),
+        ),
         {
             "BIAS": bias is not None,
             "NORM": kind,
@@ -159,9 +167,9 @@ def _gemm(
     grid = (cdiv(m, tile.BM) * cdiv(c_out, tile.BN), tile.splits)
     launch(
         gemm_kernel, grid, feats, feats, weight, out, tiles.table, tiles.order, tiles.masks,
-        *end.tensors, m, tiles.masks.shape[1], *tiles.table.stride(), *weight.stride(),
+        *end.tensors, m, tiles.masks.shape[1], *weight.stride(),
         K=volume, CI=c_in, CO=c_out, BM=tile.BM, BN=tile.BN, BK=tile.BK, SPLITS=tile.splits,
-        SORTED=tiles.order is not None, BY_ROW=tiles.by_row, REVERSE=reverse, PRECISION=precision, **end.flags,
+        SORTED=tiles.order is not None, REVERSE=reverse, PRECISION=precision, **end.flags,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
 
