@@ -44,7 +44,14 @@ _resolved: dict[Any, _Resolved | None] = {}
 _stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 
 
-def launch(kernel: Any, grid: tuple[int, ...], like: Tensor, *args: Any, **options: Any) -> None:
+def launch(
+    kernel: Any,
+    grid: tuple[int, ...],
+    like: Tensor,
+    *args: Any,
+    memo: tuple[dict[Any, Any], Any] | None = None,
+    **options: Any,
+) -> None:
     """Run ``kernel`` over ``grid`` on the device of ``like``, in its current stream.
 
     Args:
@@ -52,6 +59,8 @@ def launch(kernel: Any, grid: tuple[int, ...], like: Tensor, *args: Any, **optio
         grid: One to three extents.
         like: A tensor on the device.
         *args: All parameters that are not constexpr: tensors, ints, floats or None.
+        memo: A dictionary and a key in it that determine the kernel, the device, the options, all
+            numbers and the dtypes of all tensors: they are then not looked at again.
         **options: The constexpr parameters, num_warps, num_stages.
     """
     if 0 in grid:
@@ -61,36 +70,40 @@ def launch(kernel: Any, grid: tuple[int, ...], like: Tensor, *args: Any, **optio
         kernel[grid](*args, **options)
     elif device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
-            _start(kernel, grid, device.index, args, options)
+            _start(kernel, grid, device.index, args, options, memo)
     else:
-        _start(kernel, grid, device.index, args, options)
+        _start(kernel, grid, device.index, args, options, memo)
 
 
 def _start(
-    kernel: Any, grid: tuple[int, ...], device: int | None, args: tuple[Any, ...], options: dict[str, Any]
+    kernel: Any,
+    grid: tuple[int, ...],
+    device: int | None,
+    args: tuple[Any, ...],
+    options: dict[str, Any],
+    memo: tuple[dict[Any, Any], Any] | None = None,
 ) -> None:
-    # What a compiled kernel depends on: dtypes, alignment, and the kind of each number.
-    kinds: list[Any] = [kernel, device]
     values: list[Any] = []
+    pointers = 0
     for arg in args:
         if isinstance(arg, Tensor):
             pointer = arg.data_ptr()
+            pointers |= pointer
             values.append(pointer)
-            kinds.append(arg.dtype)
-            kinds.append(pointer & 15)
         else:
             values.append(arg)
-            if type(arg) is int:
-                kinds.append((arg & 15, arg == 1, -2147483648 <= arg <= 2147483647))
-            else:
-                kinds.append(arg if arg is None else type(arg))
-    kinds.extend(options.items())
-    key = tuple(kinds)
-    known = _resolved.get(key)  # only where `_resolve` found this Triton to be as it expects
+    if memo is None:
+        known = _resolved.get(key := _kinds(kernel, device, args, options))
+    else:
+        where, key = memo
+        # Kernels are compiled for aligned tensors; others go the long way.
+        known = where.get(key) if pointers & 15 == 0 else None
     if known is None or _hooked():
         compiled = kernel[grid](*args, **options)
-        if key not in _resolved:
-            _resolved[key] = _resolve(kernel, compiled, len(args), options)
+        if memo is None:
+            where = _resolved
+        if key not in where and (memo is None or pointers & 15 == 0):
+            where[key] = _resolve(kernel, compiled, len(args), options)
         return
     known.start(
         grid[0],
@@ -109,6 +122,26 @@ def _start(
         *values,
         *known.constants,
     )
+
+
+def _kinds(
+    kernel: Any, device: int | None, args: tuple[Any, ...], options: dict[str, Any]
+) -> tuple[Any, ...]:
+    """What a compiled kernel depends on: dtypes, alignment, and the kind of each number."""
+    kinds: list[Any] = [kernel, device]
+    add = kinds.append
+    for arg in args:
+        kind = type(arg)
+        if kind is int:
+            wide = not -2147483648 <= arg <= 2147483647
+            add(1 if arg == 1 else 2 + (arg & 15 == 0) + 2 * wide)
+        elif isinstance(arg, Tensor):
+            add(arg.dtype)
+            add(arg.data_ptr() & 15)
+        else:
+            add(None if arg is None else kind)
+    kinds.extend(options.items())
+    return tuple(kinds)
 
 
 def _hooked() -> bool:
