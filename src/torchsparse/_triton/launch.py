@@ -17,6 +17,7 @@ from torch import Tensor
 
 __all__ = ["cdiv", "launch", "next_power"]
 
+_knobs: Any = getattr(triton, "knobs", None)
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
@@ -49,7 +50,7 @@ def launch(
     grid: tuple[int, ...],
     like: Tensor,
     *args: Any,
-    memo: tuple[dict[Any, Any], Any] | None = None,
+    memo: Any = None,
     **options: Any,
 ) -> None:
     """Run ``kernel`` over ``grid`` on the device of ``like``, in its current stream.
@@ -59,8 +60,8 @@ def launch(
         grid: One to three extents.
         like: A tensor on the device.
         *args: All parameters that are not constexpr: tensors, ints, floats or None.
-        memo: A dictionary and a key in it that determine the kernel, the device, the options, all
-            numbers and the dtypes of all tensors: they are then not looked at again.
+        memo: None, or a dictionary and a key in it that determine the kernel, the device, the
+            options, all numbers and the dtypes of all tensors: these are then not looked at.
         **options: The constexpr parameters, num_warps, num_stages.
     """
     if 0 in grid:
@@ -92,17 +93,15 @@ def _start(
             values.append(pointer)
         else:
             values.append(arg)
+    where, key = _resolved, None
     if memo is None:
-        known = _resolved.get(key := _kinds(kernel, device, args, options))
-    else:
+        key = _kinds(kernel, device, args, options)
+    elif pointers & 15 == 0:  # a kernel by memo is compiled for aligned tensors
         where, key = memo
-        # Kernels are compiled for aligned tensors; others go the long way.
-        known = where.get(key) if pointers & 15 == 0 else None
+    known = None if key is None else where.get(key)
     if known is None or _hooked():
         compiled = kernel[grid](*args, **options)
-        if memo is None:
-            where = _resolved
-        if key not in where and (memo is None or pointers & 15 == 0):
+        if key is not None and key not in where:
             where[key] = _resolve(kernel, compiled, len(args), options)
         return
     known.start(
@@ -146,17 +145,15 @@ def _kinds(
 
 def _hooked() -> bool:
     """Whether a profiler wants to see launches."""
-    runtime = triton.knobs.runtime
+    runtime = _knobs.runtime
     return bool(runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls)
 
 
-def _resolve(
-    kernel: Any, compiled: Any, given: int, options: dict[str, Any]
-) -> _Resolved | None:
+def _resolve(kernel: Any, compiled: Any, given: int, options: dict[str, Any]) -> _Resolved | None:
     """What a direct launch needs; None where this Triton is built differently."""
     if _stream is None or not triton.__version__.startswith("3.6."):
         return None
-    if not hasattr(triton.knobs.runtime.launch_enter_hook, "calls"):
+    if not hasattr(_knobs.runtime.launch_enter_hook, "calls"):
         return None
     run = compiled.run
     wanted = ("launch", "global_scratch_size", "profile_scratch_size")

@@ -16,7 +16,8 @@ def _or(a, b):
 
 @triton.jit
 def find_kernel(
-    coords, layout, taps_at, relation, bits, table, values, neighbors, keys, counts, M, shift, slots_mask,
+    coords, layout, taps_at, relation, bits, table, values, neighbors, keys, counts,
+    M, shift, slots_mask,
     D: tl.constexpr, K: tl.constexpr, WIDTH: tl.constexpr, TAPS: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     """Rows of the fine sites under every tap of every coarse site, and the sort keys of these.
