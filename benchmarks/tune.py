@@ -84,8 +84,9 @@ def step_of(
                 torch.autocast(device.type, torch.float16) if half else nullcontext()
             )
             out = network(SparseTensor(x.feats, x.coords, x.stride, x.spatial_range))
+        last = out[-1] if isinstance(out, list) else out
+        last.feats  # noqa: B018  # computed when somebody asks
         if mode == "train":
-            last = out[-1] if isinstance(out, list) else out
             network.zero_grad(set_to_none=True)
             last.feats.float().square().mean().backward()
 

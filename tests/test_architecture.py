@@ -28,7 +28,7 @@ STOREYS: dict[int, tuple[str, ...]] = {
         "_optional", "_compat", "_timing", "_tuned"),
     1: ("_reference", "_reference.*", "_triton", "_triton.*"),
     2: ("_ops", "_ops.*"),
-    3: ("_kernel_map", "_autograd", "_autograd.*"),
+    3: ("_kernel_map", "_lazy", "_autograd", "_autograd.*"),
     4: ("_cache", "_forms", "_search", "backends", "backend", "tensor"),
     5: ("operators", "nn.utils", "nn.utils.*", "nn.functional", "nn.functional.*", "utils",
         "utils.*"),

@@ -122,7 +122,9 @@ def record(arch: int = 90) -> Iterator[list[Compiled]]:
     done: dict[Any, Compiled] = {}
     found: list[Compiled] = []
 
-    def start(kernel: Any, grid: Any, device: Any, args: Any, options: Any) -> None:
+    def start(
+        kernel: Any, grid: Any, device: Any, args: Any, options: Any, memo: Any = None
+    ) -> None:
         kinds = tuple(map(_kind, args))
         key = (kernel, kinds, tuple(options.items()))
         if key not in done:

@@ -690,3 +690,14 @@ def test_a_choice_that_fails_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(Search, "_cost", cost)
     found = quiet(network(), dataflow_range=[Dataflow.FetchOnDemand, Dataflow.ImplicitGEMM])
     assert {config.dataflow for config in found.values()} == {Dataflow.ImplicitGEMM}
+
+
+def test_layers_in_groups_are_tuned_group_by_group() -> None:
+    model = nn.Sequential(spnn.Conv3d(4, 8, 3, groups=2), spnn.Conv3d(8, 8, 3, groups=8))
+    with pytest.MonkeyPatch.context() as patch:
+        seen: list[Site] = []
+        real = Search.add
+        patch.setattr(Search, "add", lambda self, sites: (seen.extend(sites), real(self, sites)))
+        found = quiet(model, tune_with_bwd=True, n_samples=1)
+    assert [(s.name, s.c_in, s.c_out) for s in seen] == [("0", 2, 4)] * 2
+    assert list(found) == ["0", "1"]  # depthwise products have a kernel without choices

@@ -9,10 +9,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from torchsparse._kernel_map import KernelMap
-from torchsparse._ops.conv import gather_gemm, weight_grad
-from torchsparse._recipe import ConvRecipe
+from torchsparse._lazy import Lazy
+from torchsparse._ops.conv import finish, gather_gemm, weight_grad
+from torchsparse._recipe import ConvRecipe, Epilogue
 
-__all__ = ["pointwise", "sparse_conv"]
+__all__ = ["deferred_conv", "deferred_pointwise", "pointwise", "sparse_conv"]
 
 
 def sparse_conv(
@@ -34,14 +35,45 @@ def sparse_conv(
         recipe: The choices of the call; sums are float32, or float64 for float64.
 
     Returns:
-        [M, C_out] in ``recipe.dtype``. Differentiable in feats, weight and bias; each gradient has the
-        dtype of its tensor and is summed in float32 or better.
+        [M, C_out] in ``recipe.dtype``. Differentiable in feats, weight and bias; each gradient has
+        the dtype of its tensor and is summed in float32 or better.
     """
     if torch.is_grad_enabled() and (
         feats.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     ):
         return _SparseConv.apply(feats, weight, bias, kmap, transposed, recipe)
     return _forward(feats, weight, bias, kmap, transposed, recipe)
+
+
+def deferred_conv(
+    feats: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    kmap: KernelMap,
+    transposed: bool,
+    recipe: ConvRecipe,
+) -> Lazy:
+    """`sparse_conv` without gradients, computed when somebody needs it: what follows may join."""
+
+    def make(epilogue: Epilogue | None) -> Tensor:
+        return _forward(feats, weight, bias, kmap, transposed, recipe, epilogue)
+
+    rows = kmap.num_inputs if transposed else kmap.num_outputs
+    inputs = (feats, weight) if bias is None else (feats, weight, bias)
+    return Lazy(make, (rows, weight.shape[2]), recipe.dtype, feats.device, inputs)
+
+
+def deferred_pointwise(
+    feats: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Lazy:
+    """`pointwise` in the same manner."""
+
+    def make(epilogue: Epilogue | None) -> Tensor:
+        out = pointwise(feats, weight, bias, dtype)
+        return out if epilogue is None else finish(out, epilogue)
+
+    inputs = (feats, weight) if bias is None else (feats, weight, bias)
+    return Lazy(make, (feats.shape[0], weight.shape[1]), dtype, feats.device, inputs)
 
 
 def _forward(
@@ -51,12 +83,19 @@ def _forward(
     kmap: KernelMap,
     transposed: bool,
     recipe: ConvRecipe,
+    epilogue: Epilogue | None = None,
 ) -> Tensor:
     planned = kmap.plan(recipe, weight.shape[2], transposed)
     dtype = recipe.compute
-    bias = None if bias is None else bias.to(dtype)
-    out = gather_gemm(feats.to(dtype), weight.to(dtype), bias, planned, recipe.precision)
-    return out.to(recipe.dtype)
+    out = gather_gemm(
+        feats if feats.dtype is dtype else feats.to(dtype),
+        weight if weight.dtype is dtype else weight.to(dtype),
+        bias if bias is None or bias.dtype is dtype else bias.to(dtype),
+        planned,
+        recipe.precision,
+        epilogue,
+    )
+    return out if dtype is recipe.dtype else out.to(recipe.dtype)
 
 
 class _SparseConv(torch.autograd.Function):

@@ -203,9 +203,10 @@ def compare(
     def step() -> None:
         half = torch.autocast(device.type, torch.float16) if enable_fp16 else nullcontext()
         with torch.set_grad_enabled(backward), half:
-            output = model(*_moved(found, device))
+            outputs = list(_outputs(model(*_moved(found, device))))  # asked for, thus computed
         if backward:
-            torch.autograd.backward([t.float().square().mean() for t in _outputs(output)])
+            losses = [t.float().square().mean() for t in outputs if t.requires_grad]
+            torch.autograd.backward(losses)
             model.zero_grad(set_to_none=True)
 
     def time(after: bool) -> Timing:
@@ -220,12 +221,11 @@ def compare(
 
 
 def _outputs(value: Any) -> Iterator[Tensor]:
-    """Differentiable tensors of a network's output."""
+    """Tensors of a network's output."""
     if isinstance(value, SparseTensor):
         value = value.feats
     if isinstance(value, Tensor):
-        if value.requires_grad:
-            yield value
+        yield value
     elif isinstance(value, (list, tuple, Mapping)):
         for item in value.values() if isinstance(value, Mapping) else value:
             yield from _outputs(item)
@@ -351,9 +351,10 @@ def _sites(
                 layer.ndim, x, layer.kernel_size, layer.stride, layer.padding, layer.dilation,
                 recipe.downsample_mode, layer.transposed, layer.generative, onto,
             )  # fmt: skip
-            sites.append(
-                Site(name, kmap, layer.transposed, conv.in_channels, conv.out_channels, recipe)
-            )
+            c_in, c_out = (c // layer.groups for c in (conv.in_channels, conv.out_channels))
+            if layer.groups == 1 or c_in > 1:  # groups of one channel have their own kernel
+                site = Site(name, kmap, layer.transposed, c_in, c_out, recipe)
+                sites.extend([site] * layer.groups)
 
         return see
 

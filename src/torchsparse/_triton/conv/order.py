@@ -3,14 +3,20 @@
 A tile of the implicit GEMM visits every tap that one of its rows has. Rows are therefore sorted
 by a key made of their taps: the rare taps, far from the centre, are its high bits (rows that own
 a rare tap gather in few tiles), neighbouring keys differ in few taps (Gray code), and heavy rows
-come first, so that no long tile runs alone at the end. Sixteen bits keep the radix sort short;
-where there are more taps, rare ones share a bit. docs/how-it-works has the measurements.
+come first, so that no long tile runs alone at the end. Fourteen bits let the sort count instead of
+compare; where there are more taps, rare ones share a bit. docs/how-it-works has the measurements.
+
+Rows of equal keys come in any order. Results do not depend on it: each row sums its own taps in
+ascending order, and a tap that it lacks adds an exact zero.
 """
+
+# The checker does not see what Triton's compiler makes of these functions.
+# pyright: reportOperatorIssue=false, reportGeneralTypeIssues=false
 
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -20,11 +26,33 @@ from torch import Tensor
 from torchsparse._geometry import Geometry, tap_list
 from torchsparse._triton.launch import cdiv, launch
 
-__all__ = ["Tiles", "key_bits", "make_tiles", "row_sort_keys", "sort_key"]
+__all__ = [
+    "SortKeys",
+    "Tiles",
+    "key_bits",
+    "make_tiles",
+    "new_sort_keys",
+    "row_sort_keys",
+    "sort_key",
+]
 
 TILE_ROWS = 64  # the smallest tile; taller ones unite the masks of several
-KEY_BITS = 16
-OWN_BITS = 6  # frequent taps that have a bit of their own where not all taps have one
+KEY_BITS = 14
+OWN_BITS = 10  # frequent taps that have a bit of their own where not all taps have one
+
+
+class SortKeys(NamedTuple):
+    """Keys of rows, and how many rows have each; rows of key 0 are not counted."""
+
+    keys: Tensor  # [M] int16, 0 <= key < bins
+    counts: Tensor  # [bins] int32
+
+
+def new_sort_keys(rows: int, volume: int, device: torch.device) -> SortKeys:
+    """Room for the keys of so many rows over so many taps."""
+    keys = torch.empty(rows, dtype=torch.int16, device=device)
+    bins = 1 << min(volume, KEY_BITS)
+    return SortKeys(keys, torch.zeros(bins, dtype=torch.int32, device=device))
 
 
 class Tiles(NamedTuple):
@@ -34,9 +62,10 @@ class Tiles(NamedTuple):
         table = [[0, -1, -1], [1, 0, 2], [-1, 1, -1]],  masks = [[0b111, 0b010]]
     """
 
-    order: Tensor | None  # [M] int64, the output row at each place; None: they are equal
+    order: Tensor | None  # [M] int32, the output row at each place; None: they are equal
     table: Tensor  # [K, M] int32, input row under tap k at place m, -1 = none
     masks: Tensor  # [ceil(K / 32), ceil(M / 64)] int32, bit k: some row of the tile has the tap
+    memo: dict[Any, Any]  # of launches over this table
 
 
 def bit_of_taps(geometry: Geometry, first: int, last: int) -> list[int]:
@@ -84,12 +113,11 @@ def key_bits(
 
 @triton.jit
 def sort_key(word):
-    """The place of a 16-bit word in the Gray sequence, as int16 around 0."""
+    """The place of a word of at most 16 bits in the Gray sequence."""
     word = word ^ (word >> 1)
     word = word ^ (word >> 2)
     word = word ^ (word >> 4)
-    word = word ^ (word >> 8)
-    return ((word & 0xFFFF) - 32768).to(tl.int16)
+    return word ^ (word >> 8)
 
 
 @triton.jit
@@ -98,7 +126,9 @@ def _or(a, b):
 
 
 @triton.jit
-def row_key_kernel(neighbors, bits, keys, M, n_row, n_tap, K: tl.constexpr, BR: tl.constexpr):
+def row_key_kernel(
+    neighbors, bits, keys, counts, M, n_row, n_tap, K: tl.constexpr, BR: tl.constexpr
+):  # fmt: skip
     """keys[m] = the sort key of row m, from its taps."""
     rows = tl.program_id(0) * BR + tl.arange(0, BR)
     live = rows < M
@@ -109,7 +139,47 @@ def row_key_kernel(neighbors, bits, keys, M, n_row, n_tap, K: tl.constexpr, BR: 
         idx = tl.load(neighbors + at, mask=live[:, None] & (taps < K)[None, :], other=-1)
         bit = tl.load(bits + taps)
         word |= tl.reduce(tl.where(idx >= 0, bit[None, :], 0), 1, _or)
-    tl.store(keys + rows, sort_key(word), mask=live)
+    key = sort_key(word)
+    tl.store(keys + rows, key.to(tl.int16), mask=live)
+    same, rank = _alike(key, live, BR)
+    tl.atomic_add(counts + key, same, mask=live & (rank == 0) & (key > 0), sem="relaxed")
+
+
+@triton.jit
+def _alike(key, live, BR: tl.constexpr):
+    """How many of the rows at hand have the same key, and how many of these stand before.
+
+    One of them then speaks for all: a map of two by two taps has eight keys for all its rows, and
+    atomic operations on one address take their turns.
+    """
+    i = tl.arange(0, BR)
+    keys = tl.where(live, key, -1)
+    equal = (keys[:, None] == keys[None, :]).to(tl.int32)
+    before = tl.where(i[None, :] < i[:, None], equal, 0)
+    return tl.sum(equal, axis=1), tl.sum(before, axis=1)
+
+
+@triton.jit
+def start_kernel(counts, starts, BINS: tl.constexpr):
+    """starts[key] = rows with a larger key: where its rows begin."""
+    keys = tl.arange(0, BINS)
+    count = tl.load(counts + keys)
+    tl.store(starts + keys, tl.sum(count, axis=0) - tl.cumsum(count, axis=0))
+
+
+@triton.jit
+def place_kernel(keys, starts, order, M, BR: tl.constexpr):
+    """Put each row behind those of its key that came before; ``starts`` counts up."""
+    rows = tl.program_id(0) * BR + tl.arange(0, BR)
+    live = rows < M
+    key = tl.load(keys + rows, mask=live, other=0).to(tl.int32)
+    same, rank = _alike(key, live, BR)
+    first = tl.atomic_add(starts + key, same, mask=live & (rank == 0), sem="relaxed")
+    # The place of the first of its kind, from wherever that row is in the block.
+    kin = tl.where(live, key, -1)
+    lead = (kin[:, None] == kin[None, :]) & (rank == 0)[None, :]
+    place = tl.sum(tl.where(lead, first[None, :], 0), axis=1) + rank
+    tl.store(order + place, rows, mask=live)
 
 
 @triton.jit
@@ -136,30 +206,42 @@ def tile_kernel(
     tl.store(masks + tl.program_id(1) * T + tile, mask)
 
 
-def row_sort_keys(neighbors: Tensor, bits: Tensor) -> Tensor:
-    """[M] int16 sort keys of the rows of a table [K, M] int32, any strides; bits of `key_bits`."""
+def row_sort_keys(neighbors: Tensor, bits: Tensor) -> SortKeys:
+    """The sort keys of the rows of a table [K, M] int32, any strides; bits of `key_bits`."""
     volume, m = neighbors.shape
-    keys = torch.empty(m, dtype=torch.int16, device=neighbors.device)
+    found = new_sort_keys(m, volume, neighbors.device)
     launch(
-        row_key_kernel, (cdiv(m, 64),), neighbors, neighbors, bits, keys, m,
+        row_key_kernel, (cdiv(m, 64),), neighbors, neighbors, bits, *found, m,
         neighbors.stride(1), neighbors.stride(0), K=volume, BR=64,
     )  # fmt: skip
-    return keys
+    return found
 
 
-def make_tiles(neighbors: Tensor, keys: Tensor | None) -> Tiles:
+def _sort(found: SortKeys) -> Tensor:
+    """[M] int32, rows by key, largest first: a counting sort."""
+    m = found.keys.shape[0]
+    starts = torch.empty_like(found.counts)
+    bins = starts.shape[0]
+    order = torch.empty(m, dtype=torch.int32, device=starts.device)
+    launch(
+        start_kernel, (1,), starts, found.counts, starts, BINS=bins,
+        num_warps=16 if bins >= 4096 else 4,
+    )  # fmt: skip
+    launch(place_kernel, (cdiv(m, 128),), starts, found.keys, starts, order, m, BR=128)
+    return order
+
+
+def make_tiles(neighbors: Tensor, keys: SortKeys | None) -> Tiles:
     """Sort the rows of a table by ``keys`` (largest first; None: leave them) and tile them.
 
     Args:
         neighbors: [K, M] int32, -1 = none; any strides.
-        keys: [M] int16 or None.
+        keys: Of its rows, or None.
     """
     volume, m = neighbors.shape
     device = neighbors.device
     tiles, words = cdiv(m, TILE_ROWS), cdiv(volume, 32)
-    order = None
-    if keys is not None:
-        order = torch.sort(keys, descending=True, stable=True).indices
+    order = None if keys is None else _sort(keys)
     table = torch.empty((volume, m), dtype=torch.int32, device=device)
     masks = torch.empty((words, tiles), dtype=torch.int32, device=device)
     launch(
@@ -167,4 +249,4 @@ def make_tiles(neighbors: Tensor, keys: Tensor | None) -> Tiles:
         neighbors.stride(1), neighbors.stride(0),
         K=volume, BR=TILE_ROWS, SORTED=order is not None,
     )  # fmt: skip
-    return Tiles(order, table, masks)
+    return Tiles(order, table, masks, {})

@@ -1,5 +1,8 @@
 """Kernels that fill tables: with given coordinates, or with the sites that a layer creates."""
 
+# The checker does not see what Triton's compiler makes of these functions.
+# pyright: reportOperatorIssue=false, reportGeneralTypeIssues=false
+
 import triton
 import triton.language as tl
 
