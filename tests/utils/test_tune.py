@@ -463,7 +463,7 @@ def test_deterministic_mode_tunes_nothing(folder: Path) -> None:
 
 
 PROCESS = """
-    import sys, warnings, torch, torchsparse
+    import os, sys, warnings, torch, torchsparse
     from torchsparse import SparseTensor, _tuned, nn as spnn
     warnings.simplefilter("ignore")  # as other libraries warn
     rank, store = int(sys.argv[1]), sys.argv[2]
@@ -507,7 +507,8 @@ PROCESS = """
         assert rank == 1 and "no data" in str(error)
     group.barrier()
     group.destroy_process_group()
-    print("done")
+    print("done", flush=True)
+    os._exit(0)  # PyTorch's own threads may still run, and then end the process with a signal
 """
 
 
