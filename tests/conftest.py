@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -15,6 +16,10 @@ from torchsparse.utils.tensor_cache import (
     clear_global_tensor_cache,
     set_tensor_cache_mode,
 )
+
+# Without a GPU, kernels run under Triton's interpreter, which asks when Triton is imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
