@@ -35,13 +35,13 @@ def test_find_taps_matches_dictionary_and_reference(
     ndim: int, which: int, name: str, device: torch.device
 ) -> None:
     geometry = geometries(ndim)[which]
-    fine = cloud(ndim, name)
+    fine = cloud(ndim, name, 24)
     index = build_index(to(device, fine), geometry.reach)
     twin = reference.build_index(to(torch.device("cpu"), fine), geometry.reach)
     if geometry.kind == "submanifold":
         coarse, given = fine, None
     else:
-        coarse = cloud(ndim, "coarse sites", 50, -9, 12)
+        coarse = cloud(ndim, "coarse sites", 20, -7, 9)
         given = to(device, coarse)
     found, keys = find_taps(index, given, geometry)
     assert found.dtype == torch.int32 and found.shape == (geometry.volume, len(coarse))

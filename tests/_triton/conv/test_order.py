@@ -1,0 +1,158 @@
+"""Row order: sort keys, tiles and their masks."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from tests._triton.kit import random_table, rows_of, taps
+from torchsparse._geometry import Geometry
+from torchsparse._triton.conv.order import (
+    TILE_ROWS,
+    bit_of_taps,
+    key_bits,
+    make_tiles,
+    row_sort_keys,
+)
+
+ONES = (1, 1, 1)
+CUBE = Geometry.submanifold((3, 3, 3), ONES)
+GEOMETRIES = {
+    "1": Geometry.submanifold((1, 1, 1), ONES),
+    "3": CUBE,
+    "5": Geometry.submanifold((5, 5, 5), ONES),
+    "2 down": Geometry.strided((2, 2, 2), (2, 2, 2), (0, 0, 0), ONES, "spconv"),
+    "3 down": Geometry.strided((3, 3, 3), (2, 2, 2), ONES, ONES, "spconv"),
+    "3 x 1 x 2": Geometry.submanifold((3, 1, 2), (2, 2, 2)),
+    "4 axes": Geometry.submanifold((3, 3, 3, 3), (1,) * 4),
+    "1 axis": Geometry.submanifold((33,), (1,)),
+}  # fmt: skip
+SIZES = [(27, 0), (27, 1), (1, 64), (8, 65), (27, 130), (31, 70), (32, 70), (33, 70), (125, 66)]
+
+
+@pytest.mark.parametrize("name", GEOMETRIES)
+def test_rare_taps_are_the_high_bits(name: str) -> None:
+    geometry = GEOMETRIES[name]
+    bits = bit_of_taps(geometry, 0, geometry.volume)
+    centre = [geometry.volume // 2] if geometry.is_symmetric else []
+    assert [k for k, bit in enumerate(bits) if bit < 0] == centre
+    own = [bit for bit in bits if bit >= 0]
+    assert set(own) == set(range(min(len(own), 16)))  # every bit is used
+    steps = [
+        sum(
+            (1.6 if geometry.ndim == 3 and axis == 2 else 1.0) * abs(d * t - o)
+            for axis, (t, d, o) in enumerate(zip(tap, geometry.dilation, geometry.offset))
+        )
+        for tap in taps(geometry.kernel_size)
+    ]
+    for k, bit in enumerate(bits):
+        for other, lower in enumerate(bits):
+            assert not (steps[k] < steps[other] and bit > lower >= 0)
+
+
+def test_a_cube_has_six_bits_for_its_faces() -> None:
+    """The six frequent taps are told apart, the twenty others share ten bits in pairs."""
+    bits = bit_of_taps(CUBE, 0, 27)
+    faces = [k for k, tap in enumerate(taps((3, 3, 3))) if sum(t != 1 for t in tap) == 1]
+    assert sorted(bits[k] for k in faces) == [0, 1, 2, 3, 4, 5]
+    assert sorted(bit for bit in bits if bit > 5) == sorted([*range(6, 16)] * 2)
+
+
+def test_the_share_of_a_split_has_bits_of_its_own() -> None:
+    """Nine taps of a third all have one."""
+    for first in (0, 9, 18):
+        bits = bit_of_taps(CUBE, first, first + 9)
+        assert sorted(bits) == ([-1, *range(8)] if first == 9 else [*range(9)])
+
+
+def gray_place(word: int) -> int:
+    """Where a word stands in the Gray sequence n ^ (n >> 1)."""
+    place = 0
+    while word:
+        place ^= word
+        word >>= 1
+    return place
+
+
+def test_the_judge_of_gray_places() -> None:
+    assert [gray_place(n ^ (n >> 1)) for n in range(1 << 16)] == list(range(1 << 16))
+
+
+def expected_keys(table: Tensor, geometry: Geometry) -> list[int]:
+    bits = bit_of_taps(geometry, 0, geometry.volume)
+    keys = []
+    for row in table.t().tolist():
+        word = 0
+        for k, i in enumerate(row):
+            if i >= 0 and bits[k] >= 0:
+                word |= 1 << bits[k]
+        keys.append(gray_place(word) - 32768)
+    return keys
+
+
+@pytest.mark.parametrize("name", GEOMETRIES)
+@pytest.mark.parametrize("rows", [0, 1, 70])
+def test_row_sort_keys(name: str, rows: int, device: torch.device) -> None:
+    geometry = GEOMETRIES[name]
+    table = random_table(device, geometry.volume, rows, rows)
+    keys = row_sort_keys(table, key_bits(geometry, device))
+    assert keys.dtype == torch.int16
+    assert keys.tolist() == expected_keys(table, geometry)
+
+
+def test_row_sort_keys_of_a_view(device: torch.device) -> None:
+    table = random_table(device, 27, 70, 70)
+    view = table.t().contiguous().t()
+    bits = key_bits(CUBE, device)
+    assert view.stride() != table.stride()
+    assert torch.equal(row_sort_keys(view, bits), row_sort_keys(table, bits))
+
+
+@pytest.mark.parametrize("sort", [False, True])
+@pytest.mark.parametrize(("volume", "rows"), SIZES)
+def test_tiles(volume: int, rows: int, sort: bool, device: torch.device) -> None:
+    """Every row once, the table in that order, masks the taps of 64 rows."""
+    table = random_table(device, volume, rows, rows, 0.1)
+    keys = None
+    if sort:
+        values = np.random.default_rng(rows).integers(-32768, 32768, rows).astype(np.int16)
+        keys = torch.from_numpy(values).to(device)
+    order, placed, masks = make_tiles(table.t().contiguous().t(), keys)
+    if keys is None:
+        assert order is None
+        assert torch.equal(placed, table)
+    else:
+        assert order is not None and sorted(order.tolist()) == list(range(rows))
+        sorted_keys = keys[order].tolist()
+        assert sorted_keys == sorted(sorted_keys, reverse=True)
+        assert torch.equal(placed, table[:, order])
+    tiles = -(-rows // TILE_ROWS)
+    assert masks.shape == (-(-volume // 32), tiles)
+    words = rows_of(masks) & 0xFFFFFFFF
+    for tile in range(tiles):
+        union = sum(int(word) << (32 * n) for n, word in enumerate(words[:, tile]))
+        present = (placed[:, tile * TILE_ROWS : (tile + 1) * TILE_ROWS] >= 0).any(1)
+        assert union == sum(1 << k for k in range(volume) if present[k])
+
+
+def test_equal_keys_keep_the_order_of_rows(device: torch.device) -> None:
+    """Rows of equal taps stay neighbours in space, and every run gives the same order."""
+    table = random_table(device, 8, 100, 100)
+    keys = (torch.arange(100, device=device) % 3).to(torch.int16)
+    order = make_tiles(table, keys).order
+    assert order is not None
+    assert order.tolist() == sorted(range(100), key=lambda n: (-(n % 3), n))
+
+
+def test_sorting_makes_tiles_pure(device: torch.device) -> None:
+    """Two kinds of rows, mixed: sorted, a tile has the taps of one kind."""
+    table = torch.full((27, 128), -1, dtype=torch.int32, device=device)
+    table[:5, ::2] = 1
+    table[20:, 1::2] = 2
+    keys = row_sort_keys(table, key_bits(CUBE, device))
+    mixed, pure = make_tiles(table, None).masks, make_tiles(table, keys).masks
+    one, other = sum(1 << k for k in range(5)), sum(1 << k for k in range(20, 27))
+    assert mixed.tolist() == [[one | other] * 2]
+    assert sorted(pure.tolist()[0]) == sorted([one, other])
