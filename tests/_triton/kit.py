@@ -20,11 +20,22 @@ from torchsparse._geometry import Geometry
 triton = pytest.importorskip("triton", reason="the kernels need Triton")
 
 __all__ = [
-    "cloud", "geometries", "natural", "random_table", "rows_of", "search", "taps", "to", "triton"
+    "HALVES", "cloud", "geometries", "natural", "random_table", "rows_of", "search", "taps", "to",
+    "triton",
 ]  # fmt: skip
 
 Ints = NDArray[np.int64]
 NDIMS = (1, 2, 3, 4)
+HALVES = [
+    torch.float16,
+    pytest.param(
+        torch.bfloat16,
+        marks=pytest.mark.skipif(
+            not torch.cuda.is_available(),
+            reason="Triton's interpreter multiplies bfloat16 operands as the integers they are",
+        ),
+    ),
+]
 
 
 def to(device: torch.device, array: NDArray[np.generic] | Sequence[Sequence[int]]) -> Tensor:
