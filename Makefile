@@ -5,10 +5,20 @@ BIN    := $(VENV)/bin
 # TORCH_INDEX=https://... picks a wheel index, for example one with CPU builds of PyTorch.
 PIP_FLAGS := -c requirements/constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: help demo test lint format bench clean
+# On a GPU nothing is installed: $(PYTHON) brings PyTorch, Triton, pytest and hypothesis.
+# The packages there are whatever they are, so their deprecations are shown and do not fail.
+GPU_ENV    := PYTHONPATH=src PYTHONUNBUFFERED=1 TORCHSPARSE_TEST_DEVICE=cuda
+GPU_PYTEST := $(PYTHON) -m pytest -p no:cacheprovider -W default::DeprecationWarning $(PYTEST_FLAGS)
+SHARDS     ?= 1/3 2/3 3/3
+SANITIZER  ?= compute-sanitizer
+TOOL       ?= memcheck
+
+.PHONY: help demo test test-gpu test-gpu-sanitizer lint format bench clean
 help:
 	@echo "make demo    train a network on synthetic streets and look at the result"
 	@echo "make test    run the tests"
+	@echo "make test-gpu            the tests that touch a device on CUDA, SHARD=1/3 a third of them"
+	@echo "make test-gpu-sanitizer  every kernel once under compute-sanitizer"
 	@echo "make lint    ruff and the type checker"
 	@echo "make bench   time layers and networks on this machine"
 
@@ -17,6 +27,19 @@ demo: $(VENV)/.app
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest
+
+test-gpu:
+	@status=0; for shard in $(or $(SHARD),$(SHARDS)); do \
+	    echo "== shard $$shard"; \
+	    $(GPU_ENV) TORCHSPARSE_TEST_SHARD=$$shard $(GPU_PYTEST) || status=$$?; \
+	done; exit $$status
+
+# Small blocks straight from the driver, so that a step over the edge leaves an allocation; first
+# without the sanitizer, which fills Triton's cache of compiled kernels.
+test-gpu-sanitizer:
+	$(GPU_ENV) $(PYTHON) tests/gpu/sanitize.py
+	$(GPU_ENV) PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZER) --tool $(TOOL) --error-exitcode 1 \
+	    $(PYTHON) tests/gpu/sanitize.py
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -10,10 +9,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from benchmarks.floors import Work
 from benchmarks.scenes import Scene
 from torchsparse import SparseTensor
 from torchsparse import nn as spnn
 from torchsparse.backbones import SparseResNet21D, SparseResUNet42
+from torchsparse.backbones.modules.blocks import SparseResBlock
 from torchsparse.nn import functional as F
 
 
@@ -25,45 +26,58 @@ class Case(NamedTuple):
     in_channels: int
 
 
-class _Block(nn.Module):
-    """A strided layer and its inverse: the only way to give a transposed layer its fine sites."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.down = spnn.Conv3d(channels, channels, 2, 2)
-        self.up = spnn.Conv3d(channels, channels, 2, 2, transposed=True)
-
-    def forward(self, x: SparseTensor) -> SparseTensor:
-        return self.up(self.down(x))
-
-
 def _layer(name: str, c_in: int, c_out: int, *args: Any) -> Case:
     return Case(name, lambda: spnn.Conv3d(c_in, c_out, *args), c_in)
+
+
+def _down_up(channels: int) -> nn.Module:
+    """A strided layer and its inverse: the only way to give a transposed layer its fine sites."""
+    return nn.Sequential(
+        spnn.Conv3d(channels, channels, 2, 2),
+        spnn.Conv3d(channels, channels, 2, 2, transposed=True),
+    )
+
+
+def centerpoint() -> nn.Module:
+    """The sparse encoder of CenterPoint: four stages of residual blocks, then along z."""
+
+    def block(c_in: int, c_out: int, *args: Any) -> list[nn.Module]:
+        return [spnn.Conv3d(c_in, c_out, *args), spnn.BatchNorm(c_out), spnn.ReLU(True)]
+
+    layers: list[nn.Module] = [*block(4, 16, 3)]
+    widths = (16, 32, 64, 128)
+    for c_in, c in zip((None, *widths), widths):
+        layers += [] if c_in is None else block(c_in, c, 3, 2, 1)
+        layers += [SparseResBlock(c, c, 3), SparseResBlock(c, c, 3)]
+    return nn.Sequential(*layers, *block(128, 128, (1, 1, 3), (1, 1, 2)))
 
 
 LAYERS = {
     case.name: case
     for case in (
         _layer("subm-3-4-32", 4, 32, 3),  # kernel size, C_in, C_out
+        _layer("subm-3-16-16", 16, 16, 3),
         _layer("subm-3-32-32", 32, 32, 3),
         _layer("subm-3-64-64", 64, 64, 3),
         _layer("subm-3-128-128", 128, 128, 3),
+        _layer("subm-3-256-256", 256, 256, 3),
         _layer("subm-5-32-32", 32, 32, 5),
         _layer("strided-3-32-64", 32, 64, 3, 2, 1),
         _layer("strided-2-64-64", 64, 64, 2, 2),
-        Case("down-up-2-64-64", lambda: _Block(64), 64),
+        Case("down-up-2-64-64", lambda: _down_up(64), 64),
     )
 }
 NETWORKS = {
     "minkunet": Case("minkunet", SparseResUNet42, 4),
     "minkunet-half": Case("minkunet-half", lambda: SparseResUNet42(width_multiplier=0.5), 4),
+    "centerpoint": Case("centerpoint", centerpoint, 4),
     "resnet21d": Case("resnet21d", SparseResNet21D, 4),
 }
 CASES = LAYERS | NETWORKS
 
 
 def tensor(scene: Scene, channels: int, device: Any, dtype: torch.dtype) -> SparseTensor:
-    """A scene as input: its own features for 4 channels, random ones for others."""
+    """A scene as input: its own features for as many channels, random ones for others."""
     feats = torch.from_numpy(scene.feats)
     if channels != feats.shape[1]:
         generator = torch.Generator().manual_seed(0)
@@ -73,32 +87,22 @@ def tensor(scene: Scene, channels: int, device: Any, dtype: torch.dtype) -> Spar
     )
 
 
-def fresh(x: SparseTensor, keep_maps: bool, requires_grad: bool = False) -> SparseTensor:
-    """The same tensor for another call, with its maps or without."""
-    feats = x.feats.detach().requires_grad_(requires_grad)
-    out = SparseTensor(feats, x.coords, x.stride, x.spatial_range)
-    if keep_maps:
-        out._caches = x._caches
-    return out
-
-
-def result(output: Any) -> Tensor:
-    """The features of the last tensor that a network returned."""
-    return (output[-1] if isinstance(output, list) else output).feats
-
-
 @contextmanager
-def counting(network: nn.Module) -> Iterator[list[float]]:
-    """Count multiplications and additions of all convolutions, per forward pass."""
-    flops: list[float] = []
+def counting(network: nn.Module) -> Iterator[list[Work]]:
+    """What each convolution of a forward pass has to do."""
+    found: list[Work] = []
 
-    def count(conv: Any, inputs: tuple[Any, ...]) -> None:
-        flops.append(2.0 * pairs(conv, inputs[0]) * conv.in_channels * conv.out_channels)
+    def count(conv: Any, inputs: tuple[Any, ...], output: SparseTensor) -> None:
+        sizes = inputs[0].feats.shape[0], output.feats.shape[0]
+        found.append(
+            Work(pairs(conv, inputs[0]), *sizes, conv.kernel_volume, conv.in_channels,
+                 conv.out_channels)
+        )  # fmt: skip
 
     convs = [m for m in network.modules() if isinstance(m, spnn.Conv3d)]
-    hooks = [conv.register_forward_pre_hook(count) for conv in convs]
+    hooks = [conv.register_forward_hook(count) for conv in convs]
     try:
-        yield flops
+        yield found
     finally:
         for hook in hooks:
             hook.remove()
@@ -107,13 +111,19 @@ def counting(network: nn.Module) -> Iterator[list[float]]:
 @torch.no_grad()
 def pairs(conv: Any, x: SparseTensor) -> int:
     """Valid neighbours of a layer: the sum of its output for ones and a kernel of ones."""
-    if math.prod(conv.kernel_size) == 1 and math.prod(conv.stride) == 1:
+    if conv.kernel_volume == 1 and max(conv.stride) == 1:
         return x.feats.shape[0]
-    ones = SparseTensor(torch.ones_like(x.feats[:, :1]), x.coords, x.stride, x.spatial_range)
-    ones._caches = x._caches
-    kernel = torch.ones_like(conv.kernel[..., :1, :1])
+    ones = torch.ones(len(x.coords), 1, dtype=torch.float32, device=x.feats.device)
+    given = SparseTensor(ones, x.coords, x.stride, x.spatial_range)
+    given._caches = x._caches
+    kernel = ones.new_ones(conv.kernel_volume, 1, 1)
     out = F.conv3d(
-        ones, kernel, conv.kernel_size, None, conv.stride, conv.padding, conv.dilation,
+        given, kernel, conv.kernel_size, None, conv.stride, conv.padding, conv.dilation,
         transposed=conv.transposed,
     )  # fmt: skip
     return int(out.feats.double().sum())
+
+
+def features(output: Any) -> Tensor:
+    """The features of the last tensor that a network returned."""
+    return (output[-1] if isinstance(output, list) else output).feats

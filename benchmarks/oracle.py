@@ -16,8 +16,9 @@ from torchsparse import SparseTensor
 from torchsparse import nn as spnn
 from torchsparse.nn import functional as F
 
-# float32 sums of up to some ten thousand products in another order, relative to the largest.
-TOLERANCE = 1e-4
+# Of the largest entry. float32: sums of up to some ten thousand products in another order; TF32:
+# factors of 10 bits; half: inputs are rounded alike, one rounding to 11 or 8 bits at the end.
+TOLERANCE = {"fp32": 1e-4, "tf32": 3e-3, "fp16": 4e-3, "bf16": 3e-2}
 
 
 class WrongResult(Exception):
@@ -45,7 +46,8 @@ def dense_conv(conv: Any, kernel: Tensor, feats: Tensor, rows: Tensor, sites: Te
         [M, C_out] float64.
     """
     size, stride, dilation = conv.kernel_size, conv.stride, conv.dilation
-    extent = [int(n) + 2 for n in rows.amax(0)[1:]]  # one empty layer behind the far border
+    # Empty layers behind the far border: room for every site that a tap ties to a row.
+    extent = [int(n) + 1 + d * k for n, k, d in zip(rows.amax(0)[1:], size, dilation)]
     box = feats.new_zeros(feats.shape[1], *extent)
     box[:, rows[:, 1], rows[:, 2], rows[:, 3]] = feats.t()
     taps = dense_kernel(kernel, size)
@@ -72,7 +74,7 @@ def dense_conv(conv: Any, kernel: Tensor, feats: Tensor, rows: Tensor, sites: Te
     return out[:, x, y, z].t() * inside[:, None]
 
 
-def check_layer(conv: Any, x: SparseTensor) -> bool:
+def check_layer(conv: Any, x: SparseTensor, tolerance: float) -> bool:
     """Compare output, input gradient and kernel gradient of one layer.
 
     Returns:
@@ -96,23 +98,24 @@ def check_layer(conv: Any, x: SparseTensor) -> bool:
     feats = x.feats.detach().double().cpu().requires_grad_()
     taps = kernel.double().cpu().requires_grad_()
     want = dense_conv(conv, taps, feats, x.coords.cpu().long(), got.coords.cpu().long())
-    push = torch.randn(want.shape, generator=torch.Generator().manual_seed(0), dtype=want.dtype)
-    got_grads = torch.autograd.grad(
-        got.feats, [own.feats, weight], push.to(got.feats), allow_unused=True
-    )
-    want_grads = torch.autograd.grad(want, [feats, taps], push)
+    push = torch.randn(want.shape, generator=torch.Generator().manual_seed(0)).to(got.feats)
+    got_grads = torch.autograd.grad(got.feats, [own.feats, weight], push, allow_unused=True)
+    want_grads = torch.autograd.grad(want, [feats, taps], push.double().cpu())
     pairs = zip(("output", "input gradient", "kernel gradient"), (got.feats, *got_grads),
                 (want, *want_grads))  # fmt: skip
     for what, a, b in pairs:
         error = (a.detach().double().cpu() - b).abs().max().item()
         scale = b.abs().max().item()
-        if not error <= TOLERANCE * max(scale, 1e-3):
+        if not error <= tolerance * max(scale, 1e-3):
             raise WrongResult(f"{conv}: {what} is off by {error:.2e}, largest entry {scale:.2e}")
     return True
 
 
-def check(network: nn.Module, x: SparseTensor) -> int:
+def check(network: nn.Module, x: SparseTensor, dtype: str = "fp32") -> int:
     """Run a network on a small tensor and judge each of its convolutions on the way.
+
+    Args:
+        dtype: A row of `TOLERANCE`.
 
     Returns:
         How many were compared.
@@ -124,7 +127,7 @@ def check(network: nn.Module, x: SparseTensor) -> int:
 
     def judge(conv: nn.Module, inputs: tuple[Any, ...]) -> None:
         nonlocal count
-        count += check_layer(conv, inputs[0])
+        count += check_layer(conv, inputs[0], TOLERANCE[dtype])
 
     convs = [m for m in network.modules() if isinstance(m, spnn.Conv3d)]
     hooks = [conv.register_forward_pre_hook(judge) for conv in convs]

@@ -1,154 +1,205 @@
-"""Time layers and networks of this library on one device.
+"""Time layers and networks of this library on one device, beside SpConv if it is there.
 
     python benchmarks/run.py                                  # the default set, some minutes
     python benchmarks/run.py minkunet --scene street-fine --mode train
-    python benchmarks/run.py --device cuda
+    python benchmarks/run.py --device cuda --dtypes fp16 tf32 --fresh
+    python benchmarks/run.py minkunet --scene path/to/scan.npz --libraries torchsparse spconv
 
-Each case is first checked against a dense float64 convolution on a small crop; where they
-disagree, no time is printed and the exit code is 1.
+Each case is first checked against float64: where this library disagrees, no time is printed and
+the exit code is 1; where the other one does, it is left out.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import itertools
 import platform
-import resource
-import statistics
+import subprocess
 import sys
-import time
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
+from torch import Tensor, nn
 
 import torchsparse
-from benchmarks import oracle, scenes
-from benchmarks.cases import CASES, LAYERS, Case, counting, fresh, result, tensor
+from benchmarks import engines, floors, oracle, scenes, timing
+from benchmarks.cases import CASES, LAYERS, Case, counting, tensor
 
-DEFAULT = (*LAYERS, "minkunet", "resnet21d")
+DEFAULT = (*LAYERS, "minkunet", "centerpoint")
 MODES = ("infer", "train")
 RESULTS = Path(__file__).parent / "results"
-# Rows of a result, in the order of the file.
+# Rows of a result, in the order of the file. Empty: not measured on this device.
 COLUMNS = (
-    "case", "mode", "maps", "scene", "voxels", "gflop", "median_ms", "min_ms", "gflop_per_s",
-    "share_of_matmul", "peak_mb", "repeats", "threads", "device", "torch", "torchsparse",
+    "case", "library", "mode", "maps", "dtype", "scene", "voxels", "density", "gflop", "mb",
+    "wall_ms", "min_ms", "gpu_ms", "clock", "kernel_ms", "launches", "floor_ms",
+    "share_of_floor", "tflop_per_s", "peak_mb", "repeats", "copy_gb_per_s", "matmul_tflop_per_s",
+    "threads", "device", "torch", "triton", "version",
 )  # fmt: skip
 HEAD = (
-    f"{'case':<17}{'mode':<7}{'maps':<8}{'GFLOP':>8}{'median ms':>11}{'min ms':>9}"
-    f"{'GFLOP/s':>9}{'of matmul':>11}{'peak MB':>9}"
+    f"{'case':<17}{'library':<12}{'mode':<6}{'maps':<7}{'type':<5}{'GFLOP':>8}{'wall ms':>9}"
+    f"{'gpu ms':>9}{'kernels':>9}{'calls':>6}{'floor ms':>9}{'of floor':>9}{'peak MB':>9}"
 )
-LINE = (
-    "{case:<17}{mode:<7}{maps:<8}{gflop:>8.2f}{median_ms:>11.1f}{min_ms:>9.1f}"
-    "{gflop_per_s:>9.1f}{share_of_matmul:>11.0%}{peak_mb:>9.0f}"
-)
+# Whole networks, shares of the largest output: a rounding per layer, through forty layers.
+AGREE = {"fp32": 1e-3, "tf32": 2e-2, "fp16": 2e-2, "bf16": 1e-1}
 
 
-def synchronize(device: torch.device) -> None:
-    """Wait until the device has finished."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def line(row: dict[str, Any]) -> str:
+    def number(name: str, form: str) -> str:
+        value = row.get(name)
+        width = form.split(".")[0]
+        return f"{'-':>{width}}" if value is None else f"{value:{form}}"
+
+    numbers = (
+        ("gflop", "8.2f"), ("wall_ms", "9.3f"), ("gpu_ms", "9.3f"), ("kernel_ms", "9.3f"),
+        ("launches", "6.0f"), ("floor_ms", "9.3f"), ("share_of_floor", "9.0%"),
+        ("peak_mb", "9.0f"),
+    )  # fmt: skip
+    words = f"{row['case']:<17}{row['library']:<12}{row['mode']:<6}{row['maps']:<7}"
+    return f"{words}{row['dtype']:<5}" + "".join(number(*n) for n in numbers)
 
 
-def times(step: Callable[[], Any], device: torch.device, seconds: float) -> list[float]:
-    """Milliseconds of repeated calls: one to warm up, then 3 (2 if they take more than three
-    seconds each) to 50 within about ``seconds``."""
-    start = time.perf_counter()
-    step()
-    synchronize(device)
-    least = 3 if time.perf_counter() - start < 3 else 2
-    found: list[float] = []
-    end = time.perf_counter() + seconds
-    while len(found) < least or (time.perf_counter() < end and len(found) < 50):
-        start = time.perf_counter()
-        step()
-        synchronize(device)
-        found.append(1e3 * (time.perf_counter() - start))
-    return found
+# ------------------------------------------------------------------ judging
+def calibrated(case: Case, scene: scenes.Scene, device: torch.device) -> nn.Module:
+    """The network with the batch statistics of the scene, so that no layer's output is tiny."""
+    torch.manual_seed(0)
+    network = case.build().to(device)
+    norms = [m for m in network.modules() if isinstance(m, nn.BatchNorm1d)]
+    for norm in norms:
+        norm.momentum = 1.0
+    with torch.no_grad():
+        network.train()(tensor(scene, case.in_channels, device, torch.float32))
+    for norm in norms:
+        norm.momentum = 0.1
+    return network.eval()
 
 
-def matmul_rate(device: torch.device, seconds: float = 0.3) -> float:
-    """GFLOP/s of a float32 product of 1024 x 1024 matrices: what the machine gives at best."""
-    a = torch.randn(1024, 1024, device=device)
-    out = torch.empty_like(a)
-    best = min(times(lambda: torch.mm(a, a, out=out), device, seconds))
-    return 2 * 1024**3 / best / 1e6
+Answer = tuple[Tensor, Tensor]  # sites [M, 4] int64 in order, features [M, C] float64, on the CPU
 
 
-class PeakMemory:
-    """The most memory in use at once since `restart`, MB (of the process, or of the GPU)."""
+def truth(case: Case, network: nn.Module, scene: scenes.Scene, device: torch.device) -> Answer:
+    """What the whole network gives in float64."""
+    ours = engines.Torchsparse()
+    exact = ours.adopt(network).double()
+    with torch.no_grad():
+        out = exact(tensor(scene, case.in_channels, device, torch.float64))
+    return _sorted(ours.sites(out), ours.features(out))
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
 
-    def restart(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
-        elif Path("/proc/self/clear_refs").exists():  # Linux: 5 = reset the high-water mark
-            try:
-                Path("/proc/self/clear_refs").write_text("5")
-            except OSError:  # not allowed: the peak is then that of the whole run
-                pass
+def _sorted(sites: Tensor, feats: Tensor) -> Answer:
+    """Rows by site. On the CPU, so that they take no part in peak memory."""
+    sites, feats = sites.cpu().long(), feats.detach().double().cpu()
+    wide = int(sites.max()) + 1 if sites.numel() else 1
+    keys = ((sites[:, 0] * wide + sites[:, 1]) * wide + sites[:, 2]) * wide + sites[:, 3]
+    order = keys.argsort()
+    return sites[order], feats[order]
 
-    def read(self) -> float:
-        if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.device) / 2**20
-        status = Path("/proc/self/status")
-        if status.exists():
-            lines = dict(line.split(":", 1) for line in status.read_text().splitlines())
-            return int(lines["VmHWM"].split()[0]) / 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+def distance(engine: Any, output: Any, want: Answer) -> float:
+    """Largest difference to the truth, site by site, relative to its largest entry; infinite if
+    the sites differ."""
+    sites, feats = _sorted(engine.sites(output), engine.features(output))
+    if not torch.equal(sites, want[0]):
+        return float("inf")
+    return ((feats - want[1]).abs().max() / want[1].abs().max()).item()
+
+
+# ------------------------------------------------------------------ measuring
+class Subject:
+    """One case in one library and one dtype, on one scene.
+
+    Layers and inference have weights of the dtype; networks train with float32 weights under
+    autocast.
+    """
+
+    def __init__(
+        self, engine: Any, case: Case, network: nn.Module, scene: scenes.Scene, dtype: str,
+        device: torch.device,
+    ) -> None:  # fmt: skip
+        self.engine, self.case, self.dtype = engine, case, dtype
+        engine.allow_tf32(dtype == "tf32")
+        floors.allow_tf32(dtype == "tf32")
+        self.single = hasattr(network, "kernel")  # one convolution: its map can be timed alone
+        self.floating, self.device = floors.DTYPES[dtype], device
+        self.network = engine.adopt(network).to(device, self.floating)
+        x = tensor(scene, case.in_channels, device, self.floating)
+        self.feats, self.coords = x.feats, x.coords
+
+    def infer(self) -> Any:
+        with torch.no_grad():
+            return self.network.eval()(self.engine.start(self.feats, self.coords))
+
+    def steps(self, mode: str) -> Iterator[tuple[str, Callable[[], Any]]]:
+        """What to time: with new maps in every call, with kept ones, the map alone."""
+        training = mode == "train"
+        network, engine = self.network.train(training), self.engine
+        mixed = training and self.case.name not in LAYERS and self.floating != torch.float32
+        if mixed:
+            network.float()
+        cast = torch.autocast(self.device.type, self.floating, enabled=mixed)
+        with torch.no_grad(), cast:
+            kept = engine.keep(network, engine.start(self.feats, self.coords))
+
+        def call(maps: Any) -> None:
+            if not training:
+                with torch.inference_mode():
+                    network(engine.start(self.feats, self.coords, maps))
+                return
+            network.zero_grad(set_to_none=True)
+            feats = self.feats.detach().requires_grad_()
+            with cast:
+                out = engine.features(network(engine.start(feats, self.coords, maps)))
+            out.float().square().mean().backward()
+
+        yield "new", lambda: call(None)
+        if kept is not None:
+            yield "kept", lambda: call(kept)
+        if self.single:
+            with engine.maps_alone(network, self.feats, self.coords, training) as step:
+                yield "only", step
 
 
 def measure(
-    case: Case, mode: str, scene: scenes.Scene, device: torch.device, seconds: float
-) -> list[dict[str, Any]]:
-    """Time one case: with its kernel maps built in every call, and with maps from the cache."""
-    torch.manual_seed(0)
-    network = case.build().to(device).train(mode == "train")
-    x = tensor(scene, case.in_channels, device, torch.float32)
-    with torch.no_grad(), counting(network) as flops:
-        network(x)  # also fills the cache of x
-    # Backward costs one product for the kernels and one for the inputs.
-    gflop = sum(flops) / 1e9 * (3 if mode == "train" else 1)
-    memory = PeakMemory(device)
-    rows = []
-    for maps in ("new", "cached"):
-
-        def step(keep: bool = maps == "cached") -> None:
-            if mode == "infer":
-                with torch.inference_mode():
-                    network(fresh(x, keep))
-                return
-            network.zero_grad(set_to_none=True)
-            out = result(network(fresh(x, keep, requires_grad=True)))
-            out.square().mean().backward()
-
-        memory.restart()
-        found = times(step, device, seconds)
-        rows.append(
-            {
-                "case": case.name, "mode": mode, "maps": maps, "voxels": len(scene.coords),
-                "gflop": gflop, "median_ms": statistics.median(found), "min_ms": min(found),
-                "gflop_per_s": gflop / statistics.median(found) * 1e3,
-                "peak_mb": memory.read(), "repeats": len(found),
-            }
-        )  # fmt: skip
-    return rows
+    subject: Subject, mode: str, works: list[floors.Work], rates: floors.Rates,
+    device: torch.device, seconds: float,
+) -> Iterator[dict[str, Any]]:  # fmt: skip
+    """A row for each way to time a subject."""
+    engine, dtype, training = subject.engine, subject.dtype, mode == "train"
+    for maps, step in subject.steps(mode):
+        row: dict[str, Any] = {
+            "case": subject.case.name, "library": engine.name, "mode": mode, "maps": maps,
+            "dtype": dtype, "voxels": len(subject.coords), "density": works[0].density,
+            "version": engine.version, "copy_gb_per_s": rates.copy / 1e9,
+            "matmul_tflop_per_s": rates.matmul[dtype] / 1e12,
+        }  # fmt: skip
+        row |= timing.measure(step, device, seconds, graph=engine.captures and maps == "kept")
+        if maps != "only":
+            # Bursts of calls hold the gaps in which a GPU waits for the host: kernels do not.
+            spent = row["gpu_ms"] if row.get("clock") == "graph" else row.get("kernel_ms")
+            spent = spent or row["wall_ms"]
+            flops = floors.total_flops(works, training)
+            row |= {
+                "gflop": flops / 1e9, "mb": floors.total_bytes(works, dtype, training) / 1e6,
+                "floor_ms": rates.floor_ms(works, dtype, training),
+                "tflop_per_s": flops / spent / 1e9,
+            }  # fmt: skip
+            row["share_of_floor"] = row["floor_ms"] / spent
+        yield row
 
 
 def machine(device: torch.device) -> dict[str, Any]:
     """What a time depends on besides the program."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    triton = sys.modules.get("triton")
     return {
-        "threads": torch.get_num_threads(),
-        "device": name,
-        "torch": torch.__version__,
-        "torchsparse": torchsparse.__version__,
-    }
+        "threads": torch.get_num_threads(), "device": name, "torch": torch.__version__,
+        "triton": getattr(triton, "__version__", ""),
+    }  # fmt: skip
 
 
 def _processor() -> str:
@@ -158,54 +209,146 @@ def _processor() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Check, time, print and write; returns the exit code."""
+# ------------------------------------------------------------------ the program
+def run_case(
+    case: Case, scene: scenes.Scene, rates: floors.Rates, options: argparse.Namespace
+) -> Iterator[dict[str, Any]]:
+    """Check and time one case in every dtype and library.
+
+    Raises:
+        oracle.WrongResult: This library is wrong.
+    """
+    device: torch.device = options.device
+    torchsparse.backends.allow_tf32 = False
+    network = calibrated(case, scene, device)
+    small = scenes.crop(scene)
+    for dtype in options.dtypes:  # layer by layer, forward and backward
+        floating = floors.DTYPES[dtype]
+        torchsparse.backends.allow_tf32 = dtype == "tf32"
+        ours = engines.Torchsparse().adopt(network).to(floating)
+        oracle.check(ours, tensor(small, case.in_channels, device, floating), dtype)
+    want = truth(case, network, scene, device)
+    torchsparse.backends.allow_tf32 = False
+    with torch.no_grad(), counting(network) as works:
+        network(tensor(scene, case.in_channels, device, torch.float32))
+    network.cpu()
+    for dtype in options.dtypes:
+        for name in options.libraries:
+            engine = engines.ENGINES[name]()
+            try:
+                subject = Subject(engine, case, network, scene, dtype, device)
+                error = distance(engine, subject.infer(), want)
+                if not error <= AGREE[dtype]:
+                    raise oracle.WrongResult(f"{dtype} is off by {error:.1e} of the largest entry")
+            except Exception as error:
+                _forgive(error, case, name, dtype)
+                continue
+            for mode in options.mode:
+                try:
+                    yield from measure(subject, mode, works, rates, device, options.seconds)
+                except Exception as error:
+                    _forgive(error, case, name, f"{dtype} {mode}")
+
+
+def _forgive(error: Exception, case: Case, library: str, what: str) -> None:
+    """What another library cannot do is a result too."""
+    if library == "torchsparse":
+        raise error
+    print(f"{case.name} {library} {what}: {type(error).__name__}: {str(error)[:150]}", flush=True)
+
+
+def in_fresh_processes(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Every case, dtype, mode and library in a process of its own, so that no memory and no
+    algorithm chosen for another stays behind."""
+    wanted = (options.cases or DEFAULT, options.dtypes, options.mode, options.libraries)
+    for case, dtype, mode, library in itertools.product(*wanted):
+        with tempfile.TemporaryDirectory() as folder:
+            command = [
+                sys.executable, __file__, case, "--dtypes", dtype, "--mode", mode, "--libraries",
+                library, "--scene", options.scene, "--scenes", str(options.scenes), "--device",
+                str(options.device), "--seconds", str(options.seconds), "--out", folder,
+            ]  # fmt: skip
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                raise oracle.WrongResult((done.stdout + done.stderr)[-500:])
+            for text in done.stdout.splitlines():
+                if text.startswith(f"{case} {library} "):  # what it cannot do
+                    print(text, flush=True)
+            for path in Path(folder).glob("*.csv"):
+                with path.open() as file:
+                    yield from map(_parsed, csv.DictReader(file))
+
+
+def _parsed(row: dict[str, str]) -> dict[str, Any]:
+    def value(text: str) -> Any:
+        try:
+            return float(text)
+        except ValueError:
+            return text or None
+
+    words = {"case", "library", "mode", "maps", "dtype", "scene", "clock", "device", "torch",
+             "triton", "version"}  # fmt: skip
+    return {name: text if name in words else value(text) for name, text in row.items()}
+
+
+def options_of(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else "")
     parser.add_argument("cases", nargs="*", help=f"of {', '.join(CASES)}")
-    parser.add_argument("--scene", default="street", choices=scenes.SPECS)
+    parser.add_argument("--scene", default="street", help=f"{', '.join(scenes.SPECS)} or a .npz")
     parser.add_argument("--scenes", type=Path, default=scenes.FOLDER, help="folder of the files")
-    parser.add_argument("--mode", choices=(*MODES, "both"), default="both")
+    parser.add_argument("--mode", nargs="+", choices=MODES, default=list(MODES))
+    parser.add_argument("--dtypes", nargs="+", choices=floors.DTYPES, help="all on a GPU")
+    parser.add_argument("--libraries", nargs="+", choices=engines.ENGINES,
+                        help="on a GPU all that are there")  # fmt: skip
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     parser.add_argument("--seconds", type=float, default=1.0, help="per measurement, about")
+    parser.add_argument("--fresh", action="store_true", help="a process for every measurement")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the CSV file")
     options = parser.parse_args(argv)
     unknown = set(options.cases) - set(CASES)
     if unknown:
         parser.error(f"unknown cases {sorted(unknown)}; known are {', '.join(CASES)}")
-    device, about = options.device, machine(options.device)
-    torchsparse.backends.allow_tf32 = False
+    gpu = options.device.type == "cuda"
+    options.dtypes = options.dtypes or (list(floors.DTYPES) if gpu else ["fp32"])
+    options.libraries = options.libraries or (engines.importable() if gpu else ["torchsparse"])
+    return options
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Check, time, print and write; returns the exit code."""
+    options = options_of(argv)
+    device: torch.device = options.device
+    # SpConv keeps every border site of its extent; so must this library beside it.
+    torchsparse.backends.infer_spatial_range = False
     scene = scenes.load(options.scene, options.scenes)
-    small = scenes.crop(scene)
-    rate = matmul_rate(device)
-    print(
-        f"{about['device']}, {about['threads']} threads, torch {about['torch']}: matmul "
-        f"{rate:.0f} GFLOP/s; scene {options.scene}, {len(scene.coords)} voxels"
-    )
-    print(HEAD)
+    name = Path(options.scene).stem
     table = []
-    for name in options.cases or DEFAULT:
-        case = CASES[name]
-        rate = max(rate, matmul_rate(device))  # the best so far: machines have slow moments
-        torch.manual_seed(0)
-        network = case.build().to(device)
-        try:
-            oracle.check(network, tensor(small, case.in_channels, device, torch.float32))
-        except oracle.WrongResult as error:
-            print(f"{name}: wrong on a crop of {len(small.coords)} voxels, not timed: {error}")
-            return 1
-        for mode in MODES if options.mode == "both" else (options.mode,):
-            for row in measure(case, mode, scene, device, options.seconds):
-                row |= about | {"scene": options.scene}
-                row["share_of_matmul"] = row["gflop_per_s"] / rate
-                table.append(row)
-                print(LINE.format(**row), flush=True)
-    path = options.out / f"{device.type}-{options.scene}.csv"
+    if options.fresh:
+        rows = in_fresh_processes(options)
+    else:
+        rates = floors.measure_rates(device, options.dtypes)
+        products = ", ".join(f"{k} {v / 1e12:.3g} TFLOP/s" for k, v in rates.matmul.items())
+        print(f"{machine(device)['device']}, {torch.get_num_threads()} threads, torch "
+              f"{torch.__version__}: copy {rates.copy / 1e9:.0f} GB/s, matmul {products}; scene "
+              f"{name}, {len(scene.coords)} voxels")  # fmt: skip
+        cases = (CASES[n] for n in options.cases or DEFAULT)
+        rows = (row for case in cases for row in run_case(case, scene, rates, options))
+    print(HEAD)
+    try:
+        for row in rows:
+            row = machine(device) | {"scene": name} | row
+            table.append(row)
+            print(line(row), flush=True)
+    except oracle.WrongResult as error:
+        print(f"wrong, not timed: {error}")
+        return 1
+    path = options.out / f"{device.type}-{name}.csv"
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
         for row in table:
-            writer.writerow({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()})
+            writer.writerow({k: f"{v:.5g}" if isinstance(v, float) else v for k, v in row.items()})
     print(f"wrote {path}")
     return 0
 

@@ -57,18 +57,19 @@ def simulate(spec: SceneSpec) -> Scene:
 
 
 def load(name: str, folder: Path = FOLDER) -> Scene:
-    """A scene by name, simulated once and then read from its file.
+    """A scene by name, simulated once and then read from its file; or any such file by its path.
 
     Raises:
         KeyError: Unknown name.
+        FileNotFoundError: No such file.
     """
-    path = folder / f"{name}.npz"
-    if not path.exists():
+    path = Path(name) if name.endswith(".npz") else folder / f"{name}.npz"
+    if not path.exists() and not name.endswith(".npz"):
         scene = simulate(SPECS[name])
         folder.mkdir(parents=True, exist_ok=True)
         np.savez_compressed(path, coords=scene.coords, feats=scene.feats)
     with np.load(path) as file:
-        return Scene(file["coords"], file["feats"])
+        return Scene(file["coords"].astype(np.int32), file["feats"].astype(np.float32))
 
 
 def crop(scene: Scene, side: int = 16) -> Scene:

@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    # Kernels run in Triton's interpreter, which reads this once, when Triton is first imported.
+    os.environ["TRITON_INTERPRET"] = "1"
+
 from hypothesis import HealthCheck, settings
 
 import torchsparse
@@ -17,11 +23,11 @@ from torchsparse.utils.tensor_cache import (
     set_tensor_cache_mode,
 )
 
-# Without a GPU, kernels run under Triton's interpreter, which asks when Triton is imported.
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
-
-DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+# "cuda": only what runs on a device, and there alone; "cpu": leave a GPU in peace.
+ASKED = os.environ.get("TORCHSPARSE_TEST_DEVICE", "")
+SHARD = os.environ.get("TORCHSPARSE_TEST_SHARD", "1/1")  # "2/3": the second third of the tests
+DEVICES = [ASKED] if ASKED else ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+ON_A_DEVICE = {"device", "gpu"}  # fixtures; a test with neither never leaves the CPU
 
 settings.register_profile(
     "repeatable",
@@ -48,11 +54,57 @@ def reset_global_state() -> None:
 
 @pytest.fixture(autouse=True)
 def clean_state() -> Iterator[None]:
-    """Each test starts from the defaults and in full float32, and leaves no trace."""
+    """Each test starts from the defaults and in full float32, and leaves no trace.
+
+    A complaint about data that a GPU noted and nobody raised belongs to the test that caused it.
+    """
     reset_global_state()
     torchsparse.backends.allow_tf32 = False
     yield
     reset_global_state()
+    torchsparse.backends.check_errors()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if ASKED == "cuda" and not torch.cuda.is_available():
+        raise pytest.UsageError("TORCHSPARSE_TEST_DEVICE=cuda, but there is no CUDA device")
+
+
+def pytest_ignore_collect(collection_path: Path) -> bool | None:
+    """Files in which nothing asks for a device may also need libraries that are not there."""
+    if ASKED != "cuda" or not collection_path.name.startswith("test_"):
+        return None
+    text = collection_path.read_text()
+    return None if any(word in text for word in ON_A_DEVICE) else True
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    part, parts = map(int, SHARD.split("/"))
+    chosen = [item for item in items if ASKED != "cuda" or _on_a_device(item)]
+    kept = chosen[part - 1 :: parts]
+    config.stash[LEFT_OUT] = (len(items) - len(chosen), len(chosen) - len(kept))
+    if len(kept) < len(items):
+        config.hook.pytest_deselected(items=list(set(items) - set(kept)))
+        items[:] = kept
+
+
+LEFT_OUT = pytest.StashKey[tuple[int, int]]()
+
+
+def _on_a_device(item: pytest.Item) -> bool:
+    fixtures = getattr(item, "fixturenames", ())
+    return not ON_A_DEVICE.isdisjoint(fixtures) or item.get_closest_marker("gpu") is not None
+
+
+def pytest_report_collectionfinish(config: pytest.Config) -> list[str]:
+    if ASKED != "cuda":
+        return []
+    never, elsewhere = config.stash[LEFT_OUT]
+    files = [p for p in Path(__file__).parent.rglob("test_*.py") if pytest_ignore_collect(p)]
+    return [
+        f"on CUDA alone: {never} tests in these files and all tests in {len(files)} others never "
+        f"touch a device, left to `make test`; {elsewhere} are in other shards than {SHARD}"
+    ]
 
 
 @pytest.fixture(scope="session", params=DEVICES)

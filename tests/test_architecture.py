@@ -24,11 +24,11 @@ HOME = "torchsparse"
 
 # Names below `torchsparse`; "x.*" is every module of package x that has no row of its own.
 STOREYS: dict[int, tuple[str, ...]] = {
-    0: ("version", "_geometry", "_keys", "_recipe", "_settings", "_flags", "_validate",
+    0: ("version", "_geometry", "_groups", "_keys", "_recipe", "_settings", "_flags", "_validate",
         "_optional", "_compat"),
     1: ("_reference", "_reference.*", "_triton", "_triton.*"),
     2: ("_ops", "_ops.*"),
-    3: ("_kernel_map", "_autograd", "_autograd.*"),
+    3: ("_kernel_map", "_lazy", "_autograd", "_autograd.*"),
     4: ("_cache", "_forms", "backends", "backend", "tensor"),
     5: ("operators", "nn.utils", "nn.utils.*", "nn.functional", "nn.functional.*", "utils",
         "utils.*"),

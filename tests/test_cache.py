@@ -354,7 +354,8 @@ def test_the_global_cache_and_decoders(device: torch.device) -> None:
         assert_rows(z.coords, clouds.CLOUDS[name]())
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="two devices")
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device to move to")
 def test_a_real_move_starts_a_new_cache() -> None:
     x = sparse(torch.device("cpu"))
     x._caches.extra = "kept"  # pyright: ignore[reportAttributeAccessIssue]

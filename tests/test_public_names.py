@@ -53,7 +53,7 @@ OFFERED: dict[str, str] = {
     "compat": "ADVICE forget_notes",
     "backend": "GPUHashTable",
     "backends": """benchmark hash_rsv_ratio infer_spatial_range device_capability allow_tf32
-        allow_fp16 float32_precision check_errors init""",
+        allow_fp16 float32_precision fuse check_errors init""",
     "nn": f"functional utils {MODULES}",
     "nn.modules": MODULES,
     "nn.utils": "fapply get_kernel_offsets",
@@ -244,6 +244,7 @@ BACKEND_VALUES = (
     "allow_tf32",
     "allow_fp16",
     "float32_precision",
+    "fuse",
 )
 
 

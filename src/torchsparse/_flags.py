@@ -13,7 +13,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-__all__ = ["Complaint", "complain_if", "pending_word", "raise_found", "raise_pending"]
+__all__ = [
+    "Complaint",
+    "complain_if",
+    "flag_word",
+    "pending_word",
+    "raise_found",
+    "raise_pending",
+]
 
 
 class Complaint(enum.Enum):
@@ -65,7 +72,7 @@ def complain_if(
             raise _error(complaint, detail() if detail else "")
         return
     word = pending_word(bad.device)
-    word |= bad.to(torch.int64) * complaint.bit
+    word |= bad * complaint.bit
 
 
 def pending_word(device: torch.device) -> Tensor:
@@ -75,6 +82,12 @@ def pending_word(device: torch.device) -> Tensor:
         with torch.inference_mode(False):
             word = _words[device] = torch.zeros((), dtype=torch.int64, device=device)
     return word
+
+
+def flag_word(device: torch.device) -> Tensor | None:
+    """`pending_word` for operations that take note themselves; None on the CPU, where the caller
+    asks and raises at once."""
+    return None if device.type == "cpu" else pending_word(device)
 
 
 def raise_pending(device: torch.device | None = None) -> None:

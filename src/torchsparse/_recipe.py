@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
-__all__ = ["ConvRecipe", "Dataflow"]
+__all__ = ["ConvRecipe", "Dataflow", "Epilogue", "Norm"]
 
 
 class Dataflow(enum.Enum):
@@ -37,3 +39,21 @@ class ConvRecipe:
     dtype: torch.dtype  # of the result
     compute: torch.dtype  # of the operands; sums are float32, or float64 for float64
     precision: str  # of float32 products on a GPU: "ieee", "tf32", "tf32x3"
+
+
+class Norm(NamedTuple):
+    """A normalisation by known statistics: (y - mean) / sqrt(var + eps) * weight + bias."""
+
+    mean: Tensor  # [C]
+    var: Tensor  # [C]
+    weight: Tensor | None  # [C]; both or neither
+    bias: Tensor | None
+    eps: float
+
+
+class Epilogue(NamedTuple):
+    """What happens to a row of products before it is rounded and stored, in this order."""
+
+    norm: Norm | None = None
+    residual: Tensor | None = None  # [M, C], added
+    slope: float | None = None  # negative values are multiplied by it: 0 is ReLU

@@ -29,6 +29,7 @@ class Settings:
     global_tensor_cache: Any = None  # the TensorCache of the global mode, made when first needed
     # backends
     infer_spatial_range: bool = True
+    fuse: bool = True  # let normalisation, sums and activations join a convolution in evaluation
     benchmark: bool = False
     hash_rsv_ratio: int = 2
     device_capability: int | None = None  # None: ask the device when read

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from torchsparse._flags import Complaint, complain_if
-from torchsparse._geometry import as_tuple, tap_list
+from torchsparse._geometry import as_tuple
 from torchsparse._ops import table
 from torchsparse._validate import check_same_device
 
@@ -108,11 +108,10 @@ class GPUHashTable:
                 f"`kernel_volume` must be the product of `kernel_size` {size}, got {kernel_volume}"
             )
         sites = _check_sites(coords)
-        centre = [(k - 1) // 2 for k in size]
-        offsets = [(0, *(t - c for t, c in zip(tap, centre))) for tap in tap_list(size)]
-        scaled = sites * torch.tensor((1, *step), device=sites.device)
-        taps = scaled[:, None, :] + torch.tensor(offsets, device=sites.device)  # [n, K, 4]
-        return self._lookup(table.site_keys(taps))
+        offsets = _offsets(size, sites.device)
+        columns = [sites[:, :1].expand(-1, offsets.shape[1])]
+        columns += [sites[:, 1 + i, None] * step[i] + offsets[i] for i in range(3)]
+        return self._lookup(table.site_keys(torch.stack(columns, 2)))  # of [n, K, 4]
 
     def _insert(self, keys: Tensor) -> None:
         if self.keys is None or self.vals is None:
@@ -149,4 +148,20 @@ def _check_sites(coords: Tensor) -> Tensor:
         raise ValueError(
             f"`coords` must have shape [n, 4] = (x, y, z, b), got {list(coords.shape)}"
         )
-    return coords[:, [3, 0, 1, 2]].to(torch.int64)
+    return coords.roll(1, 1).to(torch.int64)
+
+
+def _offsets(size: tuple[int, ...], device: torch.device) -> Tensor:
+    """The taps of a kernel around its centre, in the order of `_geometry.tap_list`.
+
+    Computed where they are needed: copying a list to a GPU would wait for it.
+
+    Returns:
+        [3, K] int64.
+    """
+    number = torch.arange(math.prod(size), device=device)
+    offsets = [number] * 3
+    for axis in (0, 1, 2) if math.prod(size) % 2 else (2, 1, 0):
+        offsets[axis] = number % size[axis] - (size[axis] - 1) // 2
+        number = number // size[axis]
+    return torch.stack(offsets)

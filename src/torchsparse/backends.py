@@ -22,6 +22,7 @@ __all__ = [
     "check_errors",
     "device_capability",
     "float32_precision",
+    "fuse",
     "hash_rsv_ratio",
     "infer_spatial_range",
     "init",
@@ -39,6 +40,9 @@ device_capability: int
 """100 x major + 10 x minor of the current GPU; 0 without one."""
 allow_tf32: bool
 """Use TF32 in float32 convolutions (default: from capability 8.0)."""
+fuse: bool
+"""Without gradients, compute what follows a convolution (normalisation by running statistics, a
+residual sum, ReLU or LeakyReLU) together with it; results agree up to rounding."""
 float32_precision: str
 """How float32 convolutions on a GPU multiply while `allow_tf32` is off: "tf32x3" (three TF32
 products, about 22 bits) or "ieee" (the plain units)."""
@@ -53,6 +57,7 @@ NAMES = (
     "allow_tf32",
     "allow_fp16",
     "float32_precision",
+    "fuse",
 )
 
 
@@ -108,6 +113,7 @@ class _Backends(ModuleType):
     allow_tf32 = _switch("allow_tf32")
     allow_fp16 = _switch("allow_fp16")
     float32_precision = _switch("float32_precision")
+    fuse = _switch("fuse")
 
 
 sys.modules[__name__].__class__ = _Backends

@@ -25,6 +25,9 @@ from torchsparse._cache import (
 from torchsparse._compat import OldNames
 from torchsparse._flags import Complaint, complain_if
 from torchsparse._geometry import as_tuple
+from torchsparse._lazy import Lazy, close_chain
+from torchsparse._ops.conv import finish
+from torchsparse._recipe import Epilogue
 from torchsparse._settings import settings
 from torchsparse._validate import check_coords, check_feats, check_rows, check_same_device
 
@@ -109,6 +112,8 @@ def _operator(
     def operate(self: SparseTensor, other: Any) -> SparseTensor:
         if isinstance(other, SparseTensor):
             check_same_sites(self, other)
+            if apply is operator.add and (joined := _joined(self, other)) is not None:
+                return wrap(joined, self)
             other = other.feats
         elif not isinstance(other, (Tensor, Number)):
             return NotImplemented
@@ -166,6 +171,19 @@ class SparseTensor(OldNames, _OnDevice):
         )
         self.spatial_range = None if spatial_range is None else _range_tuple(spatial_range)
         self._caches = new_cache()
+
+    @property
+    def feats(self) -> Any:
+        """The features; those of a convolution that was put off are computed now."""
+        close_chain()
+        feats = self._feats
+        if type(feats) is Lazy:
+            feats = self._feats = feats.value()
+        return feats
+
+    @feats.setter
+    def feats(self, value: Any) -> None:
+        self._feats = value
 
     @property
     def F(self) -> Any:
@@ -374,7 +392,13 @@ class SparseTensor(OldNames, _OnDevice):
         check_same_device(feats=self.feats, coords=self.coords)
 
     def __getstate__(self) -> dict[str, Any]:
-        return dict(vars(self))
+        state = {"feats": self.feats, **vars(self)}
+        del state["_feats"]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._feats = vars(self).pop("feats")
 
     def __repr__(self) -> str:
         parts = [f"feats={_described(self.feats)}", f"coords={_described(self.coords)}"]
@@ -405,6 +429,43 @@ def _range_tuple(value: Any) -> tuple[int, ...]:
     if hasattr(value, "tolist"):
         value = value.tolist()
     return tuple(int(entry) for entry in value)
+
+
+def pending(x: SparseTensor) -> Lazy | None:
+    """The features of ``x``, if they are still to be computed."""
+    feats = x._feats
+    return feats if type(feats) is Lazy and not feats.done else None
+
+
+def may_put_off() -> bool:
+    """Whether features may be computed later: nobody asks for gradients or traces."""
+    return (
+        settings.fuse and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    )
+
+
+def put_off(x: SparseTensor) -> Lazy | None:
+    """Begin a chain with the features that ``x`` has, where one pass for all is faster."""
+    feats = x.feats
+    if not may_put_off() or not isinstance(feats, Tensor) or not feats.is_cuda or feats.dim() != 2:
+        return None
+    shape = (feats.shape[0], feats.shape[1])
+
+    def make(epilogue: Epilogue | None) -> Tensor:
+        return feats if epilogue is None else finish(feats, epilogue)
+
+    return Lazy(make, shape, feats.dtype, feats.device, (feats,))
+
+
+def _joined(a: SparseTensor, b: SparseTensor) -> Lazy | None:
+    """``a + b`` as part of a chain that one of them ends."""
+    for one, other in ((a, b), (b, a)):
+        chain = pending(one)
+        if chain is not None and pending(other) is None:
+            feats = other._feats.value() if type(other._feats) is Lazy else other._feats
+            if isinstance(feats, Tensor):
+                return chain.plus(feats)
+    return None
 
 
 def wrap(

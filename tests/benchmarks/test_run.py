@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import csv
+import os
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from benchmarks import compare, oracle, run, scenes
+from benchmarks import cases, engines, floors, oracle, run, scenes, timing
 from benchmarks.cases import CASES, LAYERS, counting, pairs, tensor
 from torchsparse import SparseTensor
 from torchsparse import nn as spnn
+from torchsparse._autograd import conv as conv_passes
 from torchsparse.nn import functional as F
+
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="session")
@@ -29,12 +37,25 @@ def small(folder) -> scenes.Scene:
     return scenes.crop(scenes.load("tiny", folder))
 
 
+def rows_of(path: Path) -> list[dict[str, str]]:
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
 def test_a_scene_is_a_batch_of_voxels(folder) -> None:
     scene = scenes.load("tiny", folder)
     assert scene.coords.dtype == np.int32 and scene.feats.dtype == np.float32
     assert scene.coords.shape == scene.feats.shape == (len(scene.coords), 4)
     assert len(np.unique(scene.coords, axis=0)) == len(scene.coords) > 1000
     assert scene.coords.min() == 0 and np.abs(scene.feats[:, :3]).max() <= 0.5
+
+
+def test_a_scene_can_be_any_file(folder, tmp_path) -> None:
+    np.savez(tmp_path / "own.npz", coords=np.ones((1, 4), np.int64), feats=np.ones((1, 7)))
+    scene = scenes.load(str(tmp_path / "own.npz"), folder)
+    assert scene.coords.dtype == np.int32 and scene.feats.dtype == np.float32
+    with pytest.raises(FileNotFoundError):
+        scenes.load(str(tmp_path / "missing.npz"), folder)
 
 
 def test_a_crop_is_the_densest_cube(folder) -> None:
@@ -45,11 +66,13 @@ def test_a_crop_is_the_densest_cube(folder) -> None:
     assert cut.coords.min() >= 0 and cut.coords.max() < 16
 
 
+@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
 @pytest.mark.parametrize("name", LAYERS)
-def test_the_oracle_agrees_with_every_layer(name: str, small) -> None:
-    case = CASES[name]
-    x = tensor(small, case.in_channels, "cpu", torch.float32)
-    assert oracle.check(case.build(), x) == (2 if name.startswith("down-up") else 1)
+def test_the_oracle_agrees_with_every_layer(name: str, dtype: str, small) -> None:
+    case, floating = CASES[name], floors.DTYPES[dtype]
+    x = tensor(small, case.in_channels, "cpu", floating)
+    expected = 2 if name.startswith("down-up") else 1
+    assert oracle.check(case.build().to(floating), x, dtype) == expected
 
 
 def test_operations_are_counted_by_pair(small) -> None:
@@ -60,24 +83,76 @@ def test_operations_are_counted_by_pair(small) -> None:
     steps = [(a, b, c) for a in (-1, 0, 1) for b in (-1, 0, 1) for c in (-1, 0, 1)]
     found = sum((s, x + a, y + b, z + c) in sites for s, x, y, z in sites for a, b, c in steps)
     assert pairs(conv, x) == found
-    with torch.no_grad(), counting(conv) as flops:
+    with torch.no_grad(), counting(conv) as works:
         conv(x)
-    assert flops == [2.0 * found * 4 * 8]
+    n = len(sites)
+    assert works == [floors.Work(found, n, n, 27, 4, 8)]
+    assert works[0].flops == 2.0 * found * 4 * 8
+    assert works[0].density == pytest.approx(found / 27 / n)
+
+
+def test_the_floor_is_the_slower_of_two_limits() -> None:
+    work = floors.Work(pairs=10, inputs=4, outputs=5, taps=27, c_in=2, c_out=3)
+    forward, kernel = work.bytes(2)
+    assert forward == 2 * (4 * 2 + 5 * 3 + 27 * 6) + 4 * 10
+    assert kernel == 2 * (4 * 2 + 5 * 3) + 4 * 27 * 6 + 4 * 10
+    bound_by_copies = floors.Rates(1e3, {"fp16": 1e12})
+    assert bound_by_copies.floor_ms([work], "fp16", False) == pytest.approx(forward)
+    total = 2 * forward + kernel
+    assert bound_by_copies.floor_ms([work], "fp16", True) == pytest.approx(total)
+    assert floors.total_bytes([work], "fp16", True) == total
+    bound_by_products = floors.Rates(1e12, {"fp16": 1e3})
+    assert bound_by_products.floor_ms([work] * 2, "fp16", False) == pytest.approx(240)
 
 
 def test_a_run_prints_and_writes_its_rows(folder, tmp_path, capsys) -> None:
-    options = ["subm-3-4-32", "resnet21d", "--scene", "tiny", "--seconds", "0"]
+    options = ["subm-3-4-32", "centerpoint", "--scene", "tiny", "--seconds", "0"]
     assert run.main([*options, "--scenes", str(folder), "--out", str(tmp_path)]) == 0
     printed = capsys.readouterr().out.splitlines()
-    with (tmp_path / "cpu-tiny.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    assert len(rows) == 8 and len(printed) == 2 + 8 + 1  # 2 cases x 2 modes x 2 kinds of maps
+    rows = rows_of(tmp_path / "cpu-tiny.csv")
+    # New and kept maps, and the map of a layer alone, in two modes.
+    assert [r["maps"] for r in rows] == 2 * ["new", "kept", "only"] + 2 * ["new", "kept"]
+    assert len(printed) == 2 + 10 + 1
     assert tuple(rows[0]) == run.COLUMNS
     for row in rows:
-        assert all(row.values())
-        assert float(row["median_ms"]) >= float(row["min_ms"]) > 0
-        rate = float(row["gflop"]) / float(row["median_ms"]) * 1e3
-        assert float(row["gflop_per_s"]) == pytest.approx(rate, rel=0.01)
+        assert float(row["wall_ms"]) >= float(row["min_ms"]) > 0
+        assert all(row[name] for name in ("voxels", "density", "device", "torch", "version"))
+        if row["maps"] != "only":
+            rate = float(row["gflop"]) / float(row["wall_ms"])
+            assert float(row["tflop_per_s"]) == pytest.approx(rate, rel=0.01)
+            share = float(row["floor_ms"]) / float(row["wall_ms"])
+            assert float(row["share_of_floor"]) == pytest.approx(share, rel=0.01)
+
+
+def test_fresh_processes_give_the_same_rows(folder, tmp_path, capsys) -> None:
+    options = ["subm-3-4-32", "--scene", "tiny", "--seconds", "0", "--mode", "infer", "--fresh"]
+    options += ["--dtypes", "fp32", "bf16", "--scenes", str(folder), "--out", str(tmp_path)]
+    assert run.main(options) == 0
+    rows = rows_of(tmp_path / "cpu-tiny.csv")
+    assert [(r["dtype"], r["maps"]) for r in rows] == [
+        (dtype, maps) for dtype in ("fp32", "bf16") for maps in ("new", "kept", "only")
+    ]
+    assert len(capsys.readouterr().out.splitlines()) == 1 + 6 + 1
+
+
+def test_the_map_alone_leaves_the_products_out(small, monkeypatch) -> None:
+    """And only inside the block."""
+    calls: list[str] = []
+
+    def noted(name: str, right: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        return lambda *args: calls.append(name) or right(*args)
+
+    for name in ("gather_gemm", "weight_grad"):
+        monkeypatch.setattr(conv_passes, name, noted(name, getattr(conv_passes, name)))
+    conv = spnn.Conv3d(4, 4, 3)
+    x = tensor(small, 4, "cpu", torch.float32)
+    with engines.Torchsparse().maps_alone(conv, x.feats, x.coords, training=True) as step:
+        calls.clear()
+        step()
+    assert not calls
+    x.feats.requires_grad_()
+    conv(x).feats.sum().backward()
+    assert calls == ["gather_gemm", "gather_gemm", "weight_grad"]
 
 
 def test_a_wrong_result_is_not_timed(folder, tmp_path, capsys, monkeypatch) -> None:
@@ -92,14 +167,52 @@ def test_a_wrong_result_is_not_timed(folder, tmp_path, capsys, monkeypatch) -> N
     options = ["subm-3-4-32", "--scene", "tiny", "--scenes", str(folder), "--out", str(tmp_path)]
     assert run.main(options) == 1
     last = capsys.readouterr().out.splitlines()[-1]
-    assert last.startswith("subm-3-4-32: wrong on a crop") and " output is off by " in last
+    assert last.startswith("wrong, not timed: Conv3d(4, 32") and " output is off by " in last
     assert list(tmp_path.iterdir()) == []
 
 
-def test_compare_runs_without_its_rival(folder, capsys, monkeypatch) -> None:
-    monkeypatch.setattr(compare, "spconv", lambda *args: None)
-    options = ["--scene", "tiny", "--scenes", str(folder), "--rounds", "1"]
-    assert compare.main([*options, "--network", "encoder"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "without spconv: timing torchsparse alone"
-    assert lines[1].startswith("torchsparse  encoder infer: median ")
+def test_a_wrong_network_is_not_timed(folder, tmp_path, capsys, monkeypatch) -> None:
+    """Each layer right, their sum wrong: the whole is judged, too."""
+    monkeypatch.setattr(run, "AGREE", {"fp32": 1e-9})
+    options = ["resnet21d", "--scene", "tiny", "--scenes", str(folder), "--out", str(tmp_path)]
+    assert run.main([*options, "--seconds", "0"]) == 1
+    assert "fp32 is off by" in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_another_library_may_fail(folder, tmp_path, capsys, monkeypatch) -> None:
+    class Broken(engines.Torchsparse):
+        name = "broken"
+
+        def features(self, y: Any) -> torch.Tensor:
+            return cases.features(y) * 1.5
+
+    monkeypatch.setitem(engines.ENGINES, "broken", Broken)
+    options = ["subm-3-4-32", "--scene", "tiny", "--scenes", str(folder), "--out", str(tmp_path)]
+    options += ["--seconds", "0", "--mode", "infer", "--libraries", "torchsparse", "broken"]
+    assert run.main(options) == 0
+    assert (
+        "subm-3-4-32 broken fp32: WrongResult: fp32 is off by 5.0e-01" in capsys.readouterr().out
+    )
+    assert {row["library"] for row in rows_of(tmp_path / "cpu-tiny.csv")} == {"torchsparse"}
+
+
+def test_spconv_has_the_same_weights(folder, tmp_path) -> None:
+    """In one thread: on several its sums differ from run to run. A row means it agreed."""
+    pytest.importorskip("spconv")
+    names = ["strided-3-32-64", "down-up-2-64-64", "minkunet-half", "centerpoint", "resnet21d"]
+    command = [sys.executable, str(Path(run.__file__)), *names, "--scene", "tiny"]
+    command += ["--scenes", str(folder), "--out", str(tmp_path), "--mode", "infer"]
+    command += ["--libraries", "spconv", "--seconds", "0"]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr
+    rows = rows_of(tmp_path / "cpu-tiny.csv")
+    assert {row["library"] for row in rows} == {"spconv"}, done.stdout
+    assert {row["case"] for row in rows} == set(names), done.stdout
+
+
+def test_a_step_is_repeated_until_its_time_is_up() -> None:
+    calls: list[int] = []
+    found = timing.times(lambda: calls.append(1), CPU, 0.0)
+    assert len(found) == 3 and len(calls) == 4
+    assert len(timing.times(lambda: None, CPU, 10.0)) == 100

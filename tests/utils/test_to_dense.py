@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from tests import clouds
+from tests.cases import raises_on_data
 from torchsparse.utils.to_dense import to_dense
 
 RANGE = (3, 13, 14, 15)
@@ -79,20 +80,21 @@ def test_the_result_may_be_changed_in_place(device):
 
 
 @pytest.mark.parametrize(("column", "value"), [(0, 3), (0, -1), (1, 13), (2, -2), (3, 2**31 - 1)])
-def test_rows_outside_the_range_are_an_error(column, value):
+def test_rows_outside_the_range_are_an_error(column, value, device):
     """Regression 29: no bounds check."""
-    feats, coords = example(torch.device("cpu"), clouds.odd)
+    feats, coords = example(device, clouds.odd)
     coords[5, column] = value
-    with pytest.raises(
-        ValueError, match=r"inside the dense tensor's `spatial_range` \(spatial_range"
-    ):
+    detail = "spatial_range" if device.type == "cpu" else "noticed"
+    said = rf"inside the dense tensor's `spatial_range` \({detail}"
+    with raises_on_data(ValueError, said):
         to_dense(feats, coords, RANGE)
 
 
-def test_cells_beyond_32_bits():
+def test_cells_beyond_32_bits(device):
     """Regression 29: a 32-bit index. One column of 2^32 cells, of which nothing is stored."""
-    feats = torch.zeros((1, 0))
-    got = to_dense(feats, torch.tensor([[0, 2**16 - 1, 0, 2**16 - 1]]), (1, 2**16, 1, 2**16))
+    feats = torch.zeros((1, 0), device=device)
+    site = torch.tensor([[0, 2**16 - 1, 0, 2**16 - 1]], device=device)
+    got = to_dense(feats, site, (1, 2**16, 1, 2**16))
     assert got.shape == (1, 2**16, 1, 2**16, 0)
 
 

@@ -9,10 +9,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from torchsparse._kernel_map import KernelMap
-from torchsparse._ops.conv import gather_gemm, weight_grad
-from torchsparse._recipe import ConvRecipe
+from torchsparse._lazy import Lazy
+from torchsparse._ops.conv import finish, gather_gemm, weight_grad
+from torchsparse._recipe import ConvRecipe, Epilogue
 
-__all__ = ["pointwise", "sparse_conv"]
+__all__ = ["deferred_conv", "deferred_pointwise", "pointwise", "sparse_conv"]
 
 
 def sparse_conv(
@@ -44,6 +45,37 @@ def sparse_conv(
     return _forward(feats, weight, bias, kmap, transposed, recipe)
 
 
+def deferred_conv(
+    feats: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    kmap: KernelMap,
+    transposed: bool,
+    recipe: ConvRecipe,
+) -> Lazy:
+    """`sparse_conv` without gradients, computed when somebody needs it: what follows may join."""
+
+    def make(epilogue: Epilogue | None) -> Tensor:
+        return _forward(feats, weight, bias, kmap, transposed, recipe, epilogue)
+
+    rows = kmap.num_inputs if transposed else kmap.num_outputs
+    inputs = (feats, weight) if bias is None else (feats, weight, bias)
+    return Lazy(make, (rows, weight.shape[2]), recipe.dtype, feats.device, inputs)
+
+
+def deferred_pointwise(
+    feats: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Lazy:
+    """`pointwise` in the same manner."""
+
+    def make(epilogue: Epilogue | None) -> Tensor:
+        out = pointwise(feats, weight, bias, dtype)
+        return out if epilogue is None else finish(out, epilogue)
+
+    inputs = (feats, weight) if bias is None else (feats, weight, bias)
+    return Lazy(make, (feats.shape[0], weight.shape[1]), dtype, feats.device, inputs)
+
+
 def _forward(
     feats: Tensor,
     weight: Tensor,
@@ -51,11 +83,14 @@ def _forward(
     kmap: KernelMap,
     transposed: bool,
     recipe: ConvRecipe,
+    epilogue: Epilogue | None = None,
 ) -> Tensor:
     planned = kmap.plan(recipe, weight.shape[2], transposed)
     dtype = recipe.compute
     bias = None if bias is None else bias.to(dtype)
-    out = gather_gemm(feats.to(dtype), weight.to(dtype), bias, planned, recipe.precision)
+    out = gather_gemm(
+        feats.to(dtype), weight.to(dtype), bias, planned, recipe.precision, epilogue
+    )
     return out.to(recipe.dtype)
 
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from torchsparse._flags import Complaint, complain_if
+from torchsparse._flags import Complaint, complain_if, flag_word
 from torchsparse._ops import points, reduce
 from torchsparse._validate import check_coords, check_feats, check_rows, check_same_device
 
@@ -42,7 +41,7 @@ def to_dense(feats: Tensor, coords: Tensor, spatial_range: Any) -> Tensor:
 
     Args:
         feats: [N, C] floating.
-        coords: [N, 4] integers, columns (b, x, y, z). Of equal rows one is kept.
+        coords: [N, 4] integers, columns (b, x, y, z). Of equal rows the last is kept.
         spatial_range: (B, X, Y, Z); further entries are ignored.
 
     Returns:
@@ -64,8 +63,10 @@ def to_dense(feats: Tensor, coords: Tensor, spatial_range: Any) -> Tensor:
         raise ValueError(
             f"`spatial_range` must hold {columns} extents, batch size first, got {spatial_range}"
         )
-    index = points.flat_index(coords, extents)
-    complain_if((index < 0).any(), Complaint.DENSE, lambda: f"spatial_range = {extents}")
+    word = flag_word(coords.device)
+    index = points.flat_index(coords, extents, word, Complaint.DENSE.bit)
+    if word is None:
+        complain_if((index < 0).any(), Complaint.DENSE, lambda: f"spatial_range = {extents}")
     return ToDense.apply(feats, index, extents)  # pyright: ignore[reportReturnType]
 
 
@@ -75,23 +76,14 @@ class Voxelize(Function):
     @staticmethod
     def forward(ctx: Any, feats: Tensor, index: Tensor, counts: Tensor) -> Tensor:
         ctx.save_for_backward(index, counts)
-        sums = reduce.segment_sum(feats, reduce.group_rows(index, counts.shape[0]))
-        return _divide(sums, counts).to(feats.dtype)
+        groups = reduce.group_rows(index, counts.shape[0])
+        return reduce.segment_sum(feats, groups, None, counts, feats.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         index, counts = ctx.saved_tensors
-        share = _divide(grad.to(torch.promote_types(grad.dtype, torch.float32)), counts)
-        # A number behind the last voxel is none, like a negative one.
-        index = torch.where(index < counts.shape[0], index, -1)
-        return points.gather_rows(share.to(grad.dtype), index), None, None
-
-
-def _divide(rows: Tensor, counts: Tensor) -> Tensor:
-    """Rows over counts; 0 where the count is 0, even under NaN."""
-    counts = counts[:, None]
-    return torch.where(counts == 0, 0, rows / counts.to(rows.dtype))
+        return points.share_rows(grad, index, counts), None, None
 
 
 def voxelize(feats: Tensor, index: Tensor, counts: Tensor) -> Tensor:
@@ -113,26 +105,28 @@ class Devoxelize(Function):
     """Weighted sums of voxel rows around points."""
 
     @staticmethod
-    def forward(ctx: Any, feats: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, feats: Tensor, index: Tensor, weights: Tensor, word: Tensor | None, bit: int
+    ) -> Tensor:
         # Features are needed for the gradient of the weights alone.
         saved = feats if weights.requires_grad else None
         ctx.save_for_backward(index, weights, saved)
         ctx.num_voxels = feats.shape[0]
-        return points.devoxelize(feats, index, weights)
+        return points.devoxelize(feats, index, weights, word, bit)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         index, weights, feats = ctx.saved_tensors
         grad_feats = grad_weights = None
         if ctx.needs_input_grad[0]:
             groups = reduce.group_rows(index.flatten(), ctx.num_voxels)
             shares = weights.flatten().index_select(0, groups.order)
             pairs = reduce.Groups(groups.order // max(index.shape[1], 1), groups.starts)
-            grad_feats = reduce.segment_sum(grad, pairs, shares).to(grad.dtype)
+            grad_feats = reduce.segment_sum(grad, pairs, shares, None, grad.dtype)
         if ctx.needs_input_grad[2]:
             grad_weights = points.devoxelize_weight_grad(feats, index, grad).to(weights.dtype)
-        return grad_feats, None, grad_weights
+        return grad_feats, None, grad_weights, None, None
 
 
 def devoxelize(feats: Tensor, index: Tensor, weights: Tensor) -> Tensor:
@@ -140,11 +134,18 @@ def devoxelize(feats: Tensor, index: Tensor, weights: Tensor) -> Tensor:
 
     Args:
         feats: [M, C] floating.
-        index: [N, J] integers, rows around each point; outside 0 <= i < M = none.
+        index: [N, J] integers, rows around each point; negative = none.
         weights: [N, J] floating.
 
     Returns:
         [N, C] in the dtype of ``feats``, summed in float32 (float64 in float64). Differentiable in
         ``feats`` and ``weights``.
+
+    Raises:
+        ValueError: An index of M or more (noticed later on a GPU, and taken for none).
     """
-    return Devoxelize.apply(feats, index, weights)  # pyright: ignore[reportReturnType]
+    num, word = feats.shape[0], flag_word(feats.device)
+    if word is None:
+        complain_if((index >= num).any(), Complaint.INDEX, lambda: f"{num} rows")
+    out = Devoxelize.apply(feats, index, weights, word, Complaint.INDEX.bit)
+    return out  # pyright: ignore[reportReturnType]

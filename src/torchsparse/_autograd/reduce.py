@@ -23,7 +23,7 @@ class SegmentSum(Function):
     @staticmethod
     def forward(ctx: Any, feats: Tensor, index: Tensor, num: int) -> Tensor:
         ctx.save_for_backward(index)
-        return reduce.segment_sum(feats, reduce.group_rows(index, num)).to(feats.dtype)
+        return reduce.segment_sum(feats, reduce.group_rows(index, num), None, None, feats.dtype)
 
     @staticmethod
     @once_differentiable
@@ -116,8 +116,7 @@ class SampleNorm(Function):
         mean_c, rstd_c = _per_channel(mean, channels), _per_channel(rstd, channels)
         # Per sample and channel: sum of dy, and of dy * x_hat with x_hat = (x - mean) * rstd.
         sums = reduce.segment_sum(grad, groups)
-        products = norm.affine(feats, batch, mean_c, rstd_c, None, sums.dtype)
-        dots = reduce.segment_sum(products.mul_(grad), groups)
+        dots = norm.centred_dots(feats, grad, batch, groups, mean_c) * rstd_c
         grad_weight = None if weight is None else dots.sum(0).to(weight.dtype)
         grad_bias = None if ctx.bias_dtype is None else sums.sum(0).to(ctx.bias_dtype)
         if not ctx.needs_input_grad[0]:
@@ -136,7 +135,8 @@ class SampleNorm(Function):
 
 def _per_channel(values: Tensor, channels: int) -> Tensor:
     """[B, G] -> [B, C]: every channel of a group has its value."""
-    return values.repeat_interleave(channels // values.shape[1], dim=1)
+    # repeat_interleave waits for a GPU.
+    return values[:, :, None].expand(-1, -1, channels // values.shape[1]).flatten(1)
 
 
 def _over_groups(values: Tensor, num_groups: int) -> Tensor:

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from torchsparse._geometry import Geometry
 from torchsparse._ops.dispatch import reference, twin
-from torchsparse._recipe import ConvRecipe, Dataflow
+from torchsparse._recipe import ConvRecipe, Dataflow, Epilogue
 
-__all__ = ["Planned", "gather_gemm", "pairs_key", "plan_key", "weight_grad"]
+__all__ = ["Planned", "finish", "gather_gemm", "pairs_key", "plan_key", "weight_grad"]
 
 
 class Planned(NamedTuple):
@@ -85,7 +85,12 @@ def pairs_key(
 
 
 def gather_gemm(
-    feats: Tensor, weight: Tensor, bias: Tensor | None, planned: Planned, precision: str
+    feats: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    planned: Planned,
+    precision: str,
+    epilogue: Epilogue | None = None,
 ) -> Tensor:
     """``out[m] = bias + sum over taps k of feats[neighbors[k, m]] @ weight[k]``.
 
@@ -95,11 +100,27 @@ def gather_gemm(
         bias: [C_out] in the dtype of feats, or None.
         planned: The neighbour table.
         precision: Of float32 products on a GPU: "ieee", "tf32" or "tf32x3".
+        epilogue: Applied to the sums before they are rounded, or None.
 
     Returns:
         [M, C_out] in the dtype of feats, summed in float32 (float64 for float64).
     """
-    return planned.chosen.gather_gemm(feats, weight, bias, planned.plan, precision)
+    return planned.chosen.gather_gemm(feats, weight, bias, planned.plan, precision, epilogue)
+
+
+def finish(feats: Tensor, epilogue: Epilogue) -> Tensor:
+    """Apply an epilogue to features.
+
+    Args:
+        feats: [M, C] floating.
+        epilogue: What to apply.
+
+    Returns:
+        [M, C] in the dtype of feats, computed in float32 (float64 for float64).
+    """
+    if feats.dtype == torch.float64:
+        return reference("conv").finish(feats, epilogue)
+    return twin("conv", feats).finish(feats, epilogue)
 
 
 def weight_grad(feats: Tensor, grad: Tensor, planned: Planned, precision: str) -> Tensor:

@@ -16,7 +16,8 @@ from torch import Tensor
 
 __all__ = ["forced", "has_triton", "reference", "twin"]
 
-KERNELS = frozenset({"conv", "coords"})  # families with Triton kernels
+# Families with Triton kernels.
+KERNELS = frozenset({"conv", "coords", "norm", "points", "reduce", "table"})
 _forced: list[str] = []
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from torchsparse._groups import Groups
 from torchsparse._ops.dispatch import twin
-from torchsparse._reference.reduce import Groups
 
-__all__ = ["affine", "sample_moments"]
+__all__ = ["affine", "centred_dots", "sample_moments"]
 
 
 def sample_moments(
@@ -26,6 +26,23 @@ def sample_moments(
         Two [B, G], float32 (float64 in float64); 0 for empty samples.
     """
     return twin("norm", feats).sample_moments(feats, batch, groups, num_groups)
+
+
+def centred_dots(
+    feats: Tensor, rows: Tensor, batch: Tensor, groups: Groups, mean: Tensor
+) -> Tensor:
+    """Sum of ``(feats - mean[b]) * rows`` over the rows of each sample.
+
+    Args:
+        feats, rows: [N, C] floating.
+        batch: [N] integers, 0 <= b < B.
+        groups: Of ``batch``.
+        mean: [B, C] float32 or float64, which is the dtype of the computation.
+
+    Returns:
+        [B, C] in the dtype of ``mean``; 0 for empty samples.
+    """
+    return twin("norm", feats).centred_dots(feats, rows, batch, groups, mean)
 
 
 def affine(

@@ -12,21 +12,26 @@ __all__ = [
     "flat_index",
     "gather_rows",
     "scatter_rows",
+    "share_rows",
     "trilinear_weights",
 ]
 
 
-def flat_index(coords: Tensor, extents: tuple[int, ...]) -> Tensor:
+def flat_index(
+    coords: Tensor, extents: tuple[int, ...], word: Tensor | None = None, bit: int = 0
+) -> Tensor:
     """Row-major cell of each coordinate row in a box that starts at 0.
 
     Args:
         coords: [N, A] integers.
         extents: A extents.
+        word: [] int64, into which ``bit`` is or-ed, in place, if a row lies outside the box.
+        bit: Its bit.
 
     Returns:
         [N] int64, -1 outside the box.
     """
-    return twin("points", coords).flat_index(coords, extents)
+    return twin("points", coords).flat_index(coords, extents, word, bit)
 
 
 def scatter_rows(feats: Tensor, index: Tensor, num: int) -> Tensor:
@@ -34,8 +39,7 @@ def scatter_rows(feats: Tensor, index: Tensor, num: int) -> Tensor:
 
     Args:
         feats: [N, C].
-        index: [N] int64 below ``num``, -1 = skip. Of equal ones, one row is kept (on the CPU the
-            last).
+        index: [N] int64 below ``num``, -1 = skip. Of equal ones, the last row is kept.
         num: Rows of the result.
 
     Returns:
@@ -57,18 +61,35 @@ def gather_rows(grid: Tensor, index: Tensor) -> Tensor:
     return twin("points", grid).gather_rows(grid, index)
 
 
-def devoxelize(feats: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+def share_rows(rows: Tensor, index: Tensor, counts: Tensor) -> Tensor:
+    """Hand the rows of groups back to their members, divided by counts.
+
+    Args:
+        rows: [num, C] floating.
+        index: [N] integers; outside 0 <= i < num = none.
+        counts: [num] integers; 0 = none.
+
+    Returns:
+        [N, C] in the dtype of ``rows``, 0 for none.
+    """
+    return twin("points", rows).share_rows(rows, index, counts)
+
+
+def devoxelize(
+    feats: Tensor, index: Tensor, weights: Tensor, word: Tensor | None = None, bit: int = 0
+) -> Tensor:
     """Weighted sums of rows around points.
 
     Args:
         feats: [M, C] floating.
         index: [N, J] integers; outside 0 <= i < M = none.
         weights: [N, J] floating.
+        word, bit: As in `flat_index`, for an index of M or more.
 
     Returns:
         [N, C] in the dtype of ``feats``, summed in float32 (float64 in float64).
     """
-    return twin("points", feats).devoxelize(feats, index, weights)
+    return twin("points", feats).devoxelize(feats, index, weights, word, bit)
 
 
 def devoxelize_weight_grad(feats: Tensor, index: Tensor, grad: Tensor) -> Tensor:

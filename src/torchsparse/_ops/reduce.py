@@ -5,10 +5,11 @@ A group number outside 0 <= i < num means "none"; such rows are skipped.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
+from torchsparse._groups import Groups
 from torchsparse._ops.dispatch import twin
-from torchsparse._reference.reduce import Groups
 
 __all__ = ["Groups", "argmax_rows", "count", "group_rows", "segment_max", "segment_sum"]
 
@@ -23,31 +24,41 @@ def group_rows(index: Tensor, num: int) -> Groups:
     return twin("reduce", index).group_rows(index, num)
 
 
-def segment_sum(feats: Tensor, groups: Groups, weights: Tensor | None = None) -> Tensor:
-    """Sum the rows of each group.
+def segment_sum(
+    feats: Tensor,
+    groups: Groups,
+    weights: Tensor | None = None,
+    counts: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Sum the rows of each group, or average them.
 
     Args:
         feats: [R, C] floating.
         groups: Of ``num`` groups; its ``order`` may name a row of ``feats`` several times.
         weights: [N] floating factors in the sequence of ``groups.order``, None = 1.
+        counts: [num] integers, by which the sums are divided; a group with count 0 becomes 0.
+        dtype: Of the result; None = that of the sums.
 
     Returns:
-        [num, C] float32 (float64 if ``feats`` is), summed in a fixed order; 0 for empty groups.
+        [num, C], summed in float32 (float64 if ``feats`` is) in a fixed order; 0 for empty groups.
     """
-    return twin("reduce", feats).segment_sum(feats, groups, weights)
+    return twin("reduce", feats).segment_sum(feats, groups, weights, counts, dtype)
 
 
-def count(index: Tensor, num: int) -> Tensor:
+def count(index: Tensor, num: int, word: Tensor | None = None, bit: int = 0) -> Tensor:
     """Count the rows of each group.
 
     Args:
         index: [N] integers.
         num: Number of groups.
+        word: [] int64, into which ``bit`` is or-ed, in place, if a number is ``num`` or more.
+        bit: Its bit.
 
     Returns:
         [num] int32.
     """
-    return twin("reduce", index).count(index, num)
+    return twin("reduce", index).count(index, num, word, bit)
 
 
 def segment_max(feats: Tensor, index: Tensor, num: int) -> Tensor:

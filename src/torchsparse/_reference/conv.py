@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from torchsparse._recipe import Epilogue
 from torchsparse._reference.coords import flat_nonzero
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "Layout",
     "Plan",
     "choose_layout",
+    "finish",
     "gather_gemm",
     "make_plan",
     "weight_grad",
@@ -138,7 +140,12 @@ def _chunk(neighbors: Tensor, begin: int, end: int, identity: int | None, narrow
 
 
 def gather_gemm(
-    feats: Tensor, weight: Tensor, bias: Tensor | None, plan: Plan, precision: str = "ieee"
+    feats: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    plan: Plan,
+    precision: str = "ieee",
+    epilogue: Epilogue | None = None,
 ) -> Tensor:
     """``out[m] = bias + sum over taps k of feats[neighbors[k, m]] @ weight[k]``.
 
@@ -148,6 +155,7 @@ def gather_gemm(
         bias: [C_out] in the dtype of feats, or None.
         plan: Of the neighbour table, from `make_plan`.
         precision: Of float32 products; here they are always exact to 24 bits.
+        epilogue: Applied to the sums of a chunk while they are in the cache, or None.
 
     Returns:
         [M, C_out] in the dtype of feats; half types are summed in float32 and rounded once.
@@ -158,6 +166,10 @@ def gather_gemm(
         taps = taps[::-1]
     xs = _in_order(feats.to(compute), plan.in_order)
     out = feats.new_empty((plan.num_outputs, weight.shape[2]), dtype=compute)
+    if epilogue is not None and epilogue.residual is not None and plan.out_order is not None:
+        residual = epilogue.residual.index_select(0, plan.out_order)
+        epilogue = epilogue._replace(residual=residual)
+    end = None if epilogue is None else _end(epilogue, compute)
     for chunk in plan.chunks:
         rows = out[chunk.begin : chunk.end]
         if chunk.bags is not None:
@@ -172,9 +184,50 @@ def gather_gemm(
             _add_chunk(xs, taps, chunk, out)
         if bias is not None:
             rows.add_(bias.to(compute))
+        if end is not None:
+            _finish_(rows, end, slice(chunk.begin, chunk.end))
     if plan.out_rank is not None:
         out = out.index_select(0, plan.out_rank)
     return out.to(feats.dtype)
+
+
+class _End(NamedTuple):
+    """An epilogue with the normalisation as one multiplication and one addition."""
+
+    scale: Tensor | None
+    shift: Tensor | None
+    residual: Tensor | None
+    slope: float | None
+
+
+def _end(epilogue: Epilogue, dtype: torch.dtype) -> _End:
+    norm, residual, slope = epilogue
+    scale = shift = None
+    if norm is not None:
+        scale = torch.rsqrt(norm.var.to(dtype) + norm.eps)
+        if norm.weight is not None:
+            scale = scale * norm.weight.to(dtype)
+        shift = -norm.mean.to(dtype) * scale
+        if norm.bias is not None:
+            shift = shift + norm.bias.to(dtype)
+    return _End(scale, shift, residual, slope)
+
+
+def _finish_(rows: Tensor, end: _End, where: slice) -> None:
+    """Apply an epilogue to the rows ``where`` of a result, in place."""
+    if end.scale is not None and end.shift is not None:
+        torch.addcmul(end.shift, rows, end.scale, out=rows)
+    if end.residual is not None:
+        rows.add_(end.residual[where].to(rows.dtype))
+    if end.slope is not None:
+        torch.nn.functional.leaky_relu_(rows, end.slope) if end.slope else rows.relu_()
+
+
+def finish(feats: Tensor, epilogue: Epilogue) -> Tensor:
+    """Apply an epilogue to features.  [M, C] -> [M, C] in the same dtype."""
+    rows = feats.to(_compute_dtype(feats), copy=True)
+    _finish_(rows, _end(epilogue, rows.dtype), slice(None))
+    return rows.to(feats.dtype)
 
 
 def _in_order(feats: Tensor, order: Tensor | None) -> Tensor:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from torchsparse._reference.reduce import Groups, segment_sum
+from torchsparse._groups import Groups
+from torchsparse._reference.reduce import segment_sum
 
-__all__ = ["affine", "sample_moments"]
+__all__ = ["affine", "centred_dots", "sample_moments"]
 
 # Rows that are worked on at a time on the CPU: temporaries of the size of the features would cost
 # more in page faults than the arithmetic (2 GB/s on an EPYC 9004), these stay in the cache.
@@ -26,6 +27,13 @@ def sample_moments(
     centred = affine(feats, batch, centre, None, None, sums.dtype)
     squares = segment_sum(centred.square_(), groups)
     return mean, squares.unflatten(1, (num_groups, -1)).sum(2) / sizes
+
+
+def centred_dots(
+    feats: Tensor, rows: Tensor, batch: Tensor, groups: Groups, mean: Tensor
+) -> Tensor:
+    """Sum of ``(feats - mean[b]) * rows`` over each sample.  -> [B, C]."""
+    return segment_sum(affine(feats, batch, mean, None, None, mean.dtype).mul_(rows), groups)
 
 
 def affine(

@@ -11,11 +11,14 @@ __all__ = [
     "flat_index",
     "gather_rows",
     "scatter_rows",
+    "share_rows",
     "trilinear_weights",
 ]
 
 
-def flat_index(coords: Tensor, extents: tuple[int, ...]) -> Tensor:
+def flat_index(
+    coords: Tensor, extents: tuple[int, ...], word: Tensor | None = None, bit: int = 0
+) -> Tensor:
     """Row-major cell of each coordinate row; -1 outside.  [N, A], A extents -> [N] int64."""
     index = torch.zeros(coords.shape[0], dtype=torch.int64, device=coords.device)
     inside = torch.ones_like(index, dtype=torch.bool)
@@ -23,6 +26,8 @@ def flat_index(coords: Tensor, extents: tuple[int, ...]) -> Tensor:
         c = coords[:, column]
         inside &= (c >= 0) & (c < extent)
         index.mul_(extent).add_(c)
+    if word is not None:
+        word |= (~inside).any() * bit
     return index.masked_fill_(~inside, -1)
 
 
@@ -47,10 +52,23 @@ def gather_rows(grid: Tensor, index: Tensor) -> Tensor:
     return rows.masked_fill_(absent[:, None], 0)
 
 
-def devoxelize(feats: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+def share_rows(rows: Tensor, index: Tensor, counts: Tensor) -> Tensor:
+    """``rows[index[n]] / counts[index[n]]``, 0 for none and where the count is 0.  -> [N, C]."""
+    counts = counts[:, None]
+    wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
+    shares = torch.where(counts == 0, 0, wide / counts.to(wide.dtype)).to(rows.dtype)
+    # A number behind the last group is none, like a negative one.
+    return gather_rows(shares, torch.where(index < counts.shape[0], index, -1))
+
+
+def devoxelize(
+    feats: Tensor, index: Tensor, weights: Tensor, word: Tensor | None = None, bit: int = 0
+) -> Tensor:
     """Sum of ``weights[n, j] * feats[index[n, j]]`` over j.  -> [N, C]."""
     num, channels = feats.shape
     dtype = torch.float64 if feats.dtype == torch.float64 else torch.float32
+    if word is not None:
+        word |= (index >= num).any() * bit
     if index.numel() == 0 or channels == 0:
         return feats.new_zeros((index.shape[0], channels))
     absent = (index < 0) | (index >= num)

@@ -7,26 +7,16 @@ threads. ``index_add_`` has neither property on a GPU and is slower on the CPU f
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
+
+from torchsparse._groups import Groups
 
 __all__ = ["Groups", "argmax_rows", "count", "group_rows", "segment_max", "segment_sum"]
 
 # Rows summed one after the other before partial sums are added: bounds the rounding error of
 # long segments and gives threads something to share.
 CHUNK = 256
-
-
-class Groups(NamedTuple):
-    """Rows by group.  index = [1, 0, 1], num = 2:  order = [1, 0, 2], starts = [0, 1, 3, 3].
-
-    The last group holds the rows that belong to none.
-    """
-
-    order: Tensor  # [N] int64, rows of group 0, then of group 1, ...; ascending within a group
-    starts: Tensor  # [num + 2] int64 = [0] + cumsum(rows per group)
 
 
 def _or_last(index: Tensor, num: int) -> Tensor:
@@ -46,8 +36,22 @@ def group_rows(index: Tensor, num: int) -> Groups:
     return Groups(order, torch.searchsorted(keys, numbers))
 
 
-def segment_sum(feats: Tensor, groups: Groups, weights: Tensor | None = None) -> Tensor:
-    """Sum of ``weights[p] * feats[order[p]]`` over each group.  -> [num, C]."""
+def segment_sum(
+    feats: Tensor,
+    groups: Groups,
+    weights: Tensor | None = None,
+    counts: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Sum of ``weights[p] * feats[order[p]]`` over each group, over counts.  -> [num, C]."""
+    sums = _sums(feats, groups, weights)
+    if counts is not None:
+        counts = counts[:, None]
+        sums = torch.where(counts == 0, 0, sums / counts.to(sums.dtype))
+    return sums if dtype is None else sums.to(dtype)
+
+
+def _sums(feats: Tensor, groups: Groups, weights: Tensor | None) -> Tensor:
     order, starts = groups
     num, channels = starts.shape[0] - 2, feats.shape[1]
     dtype = torch.float64 if feats.dtype == torch.float64 else torch.float32
@@ -82,8 +86,10 @@ def _bags(feats: Tensor, rows: Tensor, starts: Tensor, weights: Tensor | None) -
     )
 
 
-def count(index: Tensor, num: int) -> Tensor:
+def count(index: Tensor, num: int, word: Tensor | None = None, bit: int = 0) -> Tensor:
     """Rows per group; numbers outside are skipped.  [N] integers -> [num] int32."""
+    if word is not None:
+        word |= (index >= num).any() * bit
     found = torch.bincount(_or_last(index, num), minlength=num + 1)
     return found[:num].to(torch.int32)
 

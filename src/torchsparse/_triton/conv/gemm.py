@@ -19,19 +19,27 @@ __all__ = ["gemm_kernel", "narrow_kernel", "sum_kernel"]
 
 @triton.jit
 def _finish(
-    acc, rows, cols, live, bias, scale, shift, residual, slope, CO: tl.constexpr,
-    BIAS: tl.constexpr, AFFINE: tl.constexpr, RESIDUAL: tl.constexpr, ACT: tl.constexpr,
+    acc, rows, cols, live, bias, mean, var, gamma, beta, eps, residual, slope, CO: tl.constexpr,
+    BIAS: tl.constexpr, NORM: tl.constexpr, RESIDUAL: tl.constexpr, ACT: tl.constexpr,
 ):  # fmt: skip
-    """Epilogue: ``act((acc + bias) * scale + shift + residual)``."""
+    """`_recipe.Epilogue`, after a bias. NORM: 0 = none, 1 = plain, 2 = with gamma and beta."""
     if BIAS:
-        acc += tl.load(bias + cols, mask=cols < CO, other=0.0).to(acc.dtype)[None, :]
-    if AFFINE:
-        acc *= tl.load(scale + cols, mask=cols < CO, other=0.0).to(acc.dtype)[None, :]
-        acc += tl.load(shift + cols, mask=cols < CO, other=0.0).to(acc.dtype)[None, :]
+        acc += tl.load(bias + cols, mask=cols < CO, other=0.0).to(tl.float32)[None, :]
+    if NORM > 0:
+        scale = tl.load(var + cols, mask=cols < CO, other=1.0).to(tl.float32)
+        scale = 1.0 / tl.sqrt(scale + eps)
+        shift = -tl.load(mean + cols, mask=cols < CO, other=0.0).to(tl.float32)
+        if NORM == 2:
+            scale *= tl.load(gamma + cols, mask=cols < CO, other=0.0).to(tl.float32)
+        acc = (acc + shift[None, :]) * scale[None, :]
+        if NORM == 2:
+            acc += tl.load(beta + cols, mask=cols < CO, other=0.0).to(tl.float32)[None, :]
     if RESIDUAL:
         at = rows[:, None] * CO + cols[None, :]
         acc += tl.load(residual + at, mask=live, other=0.0).to(acc.dtype)
-    if ACT == 1:  # ReLU and its leaky form; NaN stays NaN
+    if ACT == 1:  # ReLU; NaN stays NaN
+        acc = tl.where(acc < 0, 0.0, acc)
+    if ACT == 2:
         acc = tl.where(acc < 0, acc * slope, acc)
     return acc
 
@@ -72,12 +80,12 @@ def _add_taps(
 
 @triton.jit
 def gemm_kernel(
-    x, w, out, table, order, masks, bias, scale, shift, residual, slope,
+    x, w, out, table, order, masks, bias, mean, var, gamma, beta, eps, residual, slope,
     M, T, w_tap, w_in, w_out,
     K: tl.constexpr, CI: tl.constexpr, CO: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLITS: tl.constexpr,
     SORTED: tl.constexpr, REVERSE: tl.constexpr, PRECISION: tl.constexpr,
-    BIAS: tl.constexpr, AFFINE: tl.constexpr, RESIDUAL: tl.constexpr, ACT: tl.constexpr,
+    BIAS: tl.constexpr, NORM: tl.constexpr, RESIDUAL: tl.constexpr, ACT: tl.constexpr,
 ):  # fmt: skip
     """out[order[m]] = epilogue(sum over taps k of x[table[k, m]] @ w[k]).
 
@@ -119,17 +127,17 @@ def gemm_kernel(
         out += split.to(tl.int64) * M * CO
     else:
         acc = _finish(
-            acc, rows, cols, there, bias, scale, shift, residual, slope, CO,
-            BIAS, AFFINE, RESIDUAL, ACT,
+            acc, rows, cols, there, bias, mean, var, gamma, beta, eps, residual, slope, CO,
+            BIAS, NORM, RESIDUAL, ACT,
         )  # fmt: skip
     tl.store(out + rows[:, None] * CO + cols[None, :], acc.to(out.dtype.element_ty), mask=there)
 
 
 @triton.jit
 def sum_kernel(
-    partial, out, bias, scale, shift, residual, slope, M,
+    partial, out, bias, mean, var, gamma, beta, eps, residual, slope, M,
     CO: tl.constexpr, PARTS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    BIAS: tl.constexpr, AFFINE: tl.constexpr, RESIDUAL: tl.constexpr, ACT: tl.constexpr,
+    BIAS: tl.constexpr, NORM: tl.constexpr, RESIDUAL: tl.constexpr, ACT: tl.constexpr,
 ):  # fmt: skip
     """out[m] = epilogue(sum over s of partial[s, m]), in the order of s."""
     rm = tl.program_id(0) * BM + tl.arange(0, BM)
@@ -138,23 +146,24 @@ def sum_kernel(
     rows = rm.to(tl.int64)
     at = rows[:, None] * CO + cols[None, :]
     size = tl.cast(M, tl.int64) * CO
-    acc = tl.load(partial + at, mask=there, other=0.0)
+    acc = tl.load(partial + at, mask=there, other=0.0).to(tl.float32)
     for part in range(1, PARTS):
         acc += tl.load(partial + part * size + at, mask=there, other=0.0)
     acc = _finish(
-        acc, rows, cols, there, bias, scale, shift, residual, slope, CO,
-        BIAS, AFFINE, RESIDUAL, ACT,
+        acc, rows, cols, there, bias, mean, var, gamma, beta, eps, residual, slope, CO,
+        BIAS, NORM, RESIDUAL, ACT,
     )  # fmt: skip
     tl.store(out + at, acc.to(out.dtype.element_ty), mask=there)
 
 
 @triton.jit
 def narrow_kernel(
-    x, w, out, neighbors, bias, scale, shift, residual, slope, M, n_row, n_tap, w_tap, w_in, w_out,
+    x, w, out, neighbors, bias, mean, var, gamma, beta, eps, residual, slope,
+    M, n_row, n_tap, w_tap, w_in, w_out,
     K: tl.constexpr, CI: tl.constexpr, CO: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     REVERSE: tl.constexpr, PRECISION: tl.constexpr,
-    BIAS: tl.constexpr, AFFINE: tl.constexpr, RESIDUAL: tl.constexpr, ACT: tl.constexpr,
+    BIAS: tl.constexpr, NORM: tl.constexpr, RESIDUAL: tl.constexpr, ACT: tl.constexpr,
 ):  # fmt: skip
     """The same for few input channels: taps and channels are one axis of the product.
 
@@ -180,7 +189,7 @@ def narrow_kernel(
     there = live[:, None] & (cols < CO)[None, :]
     rows = rm.to(tl.int64)
     acc = _finish(
-        acc, rows, cols, there, bias, scale, shift, residual, slope, CO,
-        BIAS, AFFINE, RESIDUAL, ACT,
+        acc, rows, cols, there, bias, mean, var, gamma, beta, eps, residual, slope, CO,
+        BIAS, NORM, RESIDUAL, ACT,
     )  # fmt: skip
     tl.store(out + rows[:, None] * CO + cols[None, :], acc.to(out.dtype.element_ty), mask=there)

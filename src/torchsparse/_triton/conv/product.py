@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from torchsparse._recipe import Epilogue
 from torchsparse._triton.conv.fetch import fetch_kernel
 from torchsparse._triton.conv.gemm import gemm_kernel, narrow_kernel, sum_kernel
 from torchsparse._triton.conv.order import Tiles
@@ -15,7 +16,7 @@ from torchsparse._triton.conv.wgrad import sum_chunks_kernel, wgrad_kernel
 from torchsparse._triton.launch import cdiv, launch, next_power
 from torchsparse._triton.tiles import GemmTile, gemm_tile, grad_tile, narrow_tile
 
-__all__ = ["Plan", "Share", "gather_gemm", "weight_grad"]
+__all__ = ["Plan", "Share", "finish", "gather_gemm", "weight_grad"]
 
 
 class Share(NamedTuple):
@@ -45,8 +46,58 @@ def _aligned(feats: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     return feats, weight
 
 
+class _End(NamedTuple):
+    """An epilogue as the kernels want it."""
+
+    tensors: tuple[Any, ...]  # bias, mean, var, gamma, beta, eps, residual, slope
+    flags: dict[str, Any]
+
+
+def _end(bias: Tensor | None, epilogue: Epilogue | None) -> _End:
+    norm, residual, slope = epilogue or Epilogue()
+    if norm is None:
+        values, kind = (None, None, None, None, 0.0), 0
+    else:
+        values, kind = norm, 1 if norm.weight is None else 2
+    if residual is not None:
+        residual = residual.contiguous()
+    return _End(
+        (bias, *values, residual, 0.0 if slope is None else float(slope)),
+        {
+            "BIAS": bias is not None,
+            "NORM": kind,
+            "RESIDUAL": residual is not None,
+            "ACT": 0 if slope is None else 1 if slope == 0 else 2,
+        },
+    )
+
+
+NO_END = _end(None, None)
+
+
+def finish(feats: Tensor, epilogue: Epilogue) -> Tensor:
+    """Apply an epilogue to features in one pass.  [M, C] -> [M, C] in the same dtype."""
+    out = torch.empty_like(feats, memory_format=torch.contiguous_format)
+    _sum(feats.contiguous(), 1, out, _end(None, epilogue))
+    return out
+
+
+def _sum(partial: Tensor, parts: int, out: Tensor, end: _End) -> None:
+    m, channels = out.shape
+    width = min(max(next_power(channels), 16), 128)
+    launch(
+        sum_kernel, (cdiv(m, 32), cdiv(channels, width)), out, partial, out, *end.tensors, m,
+        CO=channels, PARTS=parts, BM=32, BN=width, **end.flags,
+    )  # fmt: skip
+
+
 def gather_gemm(
-    feats: Tensor, weight: Tensor, bias: Tensor | None, plan: Plan, precision: str = "ieee"
+    feats: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    plan: Plan,
+    precision: str = "ieee",
+    epilogue: Epilogue | None = None,
 ) -> Tensor:
     """``out[m] = bias + sum over taps k of feats[neighbors[k, m]] @ weight[k]``.
 
@@ -56,6 +107,7 @@ def gather_gemm(
         bias: [C_out] in the dtype of feats, or None.
         plan: Of the neighbour table, from `make_plan`.
         precision: Of float32 products: "ieee", "tf32" or "tf32x3".
+        epilogue: Applied to the sums, or None.
 
     Returns:
         [M, C_out] in the dtype of feats, summed in float32 and rounded once.
@@ -66,15 +118,17 @@ def gather_gemm(
     if out.numel() == 0:
         return out
     if feats.shape[0] == 0 or c_in == 0:
-        return out.zero_() if bias is None else out.copy_(bias.expand_as(out))
+        out.zero_() if bias is None else out.copy_(bias.expand_as(out))
+        return out if epilogue is None else finish(out, epilogue)
+    end = _end(bias, epilogue)
     feats = feats.contiguous()
     precision = precision if feats.dtype == torch.float32 else "ieee"
     if plan.pairs is not None:
         feats, weight = _aligned(feats, weight)
-        _fetch(feats, weight, bias, plan.pairs, plan.reverse, precision, out)
+        _fetch(feats, weight, end, plan.pairs, plan.reverse, precision, out)
         return out
     if narrow_tile(m, c_in, c_out, volume) is not None:
-        _narrow(feats, weight, bias, plan, precision, out)
+        _narrow(feats, weight, end, plan, precision, out)
         return out
     feats, weight = _aligned(feats, weight)
     c_in = feats.shape[1]
@@ -89,20 +143,15 @@ def gather_gemm(
     for number, (first, last, tiles) in enumerate(plan.shares):
         taps = slice(volume - last, volume - first) if plan.reverse else slice(first, last)
         part = target if parts == 1 else target[number * tile.splits]
-        only_bias = bias if parts == 1 else None
-        _gemm(feats, weight[taps], only_bias, tiles, plan.reverse, tile, precision, part)
+        own_end = end if parts == 1 else NO_END
+        _gemm(feats, weight[taps], own_end, tiles, plan.reverse, tile, precision, part)
     if parts > 1:
-        width = min(max(next_power(c_out), 16), 128)
-        launch(
-            sum_kernel, (cdiv(m, 32), cdiv(c_out, width)), out, target, out, bias, None, None,
-            None, 0.0, m, CO=c_out, PARTS=parts, BM=32, BN=width,
-            BIAS=bias is not None, AFFINE=False, RESIDUAL=False, ACT=0,
-        )  # fmt: skip
+        _sum(target, parts, out, end)
     return out
 
 
 def _gemm(
-    feats: Tensor, weight: Tensor, bias: Tensor | None, tiles: Tiles, reverse: bool,
+    feats: Tensor, weight: Tensor, end: _End, tiles: Tiles, reverse: bool,
     tile: GemmTile, precision: str, out: Tensor,
 ) -> None:  # fmt: skip
     volume, c_in, c_out = weight.shape
@@ -110,16 +159,15 @@ def _gemm(
     grid = (cdiv(m, tile.BM) * cdiv(c_out, tile.BN), tile.splits)
     launch(
         gemm_kernel, grid, feats, feats, weight, out, tiles.table, tiles.order, tiles.masks,
-        bias, None, None, None, 0.0, m, tiles.masks.shape[1], *weight.stride(),
+        *end.tensors, m, tiles.masks.shape[1], *weight.stride(),
         K=volume, CI=c_in, CO=c_out, BM=tile.BM, BN=tile.BN, BK=tile.BK, SPLITS=tile.splits,
-        SORTED=tiles.order is not None, REVERSE=reverse, PRECISION=precision,
-        BIAS=bias is not None, AFFINE=False, RESIDUAL=False, ACT=0,
+        SORTED=tiles.order is not None, REVERSE=reverse, PRECISION=precision, **end.flags,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
 
 
 def _narrow(
-    feats: Tensor, weight: Tensor, bias: Tensor | None, plan: Plan, precision: str, out: Tensor
+    feats: Tensor, weight: Tensor, end: _End, plan: Plan, precision: str, out: Tensor
 ) -> None:
     volume, c_in, c_out = weight.shape
     m = out.shape[0]
@@ -128,23 +176,21 @@ def _narrow(
     table = plan.neighbors
     launch(
         narrow_kernel, (cdiv(m, tile.BM), cdiv(c_out, tile.BN)), feats, feats, weight, out, table,
-        bias, None, None, None, 0.0, m, table.stride(1), table.stride(0), *weight.stride(),
+        *end.tensors, m, table.stride(1), table.stride(0), *weight.stride(),
         K=volume, CI=c_in, CO=c_out, BM=tile.BM, BN=tile.BN, BK=tile.BK,
-        REVERSE=plan.reverse, PRECISION=precision,
-        BIAS=bias is not None, AFFINE=False, RESIDUAL=False, ACT=0,
+        REVERSE=plan.reverse, PRECISION=precision, **end.flags,
         num_warps=tile.warps, num_stages=3,
     )  # fmt: skip
 
 
 def _fetch(
-    feats: Tensor, weight: Tensor, bias: Tensor | None, pairs: Pairs, reverse: bool,
+    feats: Tensor, weight: Tensor, end: _End, pairs: Pairs, reverse: bool,
     precision: str, out: Tensor,
 ) -> None:  # fmt: skip
     """Tap after tap, each adding to its output rows: no row has a tap twice."""
     volume, c_in, c_out = weight.shape
     m = out.shape[0]
-    total = out if out.dtype == torch.float32 else torch.empty_like(out, dtype=torch.float32)
-    total.copy_(bias.expand_as(out)) if bias is not None else total.zero_()
+    total = torch.zeros_like(out, dtype=torch.float32)
     tile = gemm_tile(m, c_in, c_out, 1, feats.dtype, precision)
     longest = min(m, pairs.inputs.shape[0])
     for tap in range(volume):
@@ -157,8 +203,7 @@ def _fetch(
             SWAP=pairs.swap != (tap >= pairs.lists), PRECISION=precision,
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
-    if total is not out:
-        out.copy_(total)
+    _sum(total, 1, out, end)
 
 
 def weight_grad(feats: Tensor, grad: Tensor, pairs: Pairs, precision: str = "ieee") -> Tensor:

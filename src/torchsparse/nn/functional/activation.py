@@ -5,13 +5,23 @@ from __future__ import annotations
 import torch
 
 from torchsparse.nn.utils.apply import fapply
-from torchsparse.tensor import SparseTensor
+from torchsparse.tensor import SparseTensor, pending, wrap
 
 __all__ = ["leaky_relu", "relu", "silu"]
 
 
+def _join(input: SparseTensor, slope: float, inplace: bool) -> SparseTensor | None:
+    """The activation as the end of a convolution that is still to be computed, if it can be."""
+    chain = pending(input)
+    joined = None if chain is None else chain.rectified(slope, inplace)
+    return None if joined is None else wrap(joined, input)
+
+
 def relu(input: SparseTensor, inplace: bool = True) -> SparseTensor:
     """``max(x, 0)``; in place, the features of ``input`` change too."""
+    joined = _join(input, 0.0, inplace)
+    if joined is not None:
+        return joined
     return fapply(input, torch.nn.functional.relu, inplace=inplace)
 
 
@@ -24,6 +34,9 @@ def leaky_relu(
     input: SparseTensor, negative_slope: float = 0.1, inplace: bool = True
 ) -> SparseTensor:
     """``x`` if positive, ``negative_slope * x`` otherwise; in place as in `relu`."""
+    joined = _join(input, float(negative_slope), inplace)
+    if joined is not None:
+        return joined
     return fapply(
         input, torch.nn.functional.leaky_relu, negative_slope=negative_slope, inplace=inplace
     )

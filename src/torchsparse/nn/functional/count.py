@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchsparse._flags import Complaint, complain_if
+from torchsparse._flags import Complaint, complain_if, flag_word
 from torchsparse._ops import reduce
 
 __all__ = ["check_index", "spcount"]
@@ -39,5 +39,7 @@ def spcount(coords: Tensor, num: int | Tensor) -> Tensor:
     """
     check_index(coords, 1, "coords")
     num = int(num)
-    complain_if((coords >= num).any(), Complaint.INDEX, lambda: f"{num} rows")
-    return reduce.count(coords, num)
+    word = flag_word(coords.device)
+    if word is None:
+        complain_if((coords >= num).any(), Complaint.INDEX, lambda: f"{num} rows")
+    return reduce.count(coords, num, word, Complaint.INDEX.bit)

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from torchsparse._autograd.points import devoxelize
-from torchsparse._flags import Complaint, complain_if
 from torchsparse._ops import points
 from torchsparse._validate import check_feats, check_same_device
 from torchsparse.nn.functional.count import check_index
@@ -43,8 +42,6 @@ def spdevoxelize(feats: Tensor, coords: Tensor, weights: Tensor) -> Tensor:
             f"got {list(coords.shape)} and {list(weights.shape)}"
         )
     check_same_device(feats=feats, coords=coords, weights=weights)
-    num = feats.shape[0]
-    complain_if((coords >= num).any(), Complaint.INDEX, lambda: f"{num} rows")
     return devoxelize(feats, coords, weights)
 
 

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from torchsparse._recipe import Norm
 from torchsparse.nn.functional.norm import group_norm, instance_norm
 from torchsparse.nn.utils.apply import fapply
-from torchsparse.tensor import SparseTensor, wrap
+from torchsparse.tensor import SparseTensor, pending, put_off, wrap
 
 __all__ = ["BatchNorm", "GroupNorm", "InstanceNorm", "SyncBatchNorm", "convert_sync_batchnorm"]
 
@@ -24,9 +25,24 @@ class BatchNorm(nn.BatchNorm1d):
     """
 
     def forward(self, input: SparseTensor) -> SparseTensor:
+        if not self.training and not torch.is_grad_enabled():
+            joined = self._join(input)
+            if joined is not None:
+                return joined
         if input.feats.shape[0] == 0:
             return wrap(input.feats, input)
         return fapply(input, super().forward)
+
+    def _join(self, input: SparseTensor) -> SparseTensor | None:
+        """Normalisation by running statistics, put off so that more can join it."""
+        mean, var = self.running_mean, self.running_var
+        if mean is None or var is None:
+            return None
+        chain = pending(input) or put_off(input)
+        if chain is None or chain.shape[0] == 0 or chain.shape[1] != self.num_features:
+            return None
+        joined = chain.normalised(Norm(mean, var, self.weight, self.bias, self.eps))
+        return None if joined is None else wrap(joined, input)
 
 
 class GroupNorm(nn.GroupNorm):

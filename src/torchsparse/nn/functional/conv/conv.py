@@ -11,7 +11,12 @@ import torch
 from torch import Tensor
 
 from torchsparse import _validate, backends
-from torchsparse._autograd.conv import pointwise, sparse_conv
+from torchsparse._autograd.conv import (
+    deferred_conv,
+    deferred_pointwise,
+    pointwise,
+    sparse_conv,
+)
 from torchsparse._cache import Stamp, TensorCache
 from torchsparse._compat import old_conv3d_arguments
 from torchsparse._geometry import Geometry, as_tuple
@@ -28,7 +33,7 @@ from torchsparse.nn.functional.conv.kmap import (
     same_sites,
     upsampled,
 )
-from torchsparse.tensor import SparseTensor, site_stride, wrap
+from torchsparse.tensor import SparseTensor, may_put_off, site_stride, wrap
 
 __all__ = ["conv1d", "conv2d", "conv3d", "conv4d"]
 
@@ -242,7 +247,8 @@ def run_layer(
     recipe = resolve(config, x.feats, weight, bias)
     if layer.pointwise and coordinates is None:
         matrix = weight if weight.dim() == 2 else weight[0]
-        feats = pointwise(x.feats, matrix, bias, recipe.dtype)
+        product = deferred_pointwise if may_put_off() else pointwise
+        feats = product(x.feats, matrix, bias, recipe.dtype)
         coords = int32_coords(x._caches, x.coords)
         return wrap(feats, x, coords, x.stride, x.spatial_range)
     key = (
@@ -255,8 +261,9 @@ def run_layer(
     )
     paths = x._caches.kmaps.setdefault("paths", {})
     path = paths.get(key) if coordinates is None else None
+    product = deferred_conv if may_put_off() else sparse_conv
     if path is not None and path.holds(x):
-        feats = sparse_conv(x.feats, weight, bias, path.kmap, layer.transposed, recipe)
+        feats = product(x.feats, weight, bias, path.kmap, layer.transposed, recipe)
         if not layer.generative:
             return wrap(feats, x, *path.level)
         return on_level(feats, x, path.level, True)
@@ -269,7 +276,7 @@ def run_layer(
     if coordinates is None:
         ends = Stamp(kmap.in_coords), Stamp(kmap.out_coords)
         x._caches.kmaps.setdefault("paths", {})[key] = _Path(Stamp(x.coords), ends, kmap, level)
-    feats = sparse_conv(x.feats, weight, bias, kmap, layer.transposed, recipe)
+    feats = product(x.feats, weight, bias, kmap, layer.transposed, recipe)
     return on_level(feats, x, level, layer.generative)
 
 

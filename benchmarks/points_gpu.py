@@ -1,0 +1,342 @@
+"""Moves between points, voxels and grids on a GPU: each checked, then timed.
+
+    python benchmarks/points_gpu.py                     # everything, 100 000 and 1 000 000 rows
+    python benchmarks/points_gpu.py to_dense --rows 100000
+
+One line per operation: the median time on the GPU, with the host out of the way and the L2 cache
+flushed; the median time that the host needs for the call; the bytes that must move at least, per
+second; for dense grids the time over that of writing such a grid once with zeros.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchsparse import SparseTensor
+from torchsparse.backend import GPUHashTable
+from torchsparse.nn import functional as F
+from torchsparse.nn.functional.norm import group_norm
+from torchsparse.utils.quantize import sparse_quantize
+from torchsparse.utils.to_dense import to_dense
+
+FLUSH = 128 << 20  # bytes: more than twice the L2 cache of an H100
+
+
+@dataclass(frozen=True)
+class Case:
+    """A call, what it must agree with, and the bytes that it must read and write."""
+
+    name: str
+    run: Callable[[], Any]
+    nbytes: int
+    want: Callable[[], Any] | None = None  # on the CPU; None = checked by another case
+    once: Callable[[], Any] | None = None  # the time to compare with
+    tolerance: float = 0.0
+    waits: bool = False  # the call waits for the device: only its whole duration means something
+
+
+# ------------------------------------------------------------------ examples
+def cloud(rows: int, extents: tuple[int, ...], seed: int = 0) -> Tensor:
+    """Distinct voxels on two rough surfaces, sorted: [N, 4] int32, N is ``rows`` or a bit less."""
+    generator = torch.Generator().manual_seed(seed)
+    batch, *axes = extents
+    columns = [torch.randint(0, n, (2 * rows,), generator=generator) for n in (batch, *axes[:2])]
+    wave = (columns[1] / 37).sin() + (columns[2] / 23).cos() + 2
+    z = wave * axes[2] / 5 + torch.randn(2 * rows, generator=generator) * axes[2] / 20
+    columns.append(z.long().clamp(0, axes[2] - 1))
+    coords = torch.unique(torch.stack(columns, 1), dim=0)
+    keep = torch.randperm(len(coords), generator=generator)[:rows].sort().values
+    return coords[keep].int()
+
+
+def features(rows: int, channels: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(rows, channels, generator=generator).to(dtype)
+
+
+def both(x: Any, device: str) -> Any:
+    """Nested tuples of tensors on another device."""
+    if isinstance(x, Tensor):
+        return x.detach().to(device)
+    return tuple(both(y, device) for y in x) if isinstance(x, (tuple, list)) else x
+
+
+def with_grad(f: Callable[..., Tensor], *args: Tensor) -> Callable[[], tuple[Tensor, ...]]:
+    """Forward and backward; all floating arguments get gradients."""
+    leaves = [a.detach().requires_grad_(a.is_floating_point()) for a in args]
+    wanted = [leaf for leaf in leaves if leaf.requires_grad]
+    grad = torch.ones_like(f(*leaves))
+    return lambda: torch.autograd.grad(f(*leaves), wanted, grad)
+
+
+# ------------------------------------------------------------------ cases
+def dense_cases(rows: int) -> Iterator[Case]:
+    for extents, channels, dtype in (
+        ((1, 1024, 1024, 32), 32, torch.float16),  # 2 GiB
+        ((1, 512, 512, 32), 64, torch.float16),  # 1 GiB
+        ((1, 512, 512, 32), 64, torch.float32),
+        ((4, 256, 256, 32), 16, torch.float16),
+        ((1, 1024, 1024, 40), 4, torch.float32),
+        ((1, 1024, 1024, 40), 3, torch.float16),
+        ((1, 1024, 1024, 40), 1, torch.float16),
+        ((1, 128, 128, 32), 64, torch.float16),  # 64 MiB, dense
+    ):
+        coords = cloud(min(rows, math.prod(extents) // 4), extents)
+        feats = features(len(coords), channels, dtype)
+        f, c = feats.cuda(), coords.cuda()
+        label = f"{len(coords)} x {channels} {str(dtype)[6:]} in {'x'.join(map(str, extents))}"
+        shape, size = (*extents, channels), feats.element_size()
+        yield Case(
+            f"to_dense        {label}",
+            lambda f=f, c=c, e=extents: to_dense(f, c, e),
+            math.prod(shape) * size + coords.nbytes + feats.nbytes,
+            lambda f=feats, c=coords, e=extents: to_dense(f, c, e),
+            lambda s=shape, d=dtype: torch.zeros(s, dtype=d, device="cuda"),
+        )
+        if channels == 64:
+            yield Case(
+                f"to_dense fwd+bwd {label}",
+                with_grad(lambda f, c, e=extents: to_dense(f, c, e), f, c),
+                math.prod(shape) * size + 2 * coords.nbytes + 3 * feats.nbytes,
+                lambda f=feats: (torch.ones_like(f),),
+            )
+
+
+def point_cases(rows: int) -> Iterator[Case]:
+    generator = torch.Generator().manual_seed(1)
+    voxels = rows // 3
+    index = torch.randint(0, voxels, (rows,), generator=generator).int()
+    counts = torch.bincount(index, minlength=voxels).int()
+    around = torch.randint(-1, voxels, (rows, 8), generator=generator).int()
+    shares = torch.rand(rows, 8, generator=generator)
+    i, n, a, s = (t.cuda() for t in (index, counts, around, shares))
+    for channels, dtype in ((64, torch.float16), (64, torch.float32), (4, torch.float32)):
+        x, y = features(rows, channels, dtype), features(voxels, channels, dtype)
+        f, v = x.cuda(), y.cuda()
+        tolerance = 1e-4 if dtype == torch.float32 else 1e-2
+        label = f"{rows} x {channels} {str(dtype)[6:]}"
+        yield Case(
+            f"spvoxelize      {label}",
+            lambda f=f: F.spvoxelize(f, i, n),
+            x.nbytes + y.nbytes + index.nbytes + counts.nbytes,
+            lambda x=x: F.spvoxelize(x, index, counts),
+            tolerance=tolerance,
+        )
+        yield Case(
+            f"spvoxelize f+b  {label}",
+            with_grad(lambda f: F.spvoxelize(f, i, n), f),
+            2 * (x.nbytes + y.nbytes + index.nbytes + counts.nbytes),
+            with_grad(lambda f: F.spvoxelize(f, index, counts), x),
+            tolerance=tolerance,
+        )
+        yield Case(
+            f"spdevoxelize    {label}",
+            lambda v=v: F.spdevoxelize(v, a, s),
+            y.nbytes + x.nbytes + around.nbytes + shares.nbytes,
+            lambda y=y: F.spdevoxelize(y, around, shares),
+            tolerance=tolerance,
+        )
+        yield Case(
+            f"spdevoxelize f+b {label}",
+            with_grad(lambda v, a, s: F.spdevoxelize(v, a, s), v, a, s),
+            3 * y.nbytes + 2 * x.nbytes + 2 * around.nbytes + 3 * shares.nbytes,
+            with_grad(lambda v, a, s: F.spdevoxelize(v, a, s), y, around, shares),
+            tolerance=10 * tolerance,
+        )
+    yield Case(
+        f"spcount         {rows} in {voxels}",
+        lambda: F.spcount(i, voxels), index.nbytes + counts.nbytes, lambda: counts,
+    )  # fmt: skip
+    batch = torch.arange(rows).div(rows / 4).int()
+    b = batch.cuda()
+    yield Case(
+        f"spcount         {rows} in 4",
+        lambda: F.spcount(b, 4), batch.nbytes, lambda: F.spcount(batch, 4),
+    )  # fmt: skip
+    xyz = 100 * torch.rand(rows, 3, generator=generator)
+    p = xyz.cuda()
+    yield Case(
+        f"calc_ti_weights {rows}",
+        lambda: F.calc_ti_weights(p, a, 2), xyz.nbytes + around.nbytes + shares.nbytes,
+        lambda: F.calc_ti_weights(xyz, around, 2), tolerance=1e-4,
+    )  # fmt: skip
+
+
+def search_cases(rows: int) -> Iterator[Case]:
+    coords = cloud(rows, (2, 1024, 1024, 64))
+    offsets = torch.cartesian_prod(*[torch.arange(-1, 2)] * 3).int()
+    hashes, shifted = F.sphash(coords), F.sphash(coords, offsets)
+    c, o, h, q = (t.cuda() for t in (coords, offsets, hashes, shifted))
+    n = len(coords)
+    yield Case(
+        f"sphash          {n} x 27",
+        lambda: F.sphash(c, o), coords.nbytes + shifted.nbytes, lambda: shifted,
+    )  # fmt: skip
+    for name, few in (("1", slice(13, 14)), ("27", slice(None))):
+        yield Case(
+            f"sphashquery     {n} x {name}",
+            lambda few=few: F.sphashquery(q[few], h),
+            shifted[few].nbytes * 3 // 2 + hashes.nbytes,
+            lambda few=few: F.sphashquery(shifted[few], hashes),
+        )
+
+    def filled() -> GPUHashTable:
+        table = GPUHashTable(torch.zeros(2 * n, dtype=torch.int64, device=h.device),
+                             torch.zeros(2 * n, dtype=torch.int32, device=h.device))  # fmt: skip
+        table.insert_vals(h)
+        return table
+
+    table = filled()
+    yield Case(f"insert_vals     {n} in {2 * n}", filled, n * 8 + 2 * n * 12)
+    yield Case(
+        f"lookup_vals     {n} in {2 * n}",
+        lambda: table.lookup_vals(h)[:n], n * 12 + n * 12, lambda: torch.arange(1, n + 1).int(),
+    )  # fmt: skip
+    points = coords[:, 1:] * 0.05 + 0.001
+    p = points.cuda()
+    yield Case(
+        f"sparse_quantize {n}",
+        lambda: tuple(sparse_quantize(p, 0.1, return_index=True, return_inverse=True)),
+        points.nbytes + n * 8,
+        lambda: tuple(sparse_quantize(points, 0.1, return_index=True, return_inverse=True)),
+        waits=True,
+    )
+
+
+def sample_cases(rows: int) -> Iterator[Case]:
+    batch = torch.arange(rows).div(rows / 4).int()
+    coords = torch.stack([batch, *[torch.arange(rows).int()] * 3], 1)
+    c = coords.cuda()
+    for channels, dtype in ((64, torch.float16), (96, torch.float32)):
+        x = features(rows, channels, dtype)
+        f = x.cuda()
+        label = f"{rows} x {channels} {str(dtype)[6:]}"
+        tolerance = 1e-4 if dtype == torch.float32 else 1e-2
+        for pool in (F.global_avg_pool, F.global_max_pool):
+            run = lambda f, c, pool=pool: pool(SparseTensor(f, c), 4)  # noqa: E731
+            yield Case(
+                f"{pool.__name__} {label}",
+                lambda f=f, run=run: run(f, c),
+                x.nbytes + 4 * rows,
+                lambda x=x, run=run: run(x, coords),
+                tolerance=tolerance,
+            )
+            yield Case(
+                f"{pool.__name__} f+b {label}",
+                with_grad(run, f, c),
+                (3 if pool is F.global_max_pool else 2) * x.nbytes + 8 * rows,
+                with_grad(run, x, coords),
+                tolerance=tolerance,
+            )
+        norm = lambda f, c: group_norm(SparseTensor(f, c), 8).feats  # noqa: E731
+        yield Case(
+            f"group_norm f+b  {label}",
+            with_grad(norm, f, c),
+            7 * x.nbytes + 8 * rows,
+            None,
+            waits=True,
+        )
+
+
+CASES = {
+    "to_dense": dense_cases,
+    "points": point_cases,
+    "search": search_cases,
+    "samples": sample_cases,
+}
+
+
+# ------------------------------------------------------------------ checking and timing
+def check(case: Case) -> None:
+    """The result agrees with the CPU, and has the same bits three times more."""
+    first = case.run()
+    if case.want is not None:
+        compare(first, both(case.want(), "cuda"), case.tolerance)
+    if isinstance(first, (Tensor, tuple)):
+        for _ in range(3):
+            compare(case.run(), first, 0)
+
+
+def compare(got: Any, want: Any, tolerance: float) -> None:
+    if isinstance(want, tuple):
+        for a, b in zip(got, want):
+            compare(a, b, tolerance)
+    elif tolerance:
+        torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
+    elif not torch.equal(got, want):
+        raise ValueError(f"{(got != want).sum().item()} of {got.numel()} numbers differ")
+
+
+def gpu_time(run: Callable[[], Any], repeats: int) -> float:
+    """Median seconds between events; the host is ahead of the device, the cache is cold."""
+    flush = torch.empty(FLUSH, dtype=torch.int8, device="cuda")
+    pairs = []
+    for _ in range(repeats):
+        torch.cuda._sleep(2_000_000)  # about 1 ms, in which the host queues the call
+        flush.zero_()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run()
+        end.record()
+        pairs.append((start, end))
+        torch.cuda.synchronize()
+    return sorted(a.elapsed_time(b) for a, b in pairs)[repeats // 2] / 1e3
+
+
+def host_time(run: Callable[[], Any], repeats: int, wait: bool) -> float:
+    """Median seconds of the call as the host sees it; with ``wait`` until the device is done."""
+    times = []
+    for _ in range(repeats):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        run()
+        if wait:
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return sorted(times)[repeats // 2]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Moves between points, voxels and grids")
+    parser.add_argument("families", nargs="*", help=f"some of {', '.join(CASES)}; default: all")
+    parser.add_argument("--rows", type=int, nargs="+", default=[100_000, 1_000_000])
+    parser.add_argument("--repeats", type=int, default=30)
+    parser.add_argument("--profile", action="store_true", help="also print the kernels of a call")
+    args = parser.parse_args()
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
+    print(f"{'operation':<62}{'GPU us':>9}{'host us':>9}{'GB/s':>8}{'x write':>9}")
+    for rows in args.rows:
+        for family in args.families or CASES:
+            for case in CASES[family](rows):
+                try:
+                    check(case)
+                except Exception as error:  # the other lines are still wanted
+                    print(f"{case.name:<62} WRONG: {type(error).__name__}: {error}"[:400])
+                    continue
+                host = host_time(case.run, args.repeats, case.waits)
+                gpu = host if case.waits else gpu_time(case.run, args.repeats)
+                ratio = f"{gpu / gpu_time(case.once, args.repeats):9.2f}" if case.once else ""
+                rate = case.nbytes / gpu / 1e9
+                print(
+                    f"{case.name:<62}{gpu * 1e6:9.1f}{host * 1e6:9.1f}{rate:8.0f}{ratio}",
+                    flush=True,
+                )
+                if args.profile:
+                    with torch.profiler.profile() as profile:
+                        case.run()
+                        torch.cuda.synchronize()
+                    for event in profile.events() or []:
+                        if event.device_type.name == "CUDA":
+                            print(f"    {event.device_time:8.1f} us  {event.name[:90]}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,149 @@
+"""Features that are computed when somebody needs them, so that what follows can join.
+
+In evaluation a convolution is mostly followed by a normalisation, a residual sum and an
+activation. Each of these, if it is next, adds itself to the `Epilogue` of features that are still
+to be computed, and the convolution applies all of them while its sums are in registers. Whoever
+looks at the features before gets them as they would be without this.
+
+At most one chain is open per thread: looking at the features of any sparse tensor, and beginning
+another chain, closes it. So a chain never outlives the operations right behind its convolution.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from torchsparse._recipe import Epilogue, Norm
+
+__all__ = ["Lazy", "close_chain"]
+
+
+class _Open(threading.local):
+    chain: weakref.ref[Lazy] | None = None
+
+
+_open = _Open()
+
+
+def close_chain() -> None:
+    """Compute what is still open in this thread, if anybody holds it."""
+    if _open.chain is not None:
+        chain = _open.chain()
+        _open.chain = None
+        if chain is not None:
+            chain.value()
+
+
+def _version(tensor: Tensor) -> int | None:
+    return None if tensor.is_inference() else tensor._version
+
+
+class Lazy:
+    """Features [M, C] to be computed by ``make(epilogue)``."""
+
+    __slots__ = (
+        "__weakref__", "_stream", "_value", "_versions", "device", "dtype", "epilogue", "inputs",
+        "make", "shape",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        make: Callable[[Epilogue | None], Tensor],
+        shape: tuple[int, int],
+        dtype: torch.dtype,
+        device: torch.device,
+        inputs: tuple[Tensor, ...],
+        epilogue: Epilogue | None = None,
+        parent: Lazy | None = None,
+    ) -> None:
+        """Open a chain, closing another unless it is that of ``parent``.
+
+        Args:
+            make: Computes the features with an epilogue.
+            shape, dtype, device: Of the features.
+            inputs: What ``make`` and the epilogue read, beginning with those of ``parent``; nobody
+                may write to it in between.
+            epilogue: So far.
+            parent: The features that these replace as the last of a chain.
+        """
+        if _open.chain is not None and (parent is None or _open.chain() is not parent):
+            close_chain()
+        self.make, self.shape, self.dtype, self.device = make, shape, dtype, device
+        self.inputs, self.epilogue = inputs, epilogue
+        known = () if parent is None else parent._versions
+        self._versions = (*known, *map(_version, inputs[len(known) :]))
+        self._stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+        self._value: Tensor | None = None
+        _open.chain = weakref.ref(self)
+
+    @property
+    def done(self) -> bool:
+        """Whether the features have been computed."""
+        return self._value is not None
+
+    def value(self) -> Tensor:
+        """The features.
+
+        Raises:
+            RuntimeError: An input was written to since; its old values are gone.
+        """
+        if self._value is None:
+            if self._versions != tuple(map(_version, self.inputs)):
+                raise RuntimeError(
+                    "features were changed in place before a convolution that reads them was "
+                    "needed; read its `feats` first, or set torchsparse.backends.fuse = False"
+                )
+            self._value = self._compute()
+            del self.make, self.inputs
+        return self._value
+
+    def _compute(self) -> Tensor:
+        if self._stream is None or torch.cuda.current_stream(self.device) == self._stream:
+            with torch.no_grad():
+                return self.make(self.epilogue)
+        # Asked for from another stream: computed where it was called, and waited for.
+        with torch.no_grad(), torch.cuda.stream(self._stream):
+            value = self.make(self.epilogue)
+        here = torch.cuda.current_stream(self.device)
+        here.wait_stream(self._stream)
+        value.record_stream(here)
+        return value
+
+    def _extended(self, epilogue: Epilogue, *more: Tensor | None) -> Lazy:
+        inputs = (*self.inputs, *(t for t in more if t is not None))
+        return Lazy(
+            self.make, self.shape, self.dtype, self.device, inputs, epilogue, parent=self
+        )
+
+    def normalised(self, norm: Norm) -> Lazy | None:
+        """These features, normalised; None if something else came before."""
+        if self.done or self.epilogue is not None:
+            return None
+        return self._extended(Epilogue(norm), *norm[:4])
+
+    def plus(self, residual: Tensor) -> Lazy | None:
+        """These features plus others; None if they cannot join."""
+        now = self.epilogue or Epilogue()
+        fits = residual.dtype == self.dtype and residual.shape == self.shape
+        fits &= not (torch.is_grad_enabled() and residual.requires_grad)
+        if self.done or not fits or now.residual is not None or now.slope is not None:
+            return None
+        return self._extended(now._replace(residual=residual), residual)
+
+    def rectified(self, slope: float, inplace: bool) -> Lazy | None:
+        """These features with negative values times ``slope``; None if they cannot join.
+
+        In place, whoever holds these features sees the new ones.
+        """
+        now = self.epilogue or Epilogue()
+        if self.done or now.slope is not None:
+            return None
+        if inplace:
+            self.epilogue = now._replace(slope=slope)
+            return self
+        return self._extended(now._replace(slope=slope))
