@@ -8,11 +8,10 @@ from torch import Tensor
 
 from tests._triton.conv.problems import Problem, assert_near, geometry
 from tests._triton.kit import HALVES
+from torchsparse._recipe import Epilogue, Norm
 from torchsparse._reference import conv as reference
-from torchsparse._triton.conv import gather_gemm, make_plan, product
-from torchsparse._triton.conv.gemm import gemm_kernel, narrow_kernel, sum_kernel
+from torchsparse._triton.conv import finish, gather_gemm, make_plan, product
 from torchsparse._triton.conv.product import Plan
-from torchsparse._triton.launch import launch
 from torchsparse._triton.tiles import GemmTile, gemm_tile
 
 # (taps, inputs, outputs): none of a thing, one, several words of taps
@@ -187,31 +186,68 @@ def test_no_channels(channels: tuple[int, int], device: torch.device) -> None:
     assert torch.equal(got, problem.bias.expand(40, -1))
 
 
-@pytest.mark.parametrize("kernel", [gemm_kernel, narrow_kernel, sum_kernel], ids=str)
-def test_epilogue(kernel, device: torch.device) -> None:
-    """act((sum + bias) * scale + shift + residual), with a leaky slope."""
-    problem = Problem.of(device, (8, 30, 40), (16, 20))
-    scale, shift = problem.bias.flip(0) + 2, problem.bias.roll(3)
-    out = torch.empty(40, 20, device=device)
-    rest = (problem.bias, scale, shift, problem.grad, 0.25)
-    flags = {"BIAS": True, "AFFINE": True, "RESIDUAL": True, "ACT": 1}
-    x, w, table = problem.feats, problem.weight, problem.table
-    (_, _, tiles), *_ = lay_out(problem).shares
-    blocks = {"CO": 20, "BM": 64, "BN": 32}
-    shape = {"K": 8, "CI": 16, "BK": 16, "REVERSE": False, "PRECISION": "ieee"}
-    if kernel is gemm_kernel:
-        launch(
-            kernel, (1, 1), x, x, w, out, tiles.table, tiles.order, tiles.masks, *rest,
-            40, 1, *w.stride(), **shape, **blocks, SPLITS=1, SORTED=True, **flags,
-        )  # fmt: skip
-    elif kernel is narrow_kernel:
-        launch(
-            kernel, (1, 1), x, x, w, out, table, *rest, 40, table.stride(1), table.stride(0),
-            *w.stride(), **shape, **blocks, **flags,
-        )  # fmt: skip
-    else:
-        halves = torch.stack([problem.product() / 2] * 2).to(device, torch.float32)
-        launch(kernel, (1, 1), x, halves, out, *rest, 40, PARTS=2, **blocks, **flags)
-    parts: list[Tensor] = [t.double().cpu() for t in (problem.bias, scale, shift, problem.grad)]
-    want = (problem.product() + parts[0]) * parts[1] + parts[2] + parts[3]
-    assert_near(out, torch.where(want < 0, want * 0.25, want))
+def norm_of(problem: Problem, affine: bool) -> Norm:
+    mean, var = problem.bias.flip(0), problem.bias.abs() + 0.5
+    weight, bias = (problem.bias.roll(2), problem.bias.roll(5)) if affine else (None, None)
+    return Norm(mean, var, weight, bias, 1e-3)
+
+
+def apply(out: Tensor, epilogue: Epilogue) -> Tensor:
+    """The formula of the record, in float64."""
+    norm, residual, slope = epilogue
+    if norm is not None:
+        mean, var = norm.mean.double().cpu(), norm.var.double().cpu()
+        out = (out - mean) / (var + norm.eps).sqrt()
+        if norm.weight is not None and norm.bias is not None:
+            out = out * norm.weight.double().cpu() + norm.bias.double().cpu()
+    if residual is not None:
+        out = out + residual.double().cpu()
+    return out if slope is None else torch.where(out < 0, out * slope, out)
+
+
+@pytest.mark.parametrize("kind", ["one tile", "splits", "shares", "narrow", "fetch", "nothing"])
+@pytest.mark.parametrize(
+    ("affine", "residual", "slope"),
+    [(True, True, 0.25), (False, True, 0.0), (None, False, 0.1), (True, False, None)],
+)
+def test_epilogue(
+    affine: bool | None, residual: bool, slope: float | None, kind: str, device: torch.device, tile
+) -> None:
+    """Normalisation, residual and activation, in whichever kernel comes last."""
+    size = (8, 0 if kind == "nothing" else 30, 40)
+    problem = Problem.of(device, size, (3 if kind == "narrow" else 16, 20))
+    tile(splits=2 if kind == "splits" else 1)
+    plan = make_plan(
+        problem.table, None, geometry(8),
+        ("fetch" if kind == "fetch" else "gemm", True, 3 if kind == "shares" else 1),
+    )  # fmt: skip
+    epilogue = Epilogue(
+        None if affine is None else norm_of(problem, affine),
+        problem.grad if residual else None,
+        slope,
+    )
+    got = gather_gemm(problem.feats, problem.weight, problem.bias, plan, "ieee", epilogue)
+    assert_near(got, apply(problem.product() + problem.bias.double().cpu(), epilogue))
+
+
+@pytest.mark.parametrize("rows", [0, 1, 40])
+def test_finish(rows: int, device: torch.device) -> None:
+    problem = Problem.of(device, (1, rows, rows), (20, 20))
+    epilogue = Epilogue(norm_of(problem, True), problem.grad, 0.0)
+    got = finish(problem.feats, epilogue)
+    assert_near(got, apply(problem.feats.double().cpu(), epilogue))
+    host = Epilogue(
+        Norm(*(v.cpu() if isinstance(v, Tensor) else v for v in norm_of(problem, True))),
+        problem.grad.cpu(),
+        0.0,
+    )
+    assert_near(got, reference.finish(problem.feats.cpu(), host).double())
+
+
+def test_relu_keeps_nan(device: torch.device) -> None:
+    feats = torch.tensor([[torch.nan, -1.0, 2.0]], device=device)
+    for slope, negative in ((0.0, 0.0), (0.5, -0.5)):
+        got = finish(feats, Epilogue(None, None, slope))
+        want = torch.tensor([[torch.nan, negative, 2.0]], device=device)
+        assert torch.equal(got.isnan(), want.isnan())
+        assert torch.equal(got.nan_to_num(7.0), want.nan_to_num(7.0))
