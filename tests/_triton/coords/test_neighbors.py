@@ -19,7 +19,7 @@ from tests._triton.kit import (
     search,
     to,
 )
-from tests.cases import DILATIONS, KERNEL_SIZES, STRIDES
+from tests.cases import DILATIONS, KERNEL_SIZES, STRIDES, raises_on_data
 from tests.oracles import Layer
 from torchsparse._geometry import Geometry
 from torchsparse._reference import coords as reference
@@ -113,6 +113,15 @@ def test_a_margin_of_neighbouring_boxes_meets_nothing(device: torch.device) -> N
     index = build_index(to(device, fine), geometry.reach)
     found = rows_of(find_taps(index, to(device, around), geometry)[0])
     np.testing.assert_array_equal(found, search(fine, around, geometry))
+
+
+def test_a_reach_beyond_a_margin_that_was_given_up(device: torch.device) -> None:
+    """In a box of almost 2^62 cells, a tap at z + 3 is the key of the voxel at y + 1."""
+    far = to(device, [[0, 0, 0, 0], [0, 0, 1, 0], [0, (1 << 30) - 1, (1 << 29) - 1, 0]])
+    index = build_index(far, (1, 1, 0))
+    find_taps(index, None, Geometry.submanifold((1, 2, 1), ONES))
+    with raises_on_data(ValueError, "fewer than 2\\^62"):
+        find_taps(index, None, Geometry.submanifold((1, 1, 7), ONES))
 
 
 def test_coarse_sites_may_be_none(device: torch.device) -> None:

@@ -163,7 +163,8 @@ def find_taps(
     rows_each = 128 // taps_each  # one warp a program: nobody waits for another's long search
     launch(
         find_kernel, (cdiv(m, rows_each),), coords, coords, index.layout, taps, relation,
-        key_bits(geometry, device), index.keys, index.values, table, keys, m, *index.probe,
+        key_bits(geometry, device), index.keys, index.values, table, keys, pending_word(device),
+        m, *index.probe, Complaint.BOX.bit,
         D=ndim, K=volume, WIDTH=width, TAPS=taps_each, BR=rows_each, num_warps=1,
     )  # fmt: skip
     return table[:, :volume].t(), keys
