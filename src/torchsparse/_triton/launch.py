@@ -67,7 +67,11 @@ def launch(kernel: Any, grid: tuple[int, ...], like: Tensor, *args: Any, **optio
 
 
 def _start(
-    kernel: Any, grid: tuple[int, ...], device: int | None, args: tuple[Any, ...], options: dict[str, Any]
+    kernel: Any,
+    grid: tuple[int, ...],
+    device: int | None,
+    args: tuple[Any, ...],
+    options: dict[str, Any],
 ) -> None:
     # What a compiled kernel depends on: dtypes, alignment, and the kind of each number.
     kinds: list[Any] = [kernel, device]
@@ -77,11 +81,11 @@ def _start(
             pointer = arg.data_ptr()
             values.append(pointer)
             kinds.append(arg.dtype)
-            kinds.append(pointer & 15)
+            kinds.append(pointer & 15 == 0)
         else:
             values.append(arg)
             if type(arg) is int:
-                kinds.append((arg & 15, arg == 1, -2147483648 <= arg <= 2147483647))
+                kinds.append((arg & 15 == 0, arg == 1, -2147483648 <= arg <= 2147483647))
             else:
                 kinds.append(arg if arg is None else type(arg))
     kinds.extend(options.items())
