@@ -48,9 +48,7 @@ def rows_of(tensor: Tensor | None) -> Ints:
     return tensor.cpu().numpy().astype(np.int64)
 
 
-def cloud(
-    ndim: int, name: str, rows: int = 40, low: int = -5, high: int = 6
-) -> NDArray[np.int32]:
+def cloud(ndim: int, name: str, rows: int = 40, low: int = -5, high: int = 6) -> NDArray[np.int32]:
     """Distinct sites of three samples in a box, in no order; "empty" and "single" by name."""
     if name == "empty":
         return np.zeros((0, 1 + ndim), np.int32)
@@ -88,9 +86,7 @@ def taps(kernel_size: tuple[int, ...]) -> list[tuple[int, ...]]:
     return sorted(every, key=lambda tap: sum(t * w for t, w in zip(tap, weights)))
 
 
-def search(
-    fine: NDArray[np.generic], coarse: NDArray[np.generic], geometry: Geometry
-) -> Ints:
+def search(fine: NDArray[np.generic], coarse: NDArray[np.generic], geometry: Geometry) -> Ints:
     """[K, M], the row of ``coarse * stride - offset + dilation * tap`` among ``fine``."""
     row = {tuple(site): n for n, site in enumerate(fine.tolist())}
     table = np.full((geometry.volume, len(coarse)), -1, np.int64)
@@ -128,5 +124,3 @@ def random_table(
         count = min(inputs, int(density * outputs + 0.5))
         row[rng.permutation(outputs)[:count]] = rng.permutation(inputs)[:count]
     return torch.from_numpy(table).to(device)
-
-

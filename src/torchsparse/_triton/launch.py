@@ -117,17 +117,16 @@ def _start(
 
 def _hooked() -> bool:
     """Whether a profiler wants to see launches."""
-    runtime = triton.knobs.runtime
+    runtime = triton.knobs.runtime  # pyright: ignore[reportAttributeAccessIssue]  # a submodule
     return bool(runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls)
 
 
-def _resolve(
-    kernel: Any, compiled: Any, given: int, options: dict[str, Any]
-) -> _Resolved | None:
+def _resolve(kernel: Any, compiled: Any, given: int, options: dict[str, Any]) -> _Resolved | None:
     """What a direct launch needs; None where this Triton is built differently."""
     if _stream is None or not triton.__version__.startswith("3.6."):
         return None
-    if not hasattr(triton.knobs.runtime.launch_enter_hook, "calls"):
+    runtime = triton.knobs.runtime  # pyright: ignore[reportAttributeAccessIssue]  # a submodule
+    if not hasattr(runtime.launch_enter_hook, "calls"):
         return None
     run = compiled.run
     wanted = ("launch", "global_scratch_size", "profile_scratch_size")

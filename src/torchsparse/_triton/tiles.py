@@ -111,9 +111,7 @@ def loop_step(block: int, dtype: torch.dtype, precision: str) -> int:
 
 
 @lru_cache(maxsize=4096)
-def grad_tile(
-    pairs: int, c_in: int, c_out: int, dtype: torch.dtype, precision: str
-) -> GradTile:
+def grad_tile(pairs: int, c_in: int, c_out: int, dtype: torch.dtype, precision: str) -> GradTile:
     """The tile for a weight gradient over at most ``pairs`` pairs."""
     ci, co = max(next_power(c_in), 16), max(next_power(c_out), 16)
     if dtype != torch.float32:

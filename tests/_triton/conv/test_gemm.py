@@ -19,9 +19,7 @@ SIZES = [(27, 0, 0), (27, 5, 0), (27, 0, 5), (1, 1, 1), (8, 30, 17), (27, 40, 70
 
 
 def lay_out(problem: Problem, sort: bool = True, shares: int = 1) -> Plan:
-    return make_plan(
-        problem.table, None, geometry(problem.table.shape[0]), ("gemm", sort, shares)
-    )
+    return make_plan(problem.table, None, geometry(problem.table.shape[0]), ("gemm", sort, shares))
 
 
 @pytest.fixture
@@ -83,18 +81,14 @@ def test_reversed_taps(volume: int, sort: bool, device: torch.device) -> None:
 
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("shares", [2, 3, 5])
-def test_shares_of_the_taps(
-    shares: int, reverse: bool, device: torch.device
-) -> None:
+def test_shares_of_the_taps(shares: int, reverse: bool, device: torch.device) -> None:
     """Each share has its own row order; 5 does not divide 27."""
     problem = Problem.of(device, (27, 30, 70), (16, 16))
     plan = lay_out(problem, True, shares)
     assert [(s.first, s.last) for s in plan.shares] == [
         (27 * n // shares, 27 * (n + 1) // shares) for n in range(shares)
     ]
-    got = gather_gemm(
-        problem.feats, problem.weight, problem.bias, plan._replace(reverse=reverse)
-    )
+    got = gather_gemm(problem.feats, problem.weight, problem.bias, plan._replace(reverse=reverse))
     assert_near(got, problem.product(reverse) + problem.bias.double().cpu())
 
 
@@ -236,11 +230,10 @@ def test_finish(rows: int, device: torch.device) -> None:
     epilogue = Epilogue(norm_of(problem, True), problem.grad, 0.0)
     got = finish(problem.feats, epilogue)
     assert_near(got, apply(problem.feats.double().cpu(), epilogue))
-    host = Epilogue(
-        Norm(*(v.cpu() if isinstance(v, Tensor) else v for v in norm_of(problem, True))),
-        problem.grad.cpu(),
-        0.0,
-    )
+    mean, var, weight, bias, eps = norm_of(problem, True)
+    assert weight is not None and bias is not None
+    norm = Norm(mean.cpu(), var.cpu(), weight.cpu(), bias.cpu(), eps)
+    host = Epilogue(norm, problem.grad.cpu(), 0.0)
     assert_near(got, reference.finish(problem.feats.cpu(), host).double())
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -20,7 +22,7 @@ def lists(pairs: Pairs) -> list[list[tuple[int, int]]]:
     """(input, output) of each list."""
     ends = [0, *(int(e) for e in rows_of(pairs.ends)[:, -1])] if pairs.ends.numel() else []
     both = list(zip(pairs.inputs.tolist(), pairs.outputs.tolist()))
-    return [both[a:b] for a, b in zip(ends, ends[1:])]
+    return [both[a:b] for a, b in pairwise(ends)]
 
 
 def expected(table: Tensor) -> list[list[tuple[int, int]]]:

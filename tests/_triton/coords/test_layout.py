@@ -30,9 +30,7 @@ def parts(layout: torch.Tensor, ndim: int) -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize("name", ["empty", "single", "many"])
 @pytest.mark.parametrize("ndim", NDIMS)
-def test_the_layout_is_that_of_the_reference(
-    ndim: int, name: str, device: torch.device
-) -> None:
+def test_the_layout_is_that_of_the_reference(ndim: int, name: str, device: torch.device) -> None:
     coords = to(device, cloud(ndim, name))
     reach = (2, 1, 0, 4)[:ndim]
     got = parts(build_index(coords, reach).layout, ndim)

@@ -18,8 +18,10 @@ from torchsparse._triton.coords import (
     build_index,
     find_taps,
     generative_sites,
-    index as levels,
     strided_sites,
+)
+from torchsparse._triton.coords import (
+    index as levels,
 )
 
 NONE = (None, None, None)
@@ -126,8 +128,7 @@ def test_strided_sites_in_any_dimension(
     for batch, *site in coords.tolist():
         for tap in taps(geometry.kernel_size):
             shifted = [
-                c + o - d * t
-                for c, o, d, t in zip(site, geometry.offset, geometry.dilation, tap)
+                c + o - d * t for c, o, d, t in zip(site, geometry.offset, geometry.dilation, tap)
             ]
             if all(c % s == 0 for c, s in zip(shifted, geometry.stride)):
                 want.add((batch, *(c // s for c, s in zip(shifted, geometry.stride))))

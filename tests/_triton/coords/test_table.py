@@ -26,9 +26,7 @@ def entries(index: CoordIndex) -> dict[int, tuple[int, int]]:
 
 
 @pytest.mark.parametrize("rows", [40, 300])
-def test_the_content_does_not_depend_on_the_order_of_rows(
-    rows: int, device: torch.device
-) -> None:
+def test_the_content_does_not_depend_on_the_order_of_rows(rows: int, device: torch.device) -> None:
     coords = cloud(3, "many", rows)
     index = build_index(to(device, coords), (2, 2, 2))
     permutation = np.random.default_rng(1).permutation(len(coords))

@@ -9,6 +9,9 @@ the rows to gather are carried from one iteration to the next. Loading them wher
 or advancing under an ``if``, would leave no copy in flight (docs/how-it-works).
 """
 
+# Device code is not the Python that it is checked as.
+# pyright: reportOperatorIssue=false
+
 import triton
 import triton.language as tl
 
@@ -57,7 +60,7 @@ def _add_taps(
     last = K - 1
     tap = tl.minimum(first_tap + lowest_bit(m), last)
     idx = tl.load(table + tap.to(tl.int64) * M + rm, mask=live, other=-1)
-    for it in range(0, cnt * NK):
+    for it in range(cnt * NK):
         kk = it % NK
         k = kk * BK + rk
         source = x + idx.to(tl.int64)[:, None] * CI + k[None, :]
@@ -102,7 +105,7 @@ def gemm_kernel(
     live = rm < M
     acc = tl.zeros((BM, BN), dtype=tl.float32)
     split = tl.program_id(1)
-    for word in range(0, WORDS):
+    for word in range(WORDS):
         m = tl.load(masks + word * T + tile * PARTS).to(tl.uint32, bitcast=True)
         for part in tl.static_range(1, PARTS):
             inside = tile * PARTS + part < T
@@ -111,7 +114,7 @@ def gemm_kernel(
         cnt = bit_count(m)
         if SPLITS > 1:
             begin = cnt * split // SPLITS
-            for _ in range(0, begin):
+            for _ in range(begin):
                 m &= m - 1
             cnt = cnt * (split + 1) // SPLITS - begin
         acc = _add_taps(

@@ -5,6 +5,9 @@ into chunks of equal length; a program adds one chunk for one block of the weigh
 kernel sums the chunks of a tap in their order. Every run gives the same bits.
 """
 
+# Device code is not the Python that it is checked as.
+# pyright: reportGeneralTypeIssues=false
+
 import triton
 import triton.language as tl
 
@@ -59,7 +62,7 @@ def wgrad_kernel(
     at = begin + rk
     i = tl.load(left + at, mask=at < stop, other=-1)
     o = tl.load(right + at, mask=at < stop, other=-1)
-    for _ in range(0, ((stop - begin + BK - 1) // BK).to(tl.int32)):
+    for _ in range(((stop - begin + BK - 1) // BK).to(tl.int32)):
         a = tl.load(
             x + i.to(tl.int64)[:, None] * CI + ci[None, :],
             mask=(i >= 0)[:, None] & (ci < CI)[None, :], other=0.0,

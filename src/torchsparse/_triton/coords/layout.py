@@ -9,6 +9,9 @@ coordinates' bounding box to reach the host:
 created: their bounds); keys cover the box widened by ``margin`` on every spatial axis.
 """
 
+# Device code is not the Python that it is checked as.
+# pyright: reportGeneralTypeIssues=false
+
 import triton
 import triton.language as tl
 
@@ -31,7 +34,7 @@ def bounds_kernel(coords, bounds, N, steps, D: tl.constexpr, BR: tl.constexpr):
     for column in tl.static_range(D + 1):
         low = tl.full((BR,), INT_MAX, tl.int32)
         high = tl.full((BR,), INT_MIN, tl.int32)
-        for step in range(0, steps):
+        for step in range(steps):
             rows = first + step * BR + tl.arange(0, BR)
             inside = rows < N
             at = coords + rows.to(tl.int64) * (D + 1) + column
@@ -57,7 +60,9 @@ def write_layout(lower, upper, real, layout, flags, usual, reach, overflow, D: t
     spatial = real & (columns > 0)
     wide = tl.where(spatial, upper - lower + 1 + 2 * usual, tl.where(real, upper - lower + 1, 1))
     margin = tl.where(_cells(wide, columns, D) < MOST_CELLS, usual, reach)
-    extent = tl.where(spatial, upper - lower + 1 + 2 * margin, tl.where(real, upper - lower + 1, 1))
+    extent = tl.where(
+        spatial, upper - lower + 1 + 2 * margin, tl.where(real, upper - lower + 1, 1)
+    )
     exact = _cells(extent, columns, D)
     stride = tl.full((8,), 1, tl.int64)
     cells = tl.full((), 1, tl.int64)

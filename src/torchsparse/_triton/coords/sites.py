@@ -1,5 +1,8 @@
 """Kernels that fill tables: with given coordinates, or with the sites that a layer creates."""
 
+# Device code is not the Python that it is checked as.
+# pyright: reportGeneralTypeIssues=false
+
 import triton
 import triton.language as tl
 
