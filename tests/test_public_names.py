@@ -208,7 +208,11 @@ SIGNATURES: dict[str, str] = {
     "backbones.SparseResUNet42": "**kwargs",
 }
 # What this library adds behind those parameters.
-ADDED = {"cat": "fill=None", "nn.functional.conv3d": "coordinates=None"}
+ADDED = {
+    "cat": "fill=None",
+    "nn.functional.conv3d": "coordinates=None, groups=1",
+    "nn.Conv3d": "groups=1",
+}
 
 
 def module(path: str) -> ModuleType:

@@ -54,7 +54,7 @@ class KernelMap:
     spatial_range: tuple[int, ...] | None = None  # of the outputs
     in_order: Tensor | None = None  # [N] int32, the row at each position; None: they are equal
     out_order: Tensor | None = None  # [M] int32, the same for the outputs
-    sort_keys: Tensor | None = None  # [M] sort keys of the outputs, if they came with the table
+    sort_keys: Any = None  # of the outputs, if they came with the table
     _views: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     @property

@@ -40,7 +40,7 @@ def _choose(tensor: Tensor, recipe: ConvRecipe) -> ModuleType:
 
 def plan_key(
     neighbors: Tensor,
-    keys: Tensor | None,
+    keys: Any,
     geometry: Geometry,
     identity: int | None,
     in_order: Tensor | None,
@@ -53,7 +53,7 @@ def plan_key(
 
     Args:
         neighbors: [K, M] int32, positions of inputs, -1 = none.
-        keys: [M] sort keys of the outputs, or None.
+        keys: Sort keys of the outputs, or None.
         geometry: Of the taps.
         identity: The tap with ``neighbors[k, m] = m``, or None.
         in_order, out_order: [N], [M] int32, the row at each position; None: they are equal.

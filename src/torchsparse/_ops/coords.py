@@ -51,7 +51,7 @@ def check_sites(index: Any, spatial_range: tuple[int, ...] | None, allow_negativ
 
 def find_taps(
     index: Any, coarse: Tensor | None, geometry: Geometry
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, Any]:
     """Positions of the fine sites under every tap of every coarse site.
 
     Args:
@@ -70,7 +70,7 @@ def find_taps(
 
 def invert_taps(
     neighbors: Tensor, num_inputs: int, geometry: Geometry
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, Any]:
     """The same pairs seen from the inputs: result[k, neighbors[k, m]] = m.
 
     Args:

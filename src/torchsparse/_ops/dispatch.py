@@ -17,7 +17,7 @@ from torch import Tensor
 __all__ = ["forced", "has_triton", "reference", "twin"]
 
 # Families with Triton kernels.
-KERNELS = frozenset({"conv", "coords", "norm", "points", "reduce", "table"})
+KERNELS = frozenset({"conv", "coords", "depthwise", "norm", "points", "reduce", "table"})
 _forced: list[str] = []
 
 

@@ -28,6 +28,7 @@ __all__ = [
     "finish",
     "gather_gemm",
     "make_plan",
+    "scratch",
     "weight_grad",
 ]
 
@@ -238,8 +239,8 @@ def _in_order(feats: Tensor, order: Tensor | None) -> Tensor:
 def _add_chunk(xs: Tensor, taps: tuple[Tensor, ...], chunk: Chunk, out: Tensor) -> None:
     """Add each tap's products to their output rows."""
     longest = max(chunk.sizes)
-    gathered = _scratch.take("gathered", xs, (longest, xs.shape[1]))
-    products = _scratch.take("products", xs, (longest, out.shape[1]))
+    gathered = scratch.take("gathered", xs, (longest, xs.shape[1]))
+    products = scratch.take("products", xs, (longest, out.shape[1]))
     sizes = chunk.sizes
     for inputs, outputs, tap, n in zip(
         chunk.inputs.split(sizes), chunk.outputs.split(sizes), taps, sizes
@@ -257,8 +258,8 @@ def _bag_chunk(xs: Tensor, taps: tuple[Tensor, ...], chunk: Chunk, rows: Tensor)
         rows.zero_()
         return
     sizes = chunk.sizes
-    gathered = _scratch.take("gathered", xs, (max(sizes), xs.shape[1]))
-    products = _scratch.take("products", xs, (chunk.inputs.shape[0], rows.shape[1]))
+    gathered = scratch.take("gathered", xs, (max(sizes), xs.shape[1]))
+    products = scratch.take("products", xs, (chunk.inputs.shape[0], rows.shape[1]))
     for inputs, tap, y, n in zip(chunk.inputs.split(sizes), taps, products.split(sizes), sizes):
         if n:
             x = gathered[:n]
@@ -292,7 +293,7 @@ class _Scratch(threading.local):
         return buffer[:size].view(shape)
 
 
-_scratch = _Scratch()
+scratch = _Scratch()
 
 
 def _compute_dtype(feats: Tensor) -> torch.dtype:
@@ -317,8 +318,8 @@ def weight_grad(feats: Tensor, grad: Tensor, plan: Plan, precision: str = "ieee"
     out = xs.new_zeros((plan.volume, xs.shape[1], gs.shape[1]))
     for chunk in plan.chunks:
         longest = max(chunk.sizes)
-        x_rows = _scratch.take("gathered", xs, (longest, xs.shape[1]))
-        g_rows = _scratch.take("products", xs, (longest, gs.shape[1]))
+        x_rows = scratch.take("gathered", xs, (longest, xs.shape[1]))
+        g_rows = scratch.take("products", xs, (longest, gs.shape[1]))
         sizes = chunk.sizes
         for inputs, outputs, tap, n in zip(
             chunk.inputs.split(sizes), chunk.outputs.split(sizes), out, sizes

@@ -13,8 +13,17 @@ import torch
 from torchsparse._triton.launch import cdiv, next_power
 
 __all__ = [
-    "GemmTile", "GradTile", "NarrowTile", "gemm_tile", "grad_tile", "loop_step", "narrow_tile"
-]  # fmt: skip
+    "DepthwiseTile",
+    "GemmTile",
+    "GradTile",
+    "NarrowTile",
+    "depthwise_grad_tile",
+    "depthwise_tile",
+    "gemm_tile",
+    "grad_tile",
+    "loop_step",
+    "narrow_tile",
+]
 
 # Programs that keep the multiprocessors of a large GPU busy (132 on an H100).
 PROCESSORS = 132
@@ -51,6 +60,15 @@ class NarrowTile(NamedTuple):
     BN: int
     BK: int
     warps: int
+
+
+class DepthwiseTile(NamedTuple):
+    """One program of a depthwise convolution: BM rows or pairs, BC channels."""
+
+    BM: int
+    BC: int
+    warps: int
+    stages: int  # gathers in flight: 1 = left to the other programs of the multiprocessor
 
 
 def _block_k(channels: int, widest: int) -> int:
@@ -133,3 +151,29 @@ def grad_tile(pairs: int, c_in: int, c_out: int, dtype: torch.dtype, precision: 
     blocks = cdiv(c_in, bm) * cdiv(c_out, bn)
     target = max(min(waves * PROCESSORS // blocks, cdiv(pairs, 4 * bk)), 1)
     return GradTile(bm, bn, bk, stages, warps, target)
+
+
+def _depthwise_columns(channels: int) -> int:
+    """Channels of a program: a block of 64, or less where that leaves lanes idle; at least 16.
+
+    As many channels as lanes or more, and the compiler would pass weights through shared memory.
+    """
+    if channels % 64 == 0 or channels > 96:
+        return 64
+    return 32 if channels % 32 == 0 else min(max(next_power(channels), 16), 64)
+
+
+# Each lane loads 16 bytes of a row and keeps the sums of 16 channels: few registers, so that many
+# programs share a multiprocessor and hide each other's gathers.
+@lru_cache(maxsize=4096)
+def depthwise_tile(channels: int) -> DepthwiseTile:
+    """The tile for a depthwise convolution; at most 64 rows share a mask of taps."""
+    columns = _depthwise_columns(channels)
+    return DepthwiseTile(min(2048 // columns, 64), columns, 4, 1)
+
+
+@lru_cache(maxsize=4096)
+def depthwise_grad_tile(channels: int) -> DepthwiseTile:
+    """The same for the weight gradient, whose rows are pairs."""
+    columns = _depthwise_columns(channels)
+    return DepthwiseTile(min(2048 // columns, 64), columns, 4, 1)

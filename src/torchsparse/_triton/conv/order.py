@@ -3,8 +3,11 @@
 A tile of the implicit GEMM visits every tap that one of its rows has. Rows are therefore sorted
 by a key made of their taps: the rare taps, far from the centre, are its high bits (rows that own
 a rare tap gather in few tiles), neighbouring keys differ in few taps (Gray code), and heavy rows
-come first, so that no long tile runs alone at the end. Sixteen bits keep the radix sort short;
-where there are more taps, rare ones share a bit. docs/how-it-works has the measurements.
+come first, so that no long tile runs alone at the end. Fourteen bits let the sort count instead of
+compare; where there are more taps, rare ones share a bit. docs/how-it-works has the measurements.
+
+Rows of equal keys come in any order. Results do not depend on it: each row sums its own taps in
+ascending order, and a tap that it lacks adds an exact zero.
 """
 
 from __future__ import annotations
@@ -20,11 +23,34 @@ from torch import Tensor
 from torchsparse._geometry import Geometry, tap_list
 from torchsparse._triton.launch import cdiv, launch
 
-__all__ = ["Tiles", "key_bits", "make_tiles", "row_sort_keys", "sort_key"]
+__all__ = [
+    "SortKeys",
+    "Tiles",
+    "key_bits",
+    "make_tiles",
+    "new_sort_keys",
+    "row_sort_keys",
+    "sort_key",
+]
 
 TILE_ROWS = 64  # the smallest tile; taller ones unite the masks of several
-KEY_BITS = 16
-OWN_BITS = 6  # frequent taps that have a bit of their own where not all taps have one
+KEY_BITS = 14
+BY_ROW = False
+OWN_BITS = 10  # frequent taps that have a bit of their own where not all taps have one
+
+
+class SortKeys(NamedTuple):
+    """Keys of rows, and how many rows have each; rows of key 0 are not counted."""
+
+    keys: Tensor  # [M] int16, 0 <= key < bins
+    counts: Tensor  # [bins] int32
+
+
+def new_sort_keys(rows: int, volume: int, device: torch.device) -> SortKeys:
+    """Room for the keys of so many rows over so many taps."""
+    keys = torch.empty(rows, dtype=torch.int16, device=device)
+    bins = 1 << min(volume, KEY_BITS)
+    return SortKeys(keys, torch.zeros(bins, dtype=torch.int32, device=device))
 
 
 class Tiles(NamedTuple):
@@ -34,8 +60,9 @@ class Tiles(NamedTuple):
         table = [[0, -1, -1], [1, 0, 2], [-1, 1, -1]],  masks = [[0b111, 0b010]]
     """
 
-    order: Tensor | None  # [M] int64, the output row at each place; None: they are equal
-    table: Tensor  # [K, M] int32, input row under tap k at place m, -1 = none
+    order: Tensor | None  # [M] int32, the output row at each place; None: they are equal
+    table: Tensor  # [K, M] int32, input row under tap k, -1 = none: at place m, or at row m
+    by_row: bool  # the latter
     masks: Tensor  # [ceil(K / 32), ceil(M / 64)] int32, bit k: some row of the tile has the tap
 
 
@@ -84,12 +111,11 @@ def key_bits(
 
 @triton.jit
 def sort_key(word):
-    """The place of a 16-bit word in the Gray sequence, as int16 around 0."""
+    """The place of a word of at most 16 bits in the Gray sequence."""
     word = word ^ (word >> 1)
     word = word ^ (word >> 2)
     word = word ^ (word >> 4)
-    word = word ^ (word >> 8)
-    return ((word & 0xFFFF) - 32768).to(tl.int16)
+    return word ^ (word >> 8)
 
 
 @triton.jit
@@ -98,7 +124,9 @@ def _or(a, b):
 
 
 @triton.jit
-def row_key_kernel(neighbors, bits, keys, M, n_row, n_tap, K: tl.constexpr, BR: tl.constexpr):
+def row_key_kernel(
+    neighbors, bits, keys, counts, M, n_row, n_tap, K: tl.constexpr, BR: tl.constexpr
+):  # fmt: skip
     """keys[m] = the sort key of row m, from its taps."""
     rows = tl.program_id(0) * BR + tl.arange(0, BR)
     live = rows < M
@@ -109,13 +137,37 @@ def row_key_kernel(neighbors, bits, keys, M, n_row, n_tap, K: tl.constexpr, BR: 
         idx = tl.load(neighbors + at, mask=live[:, None] & (taps < K)[None, :], other=-1)
         bit = tl.load(bits + taps)
         word |= tl.reduce(tl.where(idx >= 0, bit[None, :], 0), 1, _or)
-    tl.store(keys + rows, sort_key(word), mask=live)
+    key = sort_key(word)
+    tl.store(keys + rows, key.to(tl.int16), mask=live)
+    tl.atomic_add(counts + key, 1, mask=live & (key > 0), sem="relaxed")
+
+
+@triton.jit
+def start_kernel(counts, starts, BINS: tl.constexpr):
+    """starts[key] = rows with a larger key: where its rows begin."""
+    keys = tl.arange(0, BINS)
+    count = tl.load(counts + keys)
+    tl.store(starts + keys, tl.sum(count, axis=0) - tl.cumsum(count, axis=0))
+
+
+@triton.jit
+def place_kernel(keys, starts, order, M, BR: tl.constexpr):
+    """Put each row behind those of its key that came before; ``starts`` counts up."""
+    rows = tl.program_id(0) * BR + tl.arange(0, BR)
+    live = rows < M
+    key = tl.load(keys + rows, mask=live, other=0).to(tl.int32)
+    # A third of the voxels of a scan have no neighbour. Together they need one atomic operation.
+    alone = (live & (key == 0)).to(tl.int32)
+    first = tl.atomic_add(starts, tl.sum(alone, axis=0), sem="relaxed")
+    place = tl.atomic_add(starts + key, 1, mask=live & (key > 0), sem="relaxed")
+    place = tl.where(key == 0, first + tl.cumsum(alone, axis=0) - 1, place)
+    tl.store(order + place, rows, mask=live)
 
 
 @triton.jit
 def tile_kernel(
     neighbors, order, table, masks, M, T, n_row, n_tap,
-    K: tl.constexpr, BR: tl.constexpr, SORTED: tl.constexpr,
+    K: tl.constexpr, BR: tl.constexpr, SORTED: tl.constexpr, WRITE: tl.constexpr,
 ):  # fmt: skip
     """Bring 64 rows into tile order and collect their taps."""
     tile = tl.program_id(0)
@@ -129,42 +181,56 @@ def tile_kernel(
     at = rows[:, None] * n_row + taps[None, :] * n_tap
     there = live[:, None] & (taps < K)[None, :]
     idx = tl.load(neighbors + at, mask=there, other=-1)
-    target = table + taps.to(tl.int64)[None, :] * M + places[:, None]
-    tl.store(target, idx, mask=there)
+    if WRITE:
+        target = table + taps.to(tl.int64)[None, :] * M + places[:, None]
+        tl.store(target, idx, mask=there)
     own = tl.max((idx >= 0).to(tl.int32), axis=0)
     mask = tl.sum(own << tl.arange(0, 32), axis=0)
     tl.store(masks + tl.program_id(1) * T + tile, mask)
 
 
-def row_sort_keys(neighbors: Tensor, bits: Tensor) -> Tensor:
-    """[M] int16 sort keys of the rows of a table [K, M] int32, any strides; bits of `key_bits`."""
+def row_sort_keys(neighbors: Tensor, bits: Tensor) -> SortKeys:
+    """The sort keys of the rows of a table [K, M] int32, any strides; bits of `key_bits`."""
     volume, m = neighbors.shape
-    keys = torch.empty(m, dtype=torch.int16, device=neighbors.device)
+    found = new_sort_keys(m, volume, neighbors.device)
     launch(
-        row_key_kernel, (cdiv(m, 64),), neighbors, neighbors, bits, keys, m,
+        row_key_kernel, (cdiv(m, 64),), neighbors, neighbors, bits, *found, m,
         neighbors.stride(1), neighbors.stride(0), K=volume, BR=64,
     )  # fmt: skip
-    return keys
+    return found
 
 
-def make_tiles(neighbors: Tensor, keys: Tensor | None) -> Tiles:
+def _sort(found: SortKeys) -> Tensor:
+    """[M] int32, rows by key, largest first: a counting sort."""
+    m = found.keys.shape[0]
+    starts = torch.empty_like(found.counts)
+    bins = starts.shape[0]
+    order = torch.empty(m, dtype=torch.int32, device=starts.device)
+    launch(
+        start_kernel, (1,), starts, found.counts, starts, BINS=bins,
+        num_warps=16 if bins >= 4096 else 4,
+    )  # fmt: skip
+    launch(place_kernel, (cdiv(m, 1024),), starts, found.keys, starts, order, m, BR=1024)
+    return order
+
+
+def make_tiles(neighbors: Tensor, keys: SortKeys | None) -> Tiles:
     """Sort the rows of a table by ``keys`` (largest first; None: leave them) and tile them.
 
     Args:
         neighbors: [K, M] int32, -1 = none; any strides.
-        keys: [M] int16 or None.
+        keys: Of its rows, or None.
     """
     volume, m = neighbors.shape
     device = neighbors.device
     tiles, words = cdiv(m, TILE_ROWS), cdiv(volume, 32)
-    order = None
-    if keys is not None:
-        order = torch.sort(keys, descending=True, stable=True).indices
-    table = torch.empty((volume, m), dtype=torch.int32, device=device)
+    order = None if keys is None else _sort(keys)
+    by_row = BY_ROW
+    table = neighbors if by_row else torch.empty((volume, m), dtype=torch.int32, device=device)
     masks = torch.empty((words, tiles), dtype=torch.int32, device=device)
     launch(
         tile_kernel, (tiles, words), neighbors, neighbors, order, table, masks, m, tiles,
         neighbors.stride(1), neighbors.stride(0),
-        K=volume, BR=TILE_ROWS, SORTED=order is not None,
+        K=volume, BR=TILE_ROWS, SORTED=order is not None, WRITE=not by_row,
     )  # fmt: skip
-    return Tiles(order, table, masks)
+    return Tiles(order, table, by_row, masks)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from torchsparse._geometry import Geometry
 from torchsparse._recipe import ConvRecipe, Dataflow
-from torchsparse._triton.conv.order import key_bits, make_tiles, row_sort_keys
+from torchsparse._triton.conv.order import SortKeys, key_bits, make_tiles, row_sort_keys
 from torchsparse._triton.conv.pairs import Pairs, list_pairs
 from torchsparse._triton.conv.product import Plan, Share
 
@@ -40,7 +40,7 @@ def choose_layout(
 
 def make_plan(
     neighbors: Tensor,
-    keys: Tensor | None,
+    keys: SortKeys | None,
     geometry: Geometry,
     layout: tuple[str, bool, int],
 ) -> Plan:
@@ -48,7 +48,7 @@ def make_plan(
 
     Args:
         neighbors: [K, M] int32, input rows, -1 = none; any strides.
-        keys: [M] int16 sort keys of its rows, if they were computed with it.
+        keys: Sort keys of its rows, if they were computed with it.
         geometry: Of the taps.
         layout: From `choose_layout`.
     """

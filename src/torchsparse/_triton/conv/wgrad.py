@@ -11,7 +11,7 @@ kernel sums the chunks of a tap in their order. Every run gives the same bits.
 import triton
 import triton.language as tl
 
-__all__ = ["sum_chunks_kernel", "wgrad_kernel"]
+__all__ = ["find_chunk", "sum_chunks_kernel", "wgrad_kernel"]
 
 
 @triton.jit
@@ -29,21 +29,19 @@ def _chunks(ends, blocks, K, lists, target, KP: tl.constexpr, BK: tl.constexpr):
 
 
 @triton.jit
-def wgrad_kernel(
-    x, g, partial, inputs, outputs, ends, blocks, lists, target,
-    K: tl.constexpr, KP: tl.constexpr, CI: tl.constexpr, CO: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    SWAP: tl.constexpr, PRECISION: tl.constexpr,
+def find_chunk(
+    chunk, inputs, outputs, ends, blocks, lists, target,
+    K: tl.constexpr, KP: tl.constexpr, BK: tl.constexpr, SWAP: tl.constexpr,
 ):  # fmt: skip
-    """partial[c] = sum over the pairs (i, o) of chunk c of x[i]^T g[o]."""
-    COLS: tl.constexpr = (CO + BN - 1) // BN
+    """The tap of a chunk, where its pairs begin and stop, and the two ends of the pairs.
+
+    Programs beyond the last chunk find tap >= K and an empty range.
+    """
     begins, stops, chunks, length = _chunks(ends, blocks, K, lists, target, KP, BK)
-    chunk = tl.program_id(0)
     after = tl.cumsum(chunks, axis=0)
     tap = tl.sum((after <= chunk).to(tl.int32), axis=0)
     here = tl.arange(0, KP) == tap
     first = tl.sum(tl.where(here, after - chunks, 0), axis=0)
-    # Programs beyond the last chunk find no tap, and an empty range.
     begin = tl.sum(tl.where(here, begins, 0), axis=0) + (chunk - first) * length
     stop = tl.minimum(tl.sum(tl.where(here, stops, 0), axis=0), begin + length)
     # The other end of a list gives the opposite tap.
@@ -54,6 +52,22 @@ def wgrad_kernel(
     left, right = inputs, outputs
     if flip:
         left, right = outputs, inputs
+    return tap, begin, stop, left, right
+
+
+@triton.jit
+def wgrad_kernel(
+    x, g, partial, inputs, outputs, ends, blocks, lists, target,
+    K: tl.constexpr, KP: tl.constexpr, CI: tl.constexpr, CO: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    SWAP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """partial[c] = sum over the pairs (i, o) of chunk c of x[i]^T g[o]."""
+    COLS: tl.constexpr = (CO + BN - 1) // BN
+    chunk = tl.program_id(0)
+    tap, begin, stop, left, right = find_chunk(
+        chunk, inputs, outputs, ends, blocks, lists, target, K, KP, BK, SWAP
+    )
     block = tl.program_id(1)
     ci = (block // COLS) * BM + tl.arange(0, BM)
     co = (block % COLS) * BN + tl.arange(0, BN)

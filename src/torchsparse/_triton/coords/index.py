@@ -11,7 +11,7 @@ from torch import Tensor
 
 from torchsparse._flags import Complaint, pending_word, raise_found
 from torchsparse._geometry import Geometry, tap_list
-from torchsparse._triton.conv.order import key_bits, row_sort_keys
+from torchsparse._triton.conv.order import SortKeys, key_bits, new_sort_keys, row_sort_keys
 from torchsparse._triton.coords.layout import bounds_kernel, check_kernel, fit_kernel, numbers
 from torchsparse._triton.coords.neighbors import find_kernel, invert_kernel
 from torchsparse._triton.coords.sites import (
@@ -141,7 +141,7 @@ def check_sites(
 
 def find_taps(
     index: CoordIndex, coarse: Tensor | None, geometry: Geometry
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, SortKeys | None]:
     """Rows of the fine sites under every tap of every coarse site.
 
     Args:
@@ -150,20 +150,20 @@ def find_taps(
         geometry: Its taps; K is their number.
 
     Returns:
-        [K, M] int32, -1 where no fine site is (a view of rows); [M] int16 sort keys.
+        [K, M] int32, -1 where no fine site is (a view of rows); the sort keys of its rows.
     """
     coords = index.coords if coarse is None else coarse.contiguous()
     m, ndim, volume = coords.shape[0], geometry.ndim, geometry.volume
-    width = volume if volume <= 4 else cdiv(volume, 8) * 8
+    width = cdiv(volume, 4) * 4  # rows of 16 bytes
     device = coords.device
     table = torch.empty((m, width), dtype=torch.int32, device=device)
-    keys = torch.empty(m, dtype=torch.int16, device=device)
+    keys = new_sort_keys(m, volume, device)
     taps, relation = _relation(geometry, device)
     taps_each = min(max(next_power(volume), 8), 32)
     rows_each = 128 // taps_each  # one warp a program: nobody waits for another's long search
     launch(
         find_kernel, (cdiv(m, rows_each),), coords, coords, index.layout, taps, relation,
-        key_bits(geometry, device), index.keys, index.values, table, keys, pending_word(device),
+        key_bits(geometry, device), index.keys, index.values, table, *keys, pending_word(device),
         m, *index.probe, Complaint.BOX.bit,
         D=ndim, K=volume, WIDTH=width, TAPS=taps_each, BR=rows_each, num_warps=1,
     )  # fmt: skip
@@ -172,14 +172,14 @@ def find_taps(
 
 def invert_taps(
     neighbors: Tensor, num_inputs: int, geometry: Geometry
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, SortKeys | None]:
     """The same pairs seen from the inputs: result[k, neighbors[k, m]] = m.
 
     Returns:
-        [K, num_inputs] int32, -1 = none (a view of rows); [num_inputs] int16 sort keys.
+        [K, num_inputs] int32, -1 = none (a view of rows); the sort keys of its rows.
     """
     volume, m = neighbors.shape
-    width = volume if volume <= 4 else cdiv(volume, 8) * 8
+    width = cdiv(volume, 4) * 4  # rows of 16 bytes
     table = neighbors.new_full((num_inputs, width), -1)
     launch(
         invert_kernel, (cdiv(m, 64), cdiv(volume, 32)), neighbors, neighbors, table, m,

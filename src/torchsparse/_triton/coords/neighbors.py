@@ -16,7 +16,7 @@ def _or(a, b):
 
 @triton.jit
 def find_kernel(
-    coords, layout, taps_at, relation, bits, table, values, neighbors, keys, flags,
+    coords, layout, taps_at, relation, bits, table, values, neighbors, keys, counts, flags,
     M, shift, slots_mask, box_bit,
     D: tl.constexpr, K: tl.constexpr, WIDTH: tl.constexpr, TAPS: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
@@ -63,7 +63,9 @@ def find_kernel(
         tl.store(neighbors + at, idx, mask=inside[:, None] & (taps < WIDTH)[None, :])
         bit = tl.load(bits + taps, mask=real, other=0)
         word |= tl.reduce(tl.where(idx >= 0, bit[None, :], 0), 1, _or)
-    tl.store(keys + rows, sort_key(word), mask=inside)
+    key = sort_key(word)
+    tl.store(keys + rows, key.to(tl.int16), mask=inside)
+    tl.atomic_add(counts + key, 1, mask=inside & (key > 0), sem="relaxed")
 
 
 @triton.jit

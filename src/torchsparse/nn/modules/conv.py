@@ -10,7 +10,13 @@ from torch import Tensor, nn
 
 from torchsparse._compat import old_conv_arguments
 from torchsparse._geometry import default_padding
-from torchsparse.nn.functional.conv.conv import Layer, check_parameters, layer_of, run_layer
+from torchsparse.nn.functional.conv.conv import (
+    Layer,
+    check_groups,
+    check_parameters,
+    layer_of,
+    run_layer,
+)
 from torchsparse.tensor import SparseTensor
 
 __all__ = ["Conv1d", "Conv2d", "Conv3d", "Conv4d"]
@@ -34,6 +40,7 @@ class _Conv(nn.Module):
         transposed: bool = False,
         generative: bool = False,
         config: Any = None,
+        groups: int = 1,
     ) -> None:
         super().__init__()
         padding, dilation, bias, transposed = old_conv_arguments(
@@ -49,7 +56,8 @@ class _Conv(nn.Module):
         self.transposed = transposed
         self.generative = generative
         self._config = config
-        shape = (in_channels, out_channels)
+        self.groups = check_groups(groups, in_channels=in_channels, out_channels=out_channels)
+        shape = (in_channels // self.groups, out_channels)
         if self.kernel_volume > 1 or math.prod(self.stride) > 1:
             shape = (self.kernel_volume, *shape)
         self.kernel = nn.Parameter(torch.empty(shape))
@@ -57,9 +65,9 @@ class _Conv(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw kernel, then bias, from U(-a, a) with a = 1 / sqrt(C K), C = C_in (C_out if
-        transposed)."""
-        channels = self.out_channels if self.transposed else self.in_channels
+        """Draw kernel, then bias, from U(-a, a) with a = 1 / sqrt(C K), C = C_in / groups (C_out /
+        groups if transposed)."""
+        channels = (self.out_channels if self.transposed else self.in_channels) // self.groups
         bound = 1 / math.sqrt(max(channels * self.kernel_volume, 1))
         with torch.no_grad():
             self.kernel.uniform_(-bound, bound)
@@ -85,6 +93,7 @@ class _Conv(nn.Module):
             or layer.dilation is not self.dilation
             or layer.transposed is not self.transposed
             or layer.generative is not self.generative
+            or layer.groups != self.groups
         ):
             layer = layer_of(
                 self.ndim,
@@ -94,6 +103,7 @@ class _Conv(nn.Module):
                 self.dilation,
                 self.transposed,
                 self.generative,
+                self.groups,
             )
             # The record's own tuples, so that identity tells next time.
             self.kernel_size, self.stride = layer.kernel_size, layer.stride
@@ -114,6 +124,8 @@ class _Conv(nn.Module):
             parts.append(f"padding={self.padding}")
         if self.dilation != ones:
             parts.append(f"dilation={self.dilation}")
+        if self.groups != 1:
+            parts.append(f"groups={self.groups}")
         parts += [f"{name}=True" for name in ("transposed", "generative") if getattr(self, name)]
         if self.bias is not None:
             parts.append("bias=True")
@@ -144,9 +156,11 @@ class Conv3d(_Conv):
         transposed: Return to a finer level.
         generative: With ``transposed``: create the finer coordinates.
         config: Mapping that overrides the global configuration key by key, or None.
+        groups: G. Output channel j reads only the C_in / G input channels of group
+            j // (C_out / G); C_in of them make a depthwise layer.
 
     Attributes:
-        kernel: [K, C_in, C_out]; [C_in, C_out] for kernel size 1 and stride 1.
+        kernel: [K, C_in / G, C_out]; [C_in / G, C_out] for kernel size 1 and stride 1.
         bias: [C_out] or None.
         kernel_volume: K.
 

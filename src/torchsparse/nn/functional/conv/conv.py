@@ -17,10 +17,12 @@ from torchsparse._autograd.conv import (
     pointwise,
     sparse_conv,
 )
+from torchsparse._autograd.depthwise import grouped_conv, grouped_pointwise
 from torchsparse._cache import Stamp, TensorCache
 from torchsparse._compat import old_conv3d_arguments
 from torchsparse._geometry import Geometry, as_tuple
 from torchsparse._kernel_map import KernelMap
+from torchsparse._lazy import Lazy
 from torchsparse._recipe import ConvRecipe
 from torchsparse._settings import settings
 from torchsparse.nn.functional.conv.conv_config import resolve_config
@@ -51,6 +53,7 @@ def conv3d(
     generative: bool = False,
     training: bool = False,
     coordinates: SparseTensor | Tensor | None = None,
+    groups: int = 1,
 ) -> SparseTensor:
     """Sparse convolution. Fine and coarse sites meet where, per axis,
 
@@ -63,8 +66,8 @@ def conv3d(
 
     Args:
         input: [N, C_in] features on [N, 4] coordinates (b, x, y, z).
-        weight: [K, C_in, C_out], K = the product of kernel_size; [C_in, C_out] is understood for
-            K = 1. For odd K the taps run x fastest, for even K z fastest.
+        weight: [K, C_in / groups, C_out], K = the product of kernel_size; without its first axis
+            it is understood for K = 1. For odd K the taps run x fastest, for even K z fastest.
         kernel_size, stride, padding, dilation: One int or three.
         bias: [C_out] or None.
         config: Mapping that overrides the global configuration key by key, or None.
@@ -72,6 +75,9 @@ def conv3d(
         training: Accepted for compatibility; has no effect.
         coordinates: Sites to convolve onto, a tensor or its [M, 4] coordinates, in place of those
             that the layer would create; not for transposed layers.
+        groups: G. Output channel j reads only the C_in / G input channels of group
+            j // (C_out / G), as in ``torch.nn.functional.conv3d``. With G = C_in the layer is
+            depthwise and only scales and sums rows; else each group is a convolution.
 
     Returns:
         [M, C_out] in the dtype of the computation: the autocast dtype if autocast is on (and no
@@ -79,14 +85,14 @@ def conv3d(
 
     Raises:
         ValueError: Shapes, devices or parameters that do not fit; duplicate, negative or
-            out-of-range coordinates; an unknown fine level.
+            out-of-range coordinates; an unknown fine level; channels that G does not divide.
         TypeError: Wrong dtypes, float16 mixed with bfloat16, a bool as padding.
         NotImplementedError: Dataflow.CodedCSR.
     """
     padding, dilation, transposed = old_conv3d_arguments(padding, dilation, transposed)
     return convolve(
         3, input, weight, kernel_size, bias, stride, padding, dilation, config,
-        transposed, generative, coordinates,
+        transposed, generative, coordinates, groups,
     )  # fmt: skip
 
 
@@ -102,11 +108,12 @@ def conv1d(
     transposed: bool = False,
     generative: bool = False,
     coordinates: SparseTensor | Tensor | None = None,
+    groups: int = 1,
 ) -> SparseTensor:
     """`conv3d` over one spatial axis: coordinates (b, x)."""
     return convolve(
         1, input, weight, kernel_size, bias, stride, padding, dilation, config,
-        transposed, generative, coordinates,
+        transposed, generative, coordinates, groups,
     )  # fmt: skip
 
 
@@ -122,11 +129,12 @@ def conv2d(
     transposed: bool = False,
     generative: bool = False,
     coordinates: SparseTensor | Tensor | None = None,
+    groups: int = 1,
 ) -> SparseTensor:
     """`conv3d` over two spatial axes: coordinates (b, x, y)."""
     return convolve(
         2, input, weight, kernel_size, bias, stride, padding, dilation, config,
-        transposed, generative, coordinates,
+        transposed, generative, coordinates, groups,
     )  # fmt: skip
 
 
@@ -142,11 +150,12 @@ def conv4d(
     transposed: bool = False,
     generative: bool = False,
     coordinates: SparseTensor | Tensor | None = None,
+    groups: int = 1,
 ) -> SparseTensor:
     """`conv3d` over four spatial axes: coordinates (b, x, y, z, t)."""
     return convolve(
         4, input, weight, kernel_size, bias, stride, padding, dilation, config,
-        transposed, generative, coordinates,
+        transposed, generative, coordinates, groups,
     )  # fmt: skip
 
 
@@ -163,9 +172,10 @@ def convolve(
     transposed: bool,
     generative: bool,
     coordinates: SparseTensor | Tensor | None = None,
+    groups: int = 1,
 ) -> SparseTensor:
     """`conv3d` over ``ndim`` spatial axes."""
-    layer = layer_of(ndim, kernel_size, stride, padding, dilation, transposed, generative)
+    layer = layer_of(ndim, kernel_size, stride, padding, dilation, transposed, generative, groups)
     return run_layer(layer, x, weight, bias, config, coordinates)
 
 
@@ -182,6 +192,7 @@ class Layer:
     generative: bool
     volume: int
     pointwise: bool  # 1x1 at stride 1: no map
+    groups: int = 1
 
 
 _layers: dict[tuple[Any, ...], Layer] = {}
@@ -195,6 +206,7 @@ def layer_of(
     dilation: Any,
     transposed: bool,
     generative: bool,
+    groups: int = 1,
 ) -> Layer:
     """The record of a layer's parameters.
 
@@ -202,12 +214,14 @@ def layer_of(
         ValueError, TypeError: Parameters outside their range.
     """
     sizes = check_parameters(ndim, kernel_size, stride, padding, dilation, transposed, generative)
-    key = (*sizes, transposed, generative)
+    if groups != 1:
+        groups = check_groups(groups)
+    key = (*sizes, transposed, generative, groups)
     layer = _layers.get(key)
     if layer is None:
         volume = math.prod(sizes[0])
         pointwise = volume == 1 and math.prod(sizes[1]) == 1
-        layer = Layer(ndim, *sizes, transposed, generative, volume, pointwise)
+        layer = Layer(ndim, *sizes, transposed, generative, volume, pointwise, groups)
         layer = _layers.setdefault(key, layer)
     return layer
 
@@ -243,12 +257,15 @@ def run_layer(
 ) -> SparseTensor:
     """Convolve ``x``: check, resolve, find the map, one call, wrap."""
     if not _fits(layer, x, weight, bias):
-        weight = _check_operands(layer.ndim, x, weight, bias, layer.kernel_size)
+        weight = _check_operands(layer, x, weight, bias)
     recipe = resolve(config, x.feats, weight, bias)
     if layer.pointwise and coordinates is None:
         matrix = weight if weight.dim() == 2 else weight[0]
-        product = deferred_pointwise if may_put_off() else pointwise
-        feats = product(x.feats, matrix, bias, recipe.dtype)
+        if layer.groups == 1:
+            product = deferred_pointwise if may_put_off() else pointwise
+            feats = product(x.feats, matrix, bias, recipe.dtype)
+        else:
+            feats = grouped_pointwise(x.feats, matrix, bias, recipe.dtype, layer.groups)
         coords = int32_coords(x._caches, x.coords)
         return wrap(feats, x, coords, x.stride, x.spatial_range)
     key = (
@@ -261,9 +278,8 @@ def run_layer(
     )
     paths = x._caches.kmaps.setdefault("paths", {})
     path = paths.get(key) if coordinates is None else None
-    product = deferred_conv if may_put_off() else sparse_conv
     if path is not None and path.holds(x):
-        feats = product(x.feats, weight, bias, path.kmap, layer.transposed, recipe)
+        feats = _product(layer, x.feats, weight, bias, path.kmap, recipe)
         if not layer.generative:
             return wrap(feats, x, *path.level)
         return on_level(feats, x, path.level, True)
@@ -276,8 +292,23 @@ def run_layer(
     if coordinates is None:
         ends = Stamp(kmap.in_coords), Stamp(kmap.out_coords)
         x._caches.kmaps.setdefault("paths", {})[key] = _Path(Stamp(x.coords), ends, kmap, level)
-    feats = product(x.feats, weight, bias, kmap, layer.transposed, recipe)
+    feats = _product(layer, x.feats, weight, bias, kmap, recipe)
     return on_level(feats, x, level, layer.generative)
+
+
+def _product(
+    layer: Layer,
+    feats: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    kmap: KernelMap,
+    recipe: ConvRecipe,
+) -> Tensor | Lazy:
+    if layer.groups > 1:
+        return grouped_conv(feats, weight, bias, kmap, layer.transposed, recipe, layer.groups)
+    if may_put_off():
+        return deferred_conv(feats, weight, bias, kmap, layer.transposed, recipe)
+    return sparse_conv(feats, weight, bias, kmap, layer.transposed, recipe)
 
 
 def _fits(layer: Layer, x: SparseTensor, weight: Tensor, bias: Tensor | None) -> bool:
@@ -294,7 +325,8 @@ def _fits(layer: Layer, x: SparseTensor, weight: Tensor, bias: Tensor | None) ->
         and (kernel[:-2] == (layer.volume,) or (layer.pointwise and len(kernel) == 2))
         and shape[0] == sites[0]
         and sites[1] == 1 + layer.ndim
-        and kernel[-2] == shape[1]
+        and kernel[-2] * layer.groups == shape[1]
+        and kernel[-1] % layer.groups == 0
         and coords.dtype is torch.int32
         and feats.dtype.is_floating_point
         and weight.dtype.is_floating_point
@@ -446,25 +478,39 @@ def check_parameters(
     return tuple(found)  # pyright: ignore[reportReturnType]
 
 
-def _check_operands(
-    ndim: int, x: SparseTensor, weight: Tensor, bias: Tensor | None, kernel_size: tuple[int, ...]
-) -> Tensor:
-    """The weight as [K, C_in, C_out], once everything fits."""
+def check_groups(groups: Any, **channels: int) -> int:
+    """``groups``, if it is an int of at least 1 that divides each of ``channels``."""
+    if isinstance(groups, bool) or not hasattr(groups, "__index__"):
+        raise TypeError(f"`groups` must be an int, got {groups!r}")
+    if groups < 1:
+        raise ValueError(f"`groups` must be at least 1, got {groups}")
+    for name, number in channels.items():
+        if number % groups:
+            raise ValueError(f"`{name}` must be divisible by groups = {groups}, got {number}")
+    return int(groups)
+
+
+def _check_operands(layer: Layer, x: SparseTensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The weight as [K, C_in / G, C_out], once everything fits."""
     if not isinstance(x, SparseTensor):
         raise TypeError(f"`input` must be a SparseTensor, got {type(x).__name__}")
     _validate.check_feats(x.feats)
-    _validate.check_coords(x.coords, ndim)
+    _validate.check_coords(x.coords, layer.ndim)
     _validate.check_rows(x.feats, x.coords)
     _validate.check_same_device(feats=x.feats, coords=x.coords, weight=weight, bias=bias)
-    volume, in_channels = math.prod(kernel_size), x.feats.shape[1]
+    volume, groups = layer.volume, layer.groups
+    check_groups(groups, C_in=x.feats.shape[1])
+    in_channels = x.feats.shape[1] // groups
     shape = list(weight.shape)
     if volume == 1 and len(shape) == 2:
         weight = weight[None]
     if weight.dim() != 3 or weight.shape[0] != volume or weight.shape[1] != in_channels:
         raise ValueError(
             f"`weight` must have shape [{volume}, {in_channels}, C_out] for kernel size "
-            f"{kernel_size} and `feats` {list(x.feats.shape)}, got {shape}"
+            f"{layer.kernel_size} and `feats` {list(x.feats.shape)}"
+            f"{f' in {groups} groups' if groups > 1 else ''}, got {shape}"
         )
+    check_groups(groups, C_out=weight.shape[2])
     if not weight.is_floating_point():
         raise TypeError(f"`weight` must be floating, got {weight.dtype}")
     if bias is not None and bias.shape != weight.shape[2:]:
