@@ -22,6 +22,7 @@ from torchsparse._geometry import Geometry
 from torchsparse._recipe import Epilogue, Norm
 from torchsparse._triton import coords
 from torchsparse._triton.conv import finish, gather_gemm, make_pairs, make_plan, weight_grad
+from torchsparse._triton.conv.order import new_sort_keys
 from torchsparse._triton.coords import index as levels
 
 ONES = (1, 1, 1)
@@ -58,7 +59,7 @@ def operands(geometry: Geometry, c_in: int, c_out: int, dtype: torch.dtype) -> t
 
 def forward(geometry: Geometry, c_in: int, c_out: int, dtype: torch.dtype, precision: str) -> None:
     table, feats, weight, _ = operands(geometry, c_in, c_out, dtype)
-    keys = torch.zeros(ROWS, dtype=torch.int16)
+    keys = new_sort_keys(ROWS, geometry.volume, table.device)
     plan = make_plan(table, keys, geometry, ("gemm", True, 1))
     gather_gemm(feats, weight, None, plan, precision)
 

@@ -9,8 +9,11 @@ from torch import Tensor
 
 from tests._triton.kit import random_table, rows_of, taps
 from torchsparse._geometry import Geometry
+from torchsparse._triton.conv import order as module
 from torchsparse._triton.conv.order import (
+    KEY_BITS,
     TILE_ROWS,
+    SortKeys,
     bit_of_taps,
     key_bits,
     make_tiles,
@@ -39,7 +42,7 @@ def test_rare_taps_are_the_high_bits(name: str) -> None:
     centre = [geometry.volume // 2] if geometry.is_symmetric else []
     assert [k for k, bit in enumerate(bits) if bit < 0] == centre
     own = [bit for bit in bits if bit >= 0]
-    assert set(own) == set(range(min(len(own), 16)))  # every bit is used
+    assert set(own) == set(range(min(len(own), KEY_BITS)))  # every bit is used
     steps = [
         sum(
             (1.6 if geometry.ndim == 3 and axis == 2 else 1.0) * abs(d * t - o)
@@ -52,12 +55,12 @@ def test_rare_taps_are_the_high_bits(name: str) -> None:
             assert not (steps[k] < steps[other] and bit > lower >= 0)
 
 
-def test_a_cube_has_six_bits_for_its_faces() -> None:
-    """The six frequent taps are told apart, the twenty others share ten bits in pairs."""
+def test_a_cube_has_bits_for_its_frequent_taps() -> None:
+    """Ten taps, the six faces first, are told apart; the sixteen others share four bits."""
     bits = bit_of_taps(CUBE, 0, 27)
     faces = [k for k, tap in enumerate(taps((3, 3, 3))) if sum(t != 1 for t in tap) == 1]
     assert sorted(bits[k] for k in faces) == [0, 1, 2, 3, 4, 5]
-    assert sorted(bit for bit in bits if bit > 5) == sorted([*range(6, 16)] * 2)
+    assert sorted(bits) == [-1, *range(10), *sorted([*range(10, 14)] * 4)]
 
 
 def test_the_share_of_a_split_has_bits_of_its_own() -> None:
@@ -88,7 +91,7 @@ def expected_keys(table: Tensor, geometry: Geometry) -> list[int]:
         for k, i in enumerate(row):
             if i >= 0 and bits[k] >= 0:
                 word |= 1 << bits[k]
-        keys.append(gray_place(word) - 32768)
+        keys.append(gray_place(word))
     return keys
 
 
@@ -97,9 +100,14 @@ def expected_keys(table: Tensor, geometry: Geometry) -> list[int]:
 def test_row_sort_keys(name: str, rows: int, device: torch.device) -> None:
     geometry = GEOMETRIES[name]
     table = random_table(device, geometry.volume, rows, rows)
-    keys = row_sort_keys(table, key_bits(geometry, device))
+    keys, counts = row_sort_keys(table, key_bits(geometry, device))
     assert keys.dtype == torch.int16
-    assert keys.tolist() == expected_keys(table, geometry)
+    want = expected_keys(table, geometry)
+    assert keys.tolist() == want
+    counted = [0] * len(counts)
+    for key in want:
+        counted[key] += key > 0
+    assert counts.tolist() == counted
 
 
 def test_row_sort_keys_of_a_view(device: torch.device) -> None:
@@ -107,43 +115,63 @@ def test_row_sort_keys_of_a_view(device: torch.device) -> None:
     view = table.t().contiguous().t()
     bits = key_bits(CUBE, device)
     assert view.stride() != table.stride()
-    assert torch.equal(row_sort_keys(view, bits), row_sort_keys(table, bits))
+    for got, want in zip(row_sort_keys(view, bits), row_sort_keys(table, bits)):
+        assert torch.equal(got, want)
 
 
+def random_keys(rows: int, device: torch.device) -> SortKeys:
+    """Every eighth of them 0, as of voxels without neighbours, which are not counted."""
+    keys = np.random.default_rng(rows).integers(0, 1 << KEY_BITS, rows)
+    keys[::8] = 0
+    counts = np.bincount(keys[keys > 0], minlength=1 << KEY_BITS)
+    return SortKeys(
+        torch.from_numpy(keys.astype(np.int16)).to(device),
+        torch.from_numpy(counts.astype(np.int32)).to(device),
+    )
+
+
+@pytest.mark.parametrize("by_row", [False, True])
 @pytest.mark.parametrize("sort", [False, True])
 @pytest.mark.parametrize(("volume", "rows"), SIZES)
-def test_tiles(volume: int, rows: int, sort: bool, device: torch.device) -> None:
+def test_tiles(
+    volume: int,
+    rows: int,
+    sort: bool,
+    by_row: bool,
+    device: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Every row once, the table in that order, masks the taps of 64 rows."""
+    monkeypatch.setattr(module, "BY_ROW", by_row)
     table = random_table(device, volume, rows, rows, 0.1)
-    keys = None
-    if sort:
-        values = np.random.default_rng(rows).integers(-32768, 32768, rows).astype(np.int16)
-        keys = torch.from_numpy(values).to(device)
-    order, placed, masks = make_tiles(table.t().contiguous().t(), keys)
+    keys = random_keys(rows, device) if sort else None
+    found = make_tiles(table.t().contiguous().t(), keys)
+    placed = table
     if keys is None:
-        assert order is None
-        assert torch.equal(placed, table)
+        assert found.order is None
     else:
-        assert order is not None and sorted(order.tolist()) == list(range(rows))
-        sorted_keys = keys[order].tolist()
-        assert sorted_keys == sorted(sorted_keys, reverse=True)
-        assert torch.equal(placed, table[:, order])
+        assert found.order is not None
+        assert sorted(found.order.tolist()) == list(range(rows))
+        ordered = keys.keys[found.order.long()].tolist()
+        assert ordered == sorted(ordered, reverse=True)
+        placed = table[:, found.order.long()]
+    assert found.by_row is by_row
+    assert torch.equal(found.table, table if by_row else placed)
     tiles = -(-rows // TILE_ROWS)
-    assert masks.shape == (-(-volume // 32), tiles)
-    words = rows_of(masks) & 0xFFFFFFFF
+    assert found.masks.shape == (-(-volume // 32), tiles)
+    words = rows_of(found.masks) & 0xFFFFFFFF
     for tile in range(tiles):
         union = sum(int(word) << (32 * n) for n, word in enumerate(words[:, tile]))
         present = (placed[:, tile * TILE_ROWS : (tile + 1) * TILE_ROWS] >= 0).any(1)
         assert union == sum(1 << k for k in range(volume) if present[k])
 
 
-def test_equal_keys_keep_the_order_of_rows(device: torch.device) -> None:
-    """Rows of equal taps stay neighbours in space, and every run gives the same order."""
-    table = random_table(device, 8, 100, 100)
-    keys = (torch.arange(100, device=device) % 3).to(torch.int16)
-    order = make_tiles(table, keys).order
-    assert order is not None
-    assert order.tolist() == sorted(range(100), key=lambda n: (-(n % 3), n))
+def test_rows_of_many_programs_are_sorted(device: torch.device) -> None:
+    keys = random_keys(3000, device)
+    order = make_tiles(random_table(device, 3, 3000, 3000, 0.1), keys).order
+    assert order is not None and sorted(order.tolist()) == list(range(3000))
+    ordered = keys.keys[order.long()].tolist()
+    assert ordered == sorted(ordered, reverse=True)
 
 
 def test_sorting_makes_tiles_pure(device: torch.device) -> None:
