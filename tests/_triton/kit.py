@@ -1,4 +1,4 @@
-"""What the tests of the kernels share. Import this first: without Triton they are skipped.
+"""What the tests of the kernels share.
 
 The judges here know nothing of keys, tables or tiles: sites are looked up in a dictionary.
 """
@@ -17,11 +17,8 @@ from torch import Tensor
 
 from torchsparse._geometry import Geometry
 
-triton = pytest.importorskip("triton", reason="the kernels need Triton")
-
 __all__ = [
-    "HALVES", "cloud", "geometries", "natural", "random_table", "rows_of", "search", "taps", "to",
-    "triton",
+    "HALVES", "cloud", "geometries", "natural", "random_table", "rows_of", "search", "taps", "to"
 ]  # fmt: skip
 
 Ints = NDArray[np.int64]

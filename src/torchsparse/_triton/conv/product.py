@@ -161,7 +161,8 @@ def _gemm(
         gemm_kernel, grid, feats, feats, weight, out, tiles.table, tiles.order, tiles.masks,
         *end.tensors, m, tiles.masks.shape[1], *tiles.table.stride(), *weight.stride(),
         K=volume, CI=c_in, CO=c_out, BM=tile.BM, BN=tile.BN, BK=tile.BK, SPLITS=tile.splits,
-        SORTED=tiles.order is not None, BY_ROW=tiles.by_row, REVERSE=reverse, PRECISION=precision, **end.flags,
+        SORTED=tiles.order is not None, BY_ROW=tiles.by_row, REVERSE=reverse,
+        PRECISION=precision, **end.flags,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
 
