@@ -39,8 +39,24 @@ def close_chain() -> None:
             chain.value()
 
 
-def _version(tensor: Tensor) -> int | None:
-    return None if tensor.is_inference() else tensor._version
+def _versions(tensors: tuple[Tensor, ...]) -> list[int]:
+    """How often each was written to. Tensors of inference mode do not count; -1."""
+    try:
+        return [tensor._version for tensor in tensors]
+    except RuntimeError:
+        return [-1 if tensor.is_inference() else tensor._version for tensor in tensors]
+
+
+_raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+
+
+def _stream(device: torch.device) -> int:
+    """The current stream of a device; 0 on a CPU."""
+    if device.type != "cuda":
+        return 0
+    if _raw_stream is not None:
+        return _raw_stream(device.index)
+    return torch.cuda.current_stream(device).cuda_stream
 
 
 class Lazy:
@@ -75,9 +91,12 @@ class Lazy:
             close_chain()
         self.make, self.shape, self.dtype, self.device = make, shape, dtype, device
         self.inputs, self.epilogue = inputs, epilogue
-        known = () if parent is None else parent._versions
-        self._versions = (*known, *map(_version, inputs[len(known) :]))
-        self._stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+        if parent is None:
+            self._versions = _versions(inputs)
+            self._stream = _stream(device)
+        else:
+            self._versions = parent._versions + _versions(inputs[len(parent._versions) :])
+            self._stream = parent._stream
         self._value: Tensor | None = None
         _open.chain = weakref.ref(self)
 
@@ -93,7 +112,7 @@ class Lazy:
             RuntimeError: An input was written to since; its old values are gone.
         """
         if self._value is None:
-            if self._versions != tuple(map(_version, self.inputs)):
+            if self._versions != _versions(self.inputs):
                 raise RuntimeError(
                     "features were changed in place before a convolution that reads them was "
                     "needed; read its `feats` first, or set torchsparse.backends.fuse = False"
@@ -103,14 +122,17 @@ class Lazy:
         return self._value
 
     def _compute(self) -> Tensor:
-        if self._stream is None or torch.cuda.current_stream(self.device) == self._stream:
+        if torch.is_grad_enabled():
             with torch.no_grad():
-                return self.make(self.epilogue)
+                return self._compute()
+        if _stream(self.device) == self._stream:
+            return self.make(self.epilogue)
         # Asked for from another stream: computed where it was called, and waited for.
-        with torch.no_grad(), torch.cuda.stream(self._stream):
+        there = torch.cuda.ExternalStream(self._stream, device=self.device)
+        with torch.cuda.stream(there):
             value = self.make(self.epilogue)
         here = torch.cuda.current_stream(self.device)
-        here.wait_stream(self._stream)
+        here.wait_stream(there)
         value.record_stream(here)
         return value
 

@@ -87,11 +87,15 @@ def _forward(
 ) -> Tensor:
     planned = kmap.plan(recipe, weight.shape[2], transposed)
     dtype = recipe.compute
-    bias = None if bias is None else bias.to(dtype)
     out = gather_gemm(
-        feats.to(dtype), weight.to(dtype), bias, planned, recipe.precision, epilogue
+        feats if feats.dtype is dtype else feats.to(dtype),
+        weight if weight.dtype is dtype else weight.to(dtype),
+        bias if bias is None or bias.dtype is dtype else bias.to(dtype),
+        planned,
+        recipe.precision,
+        epilogue,
     )
-    return out.to(recipe.dtype)
+    return out if dtype is recipe.dtype else out.to(recipe.dtype)
 
 
 class _SparseConv(torch.autograd.Function):

@@ -33,9 +33,16 @@ def flat_index(
 
 def scatter_rows(feats: Tensor, index: Tensor, num: int) -> Tensor:
     """Row j of ``feats`` becomes row ``index[j]``; -1 is skipped, the rest is 0.  -> [num, C]."""
-    # Skipped rows land behind the result: one spare row, cut off without a copy or a view.
+    # Of rows with one cell the last is kept. `index_copy_` alone would keep any of them, another
+    # in every run on several threads.
+    rows = torch.arange(feats.shape[0], dtype=torch.int32, device=feats.device)
+    cells = torch.where(index < 0, num, index)
+    last = torch.full((num + 1,), -1, dtype=torch.int32, device=feats.device)
+    last.scatter_reduce_(0, cells, rows, "amax")
+    # The others and skipped rows land behind the result: one spare row, cut off without a copy.
+    cells = torch.where(last.index_select(0, cells) == rows, cells, num)
     out = feats.new_zeros((num + 1, feats.shape[1]))
-    out.index_copy_(0, torch.where(index < 0, num, index), feats)
+    out.index_copy_(0, cells, feats)
     return out.resize_(num, feats.shape[1])
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 __all__ = ["cdiv", "launch", "next_power"]
 
+_knobs: Any = getattr(triton, "knobs", None)
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
@@ -44,7 +45,14 @@ _resolved: dict[Any, _Resolved | None] = {}
 _stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 
 
-def launch(kernel: Any, grid: tuple[int, ...], like: Tensor, *args: Any, **options: Any) -> None:
+def launch(
+    kernel: Any,
+    grid: tuple[int, ...],
+    like: Tensor,
+    *args: Any,
+    memo: Any = None,
+    **options: Any,
+) -> None:
     """Run ``kernel`` over ``grid`` on the device of ``like``, in its current stream.
 
     Args:
@@ -52,6 +60,8 @@ def launch(kernel: Any, grid: tuple[int, ...], like: Tensor, *args: Any, **optio
         grid: One to three extents.
         like: A tensor on the device.
         *args: All parameters that are not constexpr: tensors, ints, floats or None.
+        memo: None, or a dictionary and a key in it that determine the kernel, the device, the
+            options, all numbers and the dtypes of all tensors: these are then not looked at.
         **options: The constexpr parameters, num_warps, num_stages.
     """
     if 0 in grid:
@@ -61,9 +71,9 @@ def launch(kernel: Any, grid: tuple[int, ...], like: Tensor, *args: Any, **optio
         kernel[grid](*args, **options)
     elif device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
-            _start(kernel, grid, device.index, args, options)
+            _start(kernel, grid, device.index, args, options, memo)
     else:
-        _start(kernel, grid, device.index, args, options)
+        _start(kernel, grid, device.index, args, options, memo)
 
 
 def _start(
@@ -72,29 +82,27 @@ def _start(
     device: int | None,
     args: tuple[Any, ...],
     options: dict[str, Any],
+    memo: tuple[dict[Any, Any], Any] | None = None,
 ) -> None:
-    # What a compiled kernel depends on: dtypes, alignment, and the kind of each number.
-    kinds: list[Any] = [kernel, device]
     values: list[Any] = []
+    pointers = 0
     for arg in args:
         if isinstance(arg, Tensor):
             pointer = arg.data_ptr()
+            pointers |= pointer
             values.append(pointer)
-            kinds.append(arg.dtype)
-            kinds.append(pointer & 15 == 0)
         else:
             values.append(arg)
-            if type(arg) is int:
-                kinds.append((arg & 15 == 0, arg == 1, -2147483648 <= arg <= 2147483647))
-            else:
-                kinds.append(arg if arg is None else type(arg))
-    kinds.extend(options.items())
-    key = tuple(kinds)
-    known = _resolved.get(key)  # only where `_resolve` found this Triton to be as it expects
+    where, key = _resolved, None
+    if memo is None:
+        key = _kinds(kernel, device, args, options)
+    elif pointers & 15 == 0:  # a kernel by memo is compiled for aligned tensors
+        where, key = memo
+    known = None if key is None else where.get(key)
     if known is None or _hooked():
         compiled = kernel[grid](*args, **options)
-        if key not in _resolved:
-            _resolved[key] = _resolve(kernel, compiled, len(args), options)
+        if key is not None and key not in where:
+            where[key] = _resolve(kernel, compiled, len(args), options)
         return
     known.start(
         grid[0],
@@ -115,9 +123,29 @@ def _start(
     )
 
 
+def _kinds(
+    kernel: Any, device: int | None, args: tuple[Any, ...], options: dict[str, Any]
+) -> tuple[Any, ...]:
+    """What a compiled kernel depends on: dtypes, alignment, and the kind of each number."""
+    kinds: list[Any] = [kernel, device]
+    add = kinds.append
+    for arg in args:
+        kind = type(arg)
+        if kind is int:
+            wide = not -2147483648 <= arg <= 2147483647
+            add(1 if arg == 1 else 2 + (arg & 15 == 0) + 2 * wide)
+        elif isinstance(arg, Tensor):
+            add(arg.dtype)
+            add(arg.data_ptr() & 15 == 0)
+        else:
+            add(None if arg is None else kind)
+    kinds.extend(options.items())
+    return tuple(kinds)
+
+
 def _hooked() -> bool:
     """Whether a profiler wants to see launches."""
-    runtime = triton.knobs.runtime  # pyright: ignore[reportAttributeAccessIssue]  # a submodule
+    runtime = _knobs.runtime
     return bool(runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls)
 
 
@@ -125,8 +153,7 @@ def _resolve(kernel: Any, compiled: Any, given: int, options: dict[str, Any]) ->
     """What a direct launch needs; None where this Triton is built differently."""
     if _stream is None or not triton.__version__.startswith("3.6."):
         return None
-    runtime = triton.knobs.runtime  # pyright: ignore[reportAttributeAccessIssue]  # a submodule
-    if not hasattr(runtime.launch_enter_hook, "calls"):
+    if not hasattr(_knobs.runtime.launch_enter_hook, "calls"):
         return None
     run = compiled.run
     wanted = ("launch", "global_scratch_size", "profile_scratch_size")

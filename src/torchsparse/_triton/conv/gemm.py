@@ -49,7 +49,7 @@ def _finish(
 
 @triton.jit
 def _add_taps(
-    acc, x, w, table, m, first_tap, live, cols, cnt, t_tap, w_tap, w_in, w_out,
+    acc, x, w, table, m, first_tap, live, cols, cnt, M, w_tap, w_in, w_out,
     K: tl.constexpr, CI: tl.constexpr, CO: tl.constexpr, BK: tl.constexpr,
     REVERSE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -59,7 +59,7 @@ def _add_taps(
     rk = tl.arange(0, BK)
     last = K - 1
     tap = tl.minimum(first_tap + lowest_bit(m), last)
-    idx = tl.load(table + tap.to(tl.int64) * t_tap, mask=live, other=-1)
+    idx = tl.load(table + tap.to(tl.int64) * M, mask=live, other=-1)
     for it in range(cnt * NK):
         kk = it % NK
         k = kk * BK + rk
@@ -76,7 +76,7 @@ def _add_taps(
             b = tl.load(weights, mask=(k < CI)[:, None] & (cols < CO)[None, :], other=0.0)
         m = tl.where(kk == NK - 1, m & (m - 1), m)
         tap = tl.minimum(first_tap + lowest_bit(m), last)
-        idx = tl.load(table + tap.to(tl.int64) * t_tap, mask=live, other=-1)
+        idx = tl.load(table + tap.to(tl.int64) * M, mask=live, other=-1)
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
     return acc
 
@@ -84,10 +84,10 @@ def _add_taps(
 @triton.jit
 def gemm_kernel(
     x, w, out, table, order, masks, bias, mean, var, gamma, beta, eps, residual, slope,
-    M, T, t_tap, t_row, w_tap, w_in, w_out,
+    M, T, w_tap, w_in, w_out,
     K: tl.constexpr, CI: tl.constexpr, CO: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLITS: tl.constexpr,
-    SORTED: tl.constexpr, BY_ROW: tl.constexpr, REVERSE: tl.constexpr, PRECISION: tl.constexpr,
+    SORTED: tl.constexpr, REVERSE: tl.constexpr, PRECISION: tl.constexpr,
     BIAS: tl.constexpr, NORM: tl.constexpr, RESIDUAL: tl.constexpr, ACT: tl.constexpr,
 ):  # fmt: skip
     """out[order[m]] = epilogue(sum over taps k of x[table[k, m]] @ w[k]).
@@ -107,10 +107,7 @@ def gemm_kernel(
         rows = tl.load(order + rm, mask=live, other=0).to(tl.int64)
     else:
         rows = rm.to(tl.int64)
-    if BY_ROW:
-        table += rows * t_row
-    else:
-        table += rm
+    table += rm
     acc = tl.zeros((BM, BN), dtype=tl.float32)
     split = tl.program_id(1)
     for word in range(WORDS):
@@ -128,7 +125,7 @@ def gemm_kernel(
             m &= ((one << end.to(tl.uint64)) - (one << begin.to(tl.uint64))).to(tl.uint32)
         cnt = bit_count(m)
         acc = _add_taps(
-            acc, x, w, table, m, word * 32, live, cols, cnt, t_tap, w_tap, w_in, w_out,
+            acc, x, w, table, m, word * 32, live, cols, cnt, M, w_tap, w_in, w_out,
             K, CI, CO, BK, REVERSE, PRECISION,
         )  # fmt: skip
     there = live[:, None] & (cols < CO)[None, :]

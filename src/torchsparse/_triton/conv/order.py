@@ -13,7 +13,7 @@ ascending order, and a tap that it lacks adds an exact zero.
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -35,7 +35,6 @@ __all__ = [
 
 TILE_ROWS = 64  # the smallest tile; taller ones unite the masks of several
 KEY_BITS = 14
-BY_ROW = False
 OWN_BITS = 10  # frequent taps that have a bit of their own where not all taps have one
 
 
@@ -61,9 +60,9 @@ class Tiles(NamedTuple):
     """
 
     order: Tensor | None  # [M] int32, the output row at each place; None: they are equal
-    table: Tensor  # [K, M] int32, input row under tap k, -1 = none: at place m, or at row m
-    by_row: bool  # the latter
+    table: Tensor  # [K, M] int32, input row under tap k at place m, -1 = none
     masks: Tensor  # [ceil(K / 32), ceil(M / 64)] int32, bit k: some row of the tile has the tap
+    memo: dict[Any, Any]  # of launches over this table
 
 
 def bit_of_taps(geometry: Geometry, first: int, last: int) -> list[int]:
@@ -139,7 +138,22 @@ def row_key_kernel(
         word |= tl.reduce(tl.where(idx >= 0, bit[None, :], 0), 1, _or)
     key = sort_key(word)
     tl.store(keys + rows, key.to(tl.int16), mask=live)
-    tl.atomic_add(counts + key, 1, mask=live & (key > 0), sem="relaxed")
+    same, rank = _alike(key, live, BR)
+    tl.atomic_add(counts + key, same, mask=live & (rank == 0) & (key > 0), sem="relaxed")
+
+
+@triton.jit
+def _alike(key, live, BR: tl.constexpr):
+    """How many of the rows at hand have the same key, and how many of these stand before.
+
+    One of them then speaks for all: a map of two by two taps has eight keys for all its rows, and
+    atomic operations on one address take their turns.
+    """
+    i = tl.arange(0, BR)
+    keys = tl.where(live, key, -1)
+    equal = (keys[:, None] == keys[None, :]).to(tl.int32)
+    before = tl.where(i[None, :] < i[:, None], equal, 0)
+    return tl.sum(equal, axis=1), tl.sum(before, axis=1)
 
 
 @triton.jit
@@ -156,18 +170,19 @@ def place_kernel(keys, starts, order, M, BR: tl.constexpr):
     rows = tl.program_id(0) * BR + tl.arange(0, BR)
     live = rows < M
     key = tl.load(keys + rows, mask=live, other=0).to(tl.int32)
-    # A third of the voxels of a scan have no neighbour. Together they need one atomic operation.
-    alone = (live & (key == 0)).to(tl.int32)
-    first = tl.atomic_add(starts, tl.sum(alone, axis=0), sem="relaxed")
-    place = tl.atomic_add(starts + key, 1, mask=live & (key > 0), sem="relaxed")
-    place = tl.where(key == 0, first + tl.cumsum(alone, axis=0) - 1, place)
+    same, rank = _alike(key, live, BR)
+    first = tl.atomic_add(starts + key, same, mask=live & (rank == 0), sem="relaxed")
+    # The place of the first of its kind, from wherever that row is in the block.
+    kin = tl.where(live, key, -1)
+    lead = (kin[:, None] == kin[None, :]) & (rank == 0)[None, :]
+    place = tl.sum(tl.where(lead, first[None, :], 0), axis=1) + rank
     tl.store(order + place, rows, mask=live)
 
 
 @triton.jit
 def tile_kernel(
     neighbors, order, table, masks, M, T, n_row, n_tap,
-    K: tl.constexpr, BR: tl.constexpr, SORTED: tl.constexpr, WRITE: tl.constexpr,
+    K: tl.constexpr, BR: tl.constexpr, SORTED: tl.constexpr,
 ):  # fmt: skip
     """Bring 64 rows into tile order and collect their taps."""
     tile = tl.program_id(0)
@@ -181,9 +196,8 @@ def tile_kernel(
     at = rows[:, None] * n_row + taps[None, :] * n_tap
     there = live[:, None] & (taps < K)[None, :]
     idx = tl.load(neighbors + at, mask=there, other=-1)
-    if WRITE:
-        target = table + taps.to(tl.int64)[None, :] * M + places[:, None]
-        tl.store(target, idx, mask=there)
+    target = table + taps.to(tl.int64)[None, :] * M + places[:, None]
+    tl.store(target, idx, mask=there)
     own = tl.max((idx >= 0).to(tl.int32), axis=0)
     mask = tl.sum(own << tl.arange(0, 32), axis=0)
     tl.store(masks + tl.program_id(1) * T + tile, mask)
@@ -210,7 +224,7 @@ def _sort(found: SortKeys) -> Tensor:
         start_kernel, (1,), starts, found.counts, starts, BINS=bins,
         num_warps=16 if bins >= 4096 else 4,
     )  # fmt: skip
-    launch(place_kernel, (cdiv(m, 1024),), starts, found.keys, starts, order, m, BR=1024)
+    launch(place_kernel, (cdiv(m, 128),), starts, found.keys, starts, order, m, BR=128)
     return order
 
 
@@ -225,12 +239,11 @@ def make_tiles(neighbors: Tensor, keys: SortKeys | None) -> Tiles:
     device = neighbors.device
     tiles, words = cdiv(m, TILE_ROWS), cdiv(volume, 32)
     order = None if keys is None else _sort(keys)
-    by_row = BY_ROW
-    table = neighbors if by_row else torch.empty((volume, m), dtype=torch.int32, device=device)
+    table = torch.empty((volume, m), dtype=torch.int32, device=device)
     masks = torch.empty((words, tiles), dtype=torch.int32, device=device)
     launch(
         tile_kernel, (tiles, words), neighbors, neighbors, order, table, masks, m, tiles,
         neighbors.stride(1), neighbors.stride(0),
-        K=volume, BR=TILE_ROWS, SORTED=order is not None, WRITE=not by_row,
+        K=volume, BR=TILE_ROWS, SORTED=order is not None,
     )  # fmt: skip
-    return Tiles(order, table, by_row, masks)
+    return Tiles(order, table, masks, {})

@@ -51,27 +51,37 @@ class _End(NamedTuple):
 
     tensors: tuple[Any, ...]  # bias, mean, var, gamma, beta, eps, residual, slope
     flags: dict[str, Any]
+    kind: tuple[Any, ...]  # dtypes and flags
+
+
+def _contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
 
 
 def _end(bias: Tensor | None, epilogue: Epilogue | None) -> _End:
-    norm, residual, slope = epilogue or Epilogue()
+    norm, residual, slope = epilogue or NOTHING
+    act = 0 if slope is None else 1 if slope == 0 else 2
+    bias, residual = _contiguous(bias), _contiguous(residual)
     if norm is None:
-        values, kind = (None, None, None, None, 0.0), 0
+        mean = var = gamma = beta = None
+        eps, kind, norm_dtypes = 0.0, 0, None
     else:
-        values, kind = norm, 1 if norm.weight is None else 2
-    if residual is not None:
-        residual = residual.contiguous()
+        mean, var, gamma, beta = map(_contiguous, norm[:4])
+        eps, kind = float(norm.eps), 1 if gamma is None else 2
+        norm_dtypes = tuple(t if t is None else t.dtype for t in norm[:4])
     return _End(
-        (bias, *values, residual, 0.0 if slope is None else float(slope)),
-        {
-            "BIAS": bias is not None,
-            "NORM": kind,
-            "RESIDUAL": residual is not None,
-            "ACT": 0 if slope is None else 1 if slope == 0 else 2,
-        },
+        (bias, mean, var, gamma, beta, eps, residual, float(slope or 0.0)),
+        {"BIAS": bias is not None, "NORM": kind, "RESIDUAL": residual is not None, "ACT": act},
+        (
+            None if bias is None else bias.dtype,
+            norm_dtypes,
+            None if residual is None else residual.dtype,
+            act,
+        ),
     )
 
 
+NOTHING = Epilogue()
 NO_END = _end(None, None)
 
 
@@ -155,14 +165,15 @@ def _gemm(
     tile: GemmTile, precision: str, out: Tensor,
 ) -> None:  # fmt: skip
     volume, c_in, c_out = weight.shape
+    strides = weight.stride()
     m = tiles.table.shape[1]
     grid = (cdiv(m, tile.BM) * cdiv(c_out, tile.BN), tile.splits)
+    kind = (feats.dtype, out.dtype, c_in, c_out, strides, tile, reverse, precision, end.kind)
     launch(
         gemm_kernel, grid, feats, feats, weight, out, tiles.table, tiles.order, tiles.masks,
-        *end.tensors, m, tiles.masks.shape[1], *tiles.table.stride(), *weight.stride(),
+        *end.tensors, m, tiles.masks.shape[1], *strides, memo=(tiles.memo, kind),
         K=volume, CI=c_in, CO=c_out, BM=tile.BM, BN=tile.BN, BK=tile.BK, SPLITS=tile.splits,
-        SORTED=tiles.order is not None, BY_ROW=tiles.by_row, REVERSE=reverse,
-        PRECISION=precision, **end.flags,
+        SORTED=tiles.order is not None, REVERSE=reverse, PRECISION=precision, **end.flags,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
 
