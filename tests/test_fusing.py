@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -72,6 +73,11 @@ def network(device: torch.device, dtype: torch.dtype, inplace: bool = True) -> n
     )
 
 
+def layer(c_in: int, c_out: int, size: int, device: torch.device, dtype: torch.dtype) -> Any:
+    """One convolution."""
+    return filled(spnn.Conv3d(c_in, c_out, size), device=device, dtype=dtype)[0]
+
+
 def unfused(run: Callable[[], SparseTensor]) -> Tensor:
     torchsparse.backends.fuse = False
     with torch.no_grad():
@@ -129,7 +135,8 @@ def test_hooks_see_unfused_features(device) -> None:
 def test_a_second_consumer_gets_the_features_of_its_place(device) -> None:
     net = filled(spnn.Conv3d(3, 8, 3), spnn.BatchNorm(8), device=device, dtype=torch.float64)
     x = sparse(device)
-    conv, norm = net[0], net[1]
+    conv, norm = net
+    assert isinstance(norm, spnn.BatchNorm)
     want = unfused(lambda: conv(x))
     with torch.no_grad():
         y = conv(x)
@@ -141,7 +148,7 @@ def test_a_second_consumer_gets_the_features_of_its_place(device) -> None:
 
 def test_in_place_activation_shows_in_its_input(device) -> None:
     """As it does without fusing: `y` and `z` are one."""
-    conv = filled(spnn.Conv3d(3, 8, 3), device=device, dtype=torch.float64)[0]
+    conv = layer(3, 8, 3, device, torch.float64)
     with torch.no_grad():
         y = conv(sparse(device))
         z = spnn.ReLU(True)(y)
@@ -152,7 +159,7 @@ def test_in_place_activation_shows_in_its_input(device) -> None:
 
 
 def test_infinity_and_nan_pass_as_in_torch(device) -> None:
-    conv = filled(spnn.Conv3d(1, 3, 1), device=device, dtype=torch.float32)[0]
+    conv = layer(1, 3, 1, device, torch.float32)
     x = sparse(device, "single", channels=1, dtype=torch.float32)
     with torch.no_grad():
         conv.kernel.copy_(torch.tensor([[-torch.inf, torch.nan, torch.inf]], device=device))
@@ -171,7 +178,7 @@ def test_a_module_used_twice(device) -> None:
 def test_switching_between_training_and_evaluation(device) -> None:
     net = network(device, torch.float64, inplace=False)
     twin = copy.deepcopy(net)
-    for step in range(2):
+    for _ in range(2):
         for one, fuse in ((net, True), (twin, False)):
             torchsparse.backends.fuse = fuse
             one.train()
@@ -190,11 +197,12 @@ def test_statistics_of_training_are_not_joined(device) -> None:
     """Without gradients but in training, statistics are those of the batch and are recorded."""
     net = filled(spnn.Conv3d(3, 8, 3), spnn.BatchNorm(8), device=device, dtype=torch.float64)
     net.train()
-    before = net[1].running_mean.clone()
+    norm: Any = net[1]
+    before = norm.running_mean.clone()
     with torch.no_grad():
         out = net(sparse(device))
-    assert not torch.equal(net[1].running_mean, before)
-    torch.testing.assert_close(out.feats.mean(0), net[1].bias.detach())
+    assert not torch.equal(norm.running_mean, before)
+    torch.testing.assert_close(out.feats.mean(0), norm.bias.detach())
 
 
 def test_gradients_are_never_put_off(device) -> None:
@@ -204,7 +212,7 @@ def test_gradients_are_never_put_off(device) -> None:
 
 
 def test_frozen_parts_join_nothing_that_learns(device) -> None:
-    conv = filled(spnn.Conv3d(3, 3, 3), device=device, dtype=torch.float64)[0]
+    conv = layer(3, 3, 3, device, torch.float64)
     x = sparse(device)
     with torch.no_grad():
         y = conv(x)
@@ -216,7 +224,7 @@ def test_frozen_parts_join_nothing_that_learns(device) -> None:
 
 
 def test_changing_an_input_too_late_is_an_error(device) -> None:
-    conv = filled(spnn.Conv3d(3, 3, 3), device=device, dtype=torch.float64)[0]
+    conv = layer(3, 3, 3, device, torch.float64)
     x = sparse(device)
     raw = x.feats
     with torch.no_grad():
@@ -227,7 +235,7 @@ def test_changing_an_input_too_late_is_an_error(device) -> None:
 
 
 def test_changing_an_input_through_the_library_closes_the_chain_first(device) -> None:
-    conv = filled(spnn.Conv3d(3, 3, 3), device=device, dtype=torch.float64)[0]
+    conv = layer(3, 3, 3, device, torch.float64)
     x = sparse(device)
     want = unfused(lambda: conv(x))
     with torch.no_grad():
@@ -238,7 +246,7 @@ def test_changing_an_input_through_the_library_closes_the_chain_first(device) ->
 
 
 def test_copies_hold_features(device) -> None:
-    conv = filled(spnn.Conv3d(3, 3, 3), device=device, dtype=torch.float64)[0]
+    conv = layer(3, 3, 3, device, torch.float64)
     with torch.no_grad():
         want = conv(sparse(device)).feats
         assert torch.equal(pickle.loads(pickle.dumps(conv(sparse(device)))).feats, want)
@@ -246,11 +254,11 @@ def test_copies_hold_features(device) -> None:
         assert torch.equal(copy.copy(conv(sparse(device))).feats, want)
 
 
-def test_another_stream_waits(gpu=None) -> None:
+def test_another_stream_waits() -> None:
     if not torch.cuda.is_available():
         pytest.skip("needs a GPU")
     device = torch.device("cuda")
-    conv = filled(spnn.Conv3d(3, 64, 3), device=device, dtype=torch.float32)[0]
+    conv = layer(3, 64, 3, device, torch.float32)
     x = sparse(device, "block", dtype=torch.float32)
     want = unfused(lambda: conv(x))
     side = torch.cuda.Stream()

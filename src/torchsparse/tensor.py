@@ -439,9 +439,7 @@ def pending(x: SparseTensor) -> Lazy | None:
 
 def may_put_off() -> bool:
     """Whether features may be computed later: nobody asks for gradients or traces."""
-    return (
-        settings.fuse and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    )
+    return settings.fuse and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
 def put_off(x: SparseTensor) -> Lazy | None:

@@ -72,7 +72,13 @@ def test_strided_sites_are_every_site_that_a_tap_reaches(
     geometry = geometries(ndim)[which]
     fine = cloud(ndim, 3)
     lower, upper = ((0,) * ndim, (2,) * ndim) if bounded else ((None,) * ndim, (None,) * ndim)
-    found, index = strided_sites(build_index(torch.from_numpy(fine), geometry.reach), torch.from_numpy(fine), geometry, lower, upper)
+    found, index = strided_sites(
+        build_index(torch.from_numpy(fine), geometry.reach),
+        torch.from_numpy(fine),
+        geometry,
+        lower,
+        upper,
+    )
     sites = set()
     for row in fine.tolist():
         for tap in itertools.product(*map(range, geometry.kernel_size)):

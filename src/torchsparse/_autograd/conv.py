@@ -35,8 +35,8 @@ def sparse_conv(
         recipe: The choices of the call; sums are float32, or float64 for float64.
 
     Returns:
-        [M, C_out] in ``recipe.dtype``. Differentiable in feats, weight and bias; each gradient has the
-        dtype of its tensor and is summed in float32 or better.
+        [M, C_out] in ``recipe.dtype``. Differentiable in feats, weight and bias; each gradient has
+        the dtype of its tensor and is summed in float32 or better.
     """
     if torch.is_grad_enabled() and (
         feats.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)

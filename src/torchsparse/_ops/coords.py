@@ -49,9 +49,7 @@ def check_sites(index: Any, spatial_range: tuple[int, ...] | None, allow_negativ
     twin("coords", index.keys).check_sites(index, spatial_range, allow_negative)
 
 
-def find_taps(
-    index: Any, coarse: Tensor | None, geometry: Geometry
-) -> tuple[Tensor, Any]:
+def find_taps(index: Any, coarse: Tensor | None, geometry: Geometry) -> tuple[Tensor, Any]:
     """Positions of the fine sites under every tap of every coarse site.
 
     Args:
@@ -68,9 +66,7 @@ def find_taps(
     return twin("coords", index.keys).find_taps(index, coarse, geometry)
 
 
-def invert_taps(
-    neighbors: Tensor, num_inputs: int, geometry: Geometry
-) -> tuple[Tensor, Any]:
+def invert_taps(neighbors: Tensor, num_inputs: int, geometry: Geometry) -> tuple[Tensor, Any]:
     """The same pairs seen from the inputs: result[k, neighbors[k, m]] = m.
 
     Args:

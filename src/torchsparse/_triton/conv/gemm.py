@@ -9,8 +9,8 @@ the rows to gather are carried from one iteration to the next. Loading them wher
 or advancing under an ``if``, would leave no copy in flight (docs/how-it-works).
 """
 
-# Device code is not the Python that it is checked as.
-# pyright: reportOperatorIssue=false
+# The checker does not see what Triton's compiler makes of these functions.
+# pyright: reportOperatorIssue=false, reportGeneralTypeIssues=false
 
 import triton
 import triton.language as tl

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from itertools import pairwise
 
 from torch import Tensor
 
@@ -62,7 +62,7 @@ def make_plan(
         return Plan(neighbors, (Share(0, geometry.volume, tiles),))
     bounds = [geometry.volume * part // splits for part in range(splits + 1)]
     shares = []
-    for first, last in pairwise(bounds):
+    for first, last in itertools.pairwise(bounds):
         part = neighbors[first:last]
         part_keys = None
         if sort:

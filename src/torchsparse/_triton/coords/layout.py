@@ -9,8 +9,8 @@ coordinates' bounding box to reach the host:
 created: their bounds); keys cover the box widened by ``margin`` on every spatial axis.
 """
 
-# Device code is not the Python that it is checked as.
-# pyright: reportGeneralTypeIssues=false
+# The checker does not see what Triton's compiler makes of these functions.
+# pyright: reportOperatorIssue=false, reportGeneralTypeIssues=false
 
 import triton
 import triton.language as tl

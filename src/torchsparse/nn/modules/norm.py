@@ -43,7 +43,8 @@ class BatchNorm(nn.BatchNorm1d):
         chain = pending(input) or put_off(input)
         if chain is None or chain.shape[0] == 0 or chain.shape[1] != self.num_features:
             return None
-        joined = chain.normalised(Norm(mean, var, parameters["weight"], parameters["bias"], self.eps))
+        weight, bias = parameters["weight"], parameters["bias"]
+        joined = chain.normalised(Norm(mean, var, weight, bias, self.eps))
         return None if joined is None else wrap(joined, input)
 
 

@@ -387,7 +387,7 @@ def find_map(
 
 
 def on_level(
-    feats: Tensor, like: SparseTensor, level: Level, generative: bool = False
+    feats: Tensor | Lazy, like: SparseTensor, level: Level, generative: bool = False
 ) -> SparseTensor:
     """Features on a level that a map of ``like`` reaches; the cache knows it from now on."""
     out = wrap(feats, like, *level)

@@ -271,9 +271,8 @@ def _strided_sites(
         cell = Geometry("strided", geometry.stride, geometry.stride, (1,) * ndim, (0,) * ndim)
         return ops.strided_sites(index, coords, cell, unbounded, unbounded)
     lower = unbounded if settings.allow_negative_coordinates else (0,) * ndim
-    if not infer:
-        upper = upper or unbounded
-    return ops.strided_sites(index, coords, geometry, lower, upper)
+    bound = None if infer else upper or unbounded
+    return ops.strided_sites(index, coords, geometry, lower, bound)
 
 
 def spconv_range(spatial_range: Range, geometry: Geometry) -> Range:
