@@ -48,6 +48,7 @@ class Kernel:
 @pytest.fixture
 def kernel(monkeypatch: pytest.MonkeyPatch) -> Kernel:
     """A fake kernel in a process that seems to have a GPU and nothing launched."""
+    monkeypatch.setattr(triton, "__version__", "3.6.0")
     monkeypatch.setattr(module, "INTERPRETED", False)
     monkeypatch.setattr(module, "_stream", lambda device: STREAM)
     monkeypatch.setattr(module, "_resolved", {})
@@ -110,6 +111,25 @@ def test_none_and_floats(kernel: Kernel) -> None:
         launch(kernel, (1,), x, x, a, BLOCK=1)
     assert kernel.ways == (2, 2)
     assert [args[-2] for args in kernel.direct] == [0.75, None]
+
+
+def test_a_memo_speaks_for_numbers_and_dtypes(kernel: Kernel) -> None:
+    """Where the caller knows what determines a kernel; but for the alignment of its tensors."""
+    found: dict[Any, Any] = {}
+    x = torch.zeros(80)
+    for key, tensor in (("a", x), ("a", x), ("b", x), ("a", x[4:]), ("a", x[1:]), ("a", x[1:])):
+        launch(kernel, (1,), x, tensor, 100, memo=(found, key), BLOCK=1)
+    assert set(found) == {"a", "b"}
+    assert kernel.ways == (4, 2)
+    assert [args[-3] for args in kernel.direct] == [x.data_ptr(), x[4:].data_ptr()]
+
+
+def test_an_unaligned_first_launch_leaves_no_memo(kernel: Kernel) -> None:
+    """What was compiled for it must not serve aligned tensors, nor the other way round."""
+    found: dict[Any, Any] = {}
+    x = torch.zeros(80)
+    launch(kernel, (1,), x, x[1:], 100, memo=(found, "a"), BLOCK=1)
+    assert not found and kernel.ways == (1, 0)
 
 
 def test_the_grid_is_no_part_of_what_is_compiled(kernel: Kernel) -> None:

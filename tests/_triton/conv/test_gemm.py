@@ -10,7 +10,7 @@ from tests._triton.conv.problems import Problem, assert_near, geometry
 from tests._triton.kit import HALVES
 from torchsparse._recipe import Epilogue, Norm
 from torchsparse._reference import conv as reference
-from torchsparse._triton.conv import finish, gather_gemm, make_plan, order, product
+from torchsparse._triton.conv import finish, gather_gemm, make_plan, product
 from torchsparse._triton.conv.product import Plan
 from torchsparse._triton.tiles import GemmTile, gemm_tile
 
@@ -173,21 +173,6 @@ def test_the_order_of_rows_changes_no_bit(splits: int, device: torch.device, til
     sums.append(torch.empty_like(sums[0]))
     sums[2][shuffled] = gather_gemm(problem.feats, problem.weight, None, moved)
     assert torch.equal(sums[0], sums[1]) and torch.equal(sums[0], sums[2])
-
-
-@pytest.mark.parametrize("sort", [False, True])
-@pytest.mark.parametrize("volume", [8, 40])
-def test_tables_read_by_row(
-    volume: int, sort: bool, device: torch.device, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Without a copy in tile order: the table as the search wrote it."""
-    monkeypatch.setattr(order, "BY_ROW", True)
-    problem = Problem.of(device, (volume, 30, 70), (16, 16))
-    wide = torch.full((70, volume + 4), -7, dtype=torch.int32, device=device)
-    wide[:, :volume] = problem.table.t()
-    plan = make_plan(wide[:, :volume].t(), None, geometry(volume), ("gemm", sort, 1))
-    assert plan.shares[0].tiles.by_row
-    assert_near(gather_gemm(problem.feats, problem.weight, None, plan), problem.product())
 
 
 def test_a_row_without_neighbours_is_its_bias(device: torch.device) -> None:

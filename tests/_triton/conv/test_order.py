@@ -9,7 +9,6 @@ from torch import Tensor
 
 from tests._triton.kit import random_table, rows_of, taps
 from torchsparse._geometry import Geometry
-from torchsparse._triton.conv import order as module
 from torchsparse._triton.conv.order import (
     KEY_BITS,
     TILE_ROWS,
@@ -130,19 +129,10 @@ def random_keys(rows: int, device: torch.device) -> SortKeys:
     )
 
 
-@pytest.mark.parametrize("by_row", [False, True])
 @pytest.mark.parametrize("sort", [False, True])
 @pytest.mark.parametrize(("volume", "rows"), SIZES)
-def test_tiles(
-    volume: int,
-    rows: int,
-    sort: bool,
-    by_row: bool,
-    device: torch.device,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_tiles(volume: int, rows: int, sort: bool, device: torch.device) -> None:
     """Every row once, the table in that order, masks the taps of 64 rows."""
-    monkeypatch.setattr(module, "BY_ROW", by_row)
     table = random_table(device, volume, rows, rows, 0.1)
     keys = random_keys(rows, device) if sort else None
     found = make_tiles(table.t().contiguous().t(), keys)
@@ -155,8 +145,7 @@ def test_tiles(
         ordered = keys.keys[found.order.long()].tolist()
         assert ordered == sorted(ordered, reverse=True)
         placed = table[:, found.order.long()]
-    assert found.by_row is by_row
-    assert torch.equal(found.table, table if by_row else placed)
+    assert torch.equal(found.table, placed)
     tiles = -(-rows // TILE_ROWS)
     assert found.masks.shape == (-(-volume // 32), tiles)
     words = rows_of(found.masks) & 0xFFFFFFFF
