@@ -65,6 +65,8 @@ $(VENV)/.app: $(VENV)/.created pyproject.toml requirements/constraints.txt
 	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) -e ".[cli,plots,formats]"
 	touch $@
 
-$(VENV)/.dev: $(VENV)/.created pyproject.toml requirements/constraints.txt
+$(VENV)/.dev: $(VENV)/.created pyproject.toml requirements/constraints.txt requirements/interpreter.txt
 	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) -e ".[dev]"
+	$(BIN)/python -c "import triton" 2>/dev/null || \
+	    $(BIN)/python -m pip install --quiet $(PIP_FLAGS) -r requirements/interpreter.txt
 	touch $@ $(VENV)/.app

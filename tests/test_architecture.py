@@ -7,6 +7,7 @@ sideways where no circle arises.
 from __future__ import annotations
 
 import ast
+import importlib.util
 import itertools
 import json
 import subprocess
@@ -152,12 +153,10 @@ def test_every_module_has_its_storey() -> None:
 
 
 def test_every_row_of_the_table_speaks_of_a_module() -> None:
-    # The kernels of a later release, whose blindness holds already, and what is on its way.
-    planned = {"_triton", "_triton.*"}
     for row in itertools.chain(*STOREYS.values()):
         exists = any(covers(row, name) for name in MODULES)
         # "x.*" is allowed to be empty while x itself is there.
-        assert exists or row in planned or row.removesuffix(".*") in MODULES, row
+        assert exists or row.removesuffix(".*") in MODULES, row
 
 
 def test_imports_go_down_or_sideways() -> None:
@@ -383,6 +382,8 @@ def test_every_module_can_come_first(probes) -> None:
     loaded = set(probes[0]["modules"])
     rest = [f"{HOME}.{m}" for m in MODULES if m not in ("(root)", "__main__")]
     rest = [m for m in rest if m not in loaded]
+    if importlib.util.find_spec("triton") is None:
+        rest = [m for m in rest if not m.startswith(f"{HOME}._triton")]
     assert run_fresh(ALONE.format(modules=rest)) == len(rest) > 5
 
 

@@ -266,3 +266,9 @@ def test_another_stream_waits() -> None:
     with torch.no_grad(), torch.cuda.stream(side):
         y = conv(x)
     torch.testing.assert_close(y.feats, want)
+    with torch.no_grad():
+        y = conv(x)
+    with torch.cuda.stream(side):
+        feats = y.feats
+    side.synchronize()
+    torch.testing.assert_close(feats, want)

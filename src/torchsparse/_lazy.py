@@ -128,7 +128,10 @@ class Lazy:
         if _stream(self.device) == self._stream:
             return self.make(self.epilogue)
         # Asked for from another stream: computed where it was called, and waited for.
-        there = torch.cuda.ExternalStream(self._stream, device=self.device)
+        if self._stream:
+            there = torch.cuda.ExternalStream(self._stream, device=self.device)
+        else:  # an external stream of address 0 would be another one
+            there = torch.cuda.default_stream(self.device)
         with torch.cuda.stream(there):
             value = self.make(self.epilogue)
         here = torch.cuda.current_stream(self.device)

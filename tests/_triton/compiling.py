@@ -125,7 +125,10 @@ def record(arch: int = 90) -> Iterator[list[Compiled]]:
     def start(
         kernel: Any, grid: Any, device: Any, args: Any, options: Any, memo: Any = None
     ) -> None:
-        kinds = tuple(map(_kind, args))
+        fixed = {p.name for p in kernel.params if p.do_not_specialize}
+        kinds = tuple(
+            "i32" if name in fixed else _kind(arg) for name, arg in zip(kernel.arg_names, args)
+        )
         key = (kernel, kinds, tuple(options.items()))
         if key not in done:
             done[key] = compile_launch(kernel, args, options, arch)

@@ -151,7 +151,7 @@ def _kinds(
             add(1 if arg == 1 else 2 + (arg & 15 == 0) + 2 * wide)
         elif isinstance(arg, Tensor):
             add(arg.dtype)
-            add(arg.data_ptr() & 15)
+            add(arg.data_ptr() & 15 == 0)
         else:
             add(None if arg is None else kind)
     kinds.extend(options.items())

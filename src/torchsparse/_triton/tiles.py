@@ -26,6 +26,7 @@ __all__ = [
     "gemm_tiles",
     "grad_tile",
     "grad_tiles",
+    "loop_step",
     "narrow_tile",
     "shipped_gemm_tile",
     "shipped_grad_tile",
@@ -171,6 +172,15 @@ def narrow_tile(rows: int, c_in: int, c_out: int, volume: int) -> NarrowTile | N
     return NarrowTile(64, min(max(next_power(c_out), 16), 64), 64, 4)
 
 
+def loop_step(block: int, dtype: torch.dtype, precision: str) -> int:
+    """BK of a loop that may have a single turn.
+
+    Then nothing is copied to shared memory, and plain float32 products keep both operands in
+    registers: 32 columns of them spill 4 KB per thread.
+    """
+    return min(block, 16) if dtype == torch.float32 and precision == "ieee" else block
+
+
 def grad_tile(
     pairs: int,
     c_in: int,
@@ -219,6 +229,8 @@ def shipped_grad_tile(
         bm, bn, bk, stages, warps, waves = min(ci, 32), 128, 16, 4, 4, 4
     elif ci > 32 and co > 32:
         bm, bn, bk, stages, warps, waves = 64, 64, 32, 3, 2, 4
+        if precision == "tf32x3":  # three parts of 32 rows do not fit into the registers
+            bk, stages = 16, 4
     else:
         bm, bn, bk, stages, warps, waves = min(ci, 32), min(co, 64), 32, 3, 4, 4
     blocks = cdiv(c_in, bm) * cdiv(c_out, bn)

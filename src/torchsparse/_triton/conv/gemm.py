@@ -92,8 +92,8 @@ def gemm_kernel(
 ):  # fmt: skip
     """out[order[m]] = epilogue(sum over taps k of x[table[k, m]] @ w[k]).
 
-    With SPLITS > 1, program (., s) adds every s-th share of the taps of its tile, and out is
-    [SPLITS, M, CO] float32 without epilogue: `sum_kernel` finishes.
+    With SPLITS > 1, program (., s) adds share s of the taps, as far as its tile has them, and out
+    is [SPLITS, M, CO] float32 without epilogue: `sum_kernel` finishes.
     """
     COLS: tl.constexpr = (CO + BN - 1) // BN
     WORDS: tl.constexpr = (K + 31) // 32
@@ -116,12 +116,14 @@ def gemm_kernel(
             inside = tile * PARTS + part < T
             more = tl.load(masks + word * T + tile * PARTS + part, mask=inside, other=0)
             m |= more.to(tl.uint32, bitcast=True)
-        cnt = bit_count(m)
         if SPLITS > 1:
-            begin = cnt * split // SPLITS
-            for _ in range(begin):
-                m &= m - 1
-            cnt = cnt * (split + 1) // SPLITS - begin
+            # Not a share of the tile's own taps: these depend on the order of rows of equal keys,
+            # and a row must always add the same products.
+            begin = tl.minimum(tl.maximum(K * split // SPLITS - word * 32, 0), 32)
+            end = tl.minimum(tl.maximum(K * (split + 1) // SPLITS - word * 32, 0), 32)
+            one = tl.full((), 1, tl.uint64)
+            m &= ((one << end.to(tl.uint64)) - (one << begin.to(tl.uint64))).to(tl.uint32)
+        cnt = bit_count(m)
         acc = _add_taps(
             acc, x, w, table, m, word * 32, live, cols, cnt, M, w_tap, w_in, w_out,
             K, CI, CO, BK, REVERSE, PRECISION,

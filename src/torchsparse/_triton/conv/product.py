@@ -14,7 +14,7 @@ from torchsparse._triton.conv.order import Tiles
 from torchsparse._triton.conv.pairs import Pairs
 from torchsparse._triton.conv.wgrad import sum_chunks_kernel, wgrad_kernel
 from torchsparse._triton.launch import cdiv, launch, next_power
-from torchsparse._triton.tiles import GemmTile, gemm_tile, grad_tile, narrow_tile
+from torchsparse._triton.tiles import GemmTile, gemm_tile, grad_tile, loop_step, narrow_tile
 
 __all__ = ["Plan", "Share", "finish", "gather_gemm", "weight_grad"]
 
@@ -190,7 +190,8 @@ def _narrow(
     launch(
         narrow_kernel, (cdiv(m, tile.BM), cdiv(c_out, tile.BN)), feats, feats, weight, out, table,
         *end.tensors, m, table.stride(1), table.stride(0), *weight.stride(),
-        K=volume, CI=c_in, CO=c_out, BM=tile.BM, BN=tile.BN, BK=tile.BK,
+        K=volume, CI=c_in, CO=c_out, BM=tile.BM, BN=tile.BN,
+        BK=loop_step(tile.BK, feats.dtype, precision),
         REVERSE=plan.reverse, PRECISION=precision, **end.flags,
         num_warps=tile.warps, num_stages=3,
     )  # fmt: skip
@@ -212,7 +213,8 @@ def _fetch(
             fetch_kernel, (cdiv(longest, tile.BM), cdiv(c_out, tile.BN)), feats, feats,
             weight[volume - 1 - tap if reverse else tap], total, pairs.inputs, pairs.outputs,
             pairs.ends, listed, pairs.ends.shape[1], *weight.stride()[1:],
-            CI=c_in, CO=c_out, BM=tile.BM, BN=tile.BN, BK=tile.BK,
+            CI=c_in, CO=c_out, BM=tile.BM, BN=tile.BN,
+            BK=loop_step(tile.BK, feats.dtype, precision),
             SWAP=pairs.swap != (tap >= pairs.lists), PRECISION=precision,
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip

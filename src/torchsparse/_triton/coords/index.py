@@ -75,10 +75,10 @@ def _relation(geometry: Geometry, device: torch.device) -> tuple[Tensor, Tensor]
 
 
 def _empty_table(
-    keys: int, ndim: int, device: torch.device
+    slots: int, ndim: int, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """An empty table for so many keys, bounds [2, 1 + D] and counts [4]."""
-    slots = next_power(max(SLOTS_PER_KEY * keys, 16))
+    """An empty table of at least so many slots, bounds [2, 1 + D] and counts [4]."""
+    slots = next_power(max(slots, 16))
     table = torch.empty(slots, dtype=torch.int64, device=device)
     values = torch.empty(slots, dtype=torch.int32, device=device)
     bounds = torch.empty((2, ndim + 1), dtype=torch.int32, device=device)
@@ -100,7 +100,7 @@ def build_index(coords: Tensor, reach: tuple[int, ...]) -> CoordIndex:
     n, ndim = coords.shape[0], coords.shape[1] - 1
     device = coords.device
     coords = coords.contiguous()
-    table, values, bounds, _ = _empty_table(n, ndim, device)
+    table, values, bounds, _ = _empty_table(SLOTS_PER_KEY * n, ndim, device)
     layout = torch.empty(numbers(ndim), dtype=torch.int64, device=device)
     need = max(reach, default=0)
     usual = max(need, USUAL_MARGIN)
@@ -163,7 +163,8 @@ def find_taps(
     rows_each = 128 // taps_each  # one warp a program: nobody waits for another's long search
     launch(
         find_kernel, (cdiv(m, rows_each),), coords, coords, index.layout, taps, relation,
-        key_bits(geometry, device), index.keys, index.values, table, *keys, m, *index.probe,
+        key_bits(geometry, device), index.keys, index.values, table, *keys, pending_word(device),
+        m, *index.probe, Complaint.BOX.bit,
         D=ndim, K=volume, WIDTH=width, TAPS=taps_each, BR=rows_each, num_warps=1,
     )  # fmt: skip
     return table[:, :volume].t(), keys
@@ -265,7 +266,7 @@ def _fill(
     """A table of the sites that a layer creates, and its counts."""
     n, ndim, volume = coords.shape[0], geometry.ndim, geometry.volume
     device = coords.device
-    table, values, _, info = _empty_table(room, ndim, device)
+    table, values, _, info = _empty_table(2 * room, ndim, device)
     layout = torch.empty_like(source.layout)
     made = CoordIndex(coords, table, values, layout, (USUAL_MARGIN,) * ndim)
     flags = pending_word(device)

@@ -16,19 +16,22 @@ def _or(a, b):
 
 @triton.jit
 def find_kernel(
-    coords, layout, taps_at, relation, bits, table, values, neighbors, keys, counts,
-    M, shift, slots_mask,
+    coords, layout, taps_at, relation, bits, table, values, neighbors, keys, counts, flags,
+    M, shift, slots_mask, box_bit,
     D: tl.constexpr, K: tl.constexpr, WIDTH: tl.constexpr, TAPS: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     """Rows of the fine sites under every tap of every coarse site, and the sort keys of these.
 
     neighbors[m, k] is the row at ``coords[m] * stride - offset + dilation * tap_k``, where
     ``relation`` [3, D] holds stride, offset and reach, ``taps_at`` [K, D] dilation * tap.
+    A reach beyond the margin of the layout, which a huge box may have given up, is complained
+    about: there, a key would carry into another column.
     """
     rows = tl.program_id(0) * BR + tl.arange(0, BR)
     inside = rows < M
     ok = inside
     base = tl.zeros((BR,), dtype=tl.int64)
+    farthest = tl.full((), 0, tl.int64)
     for column in tl.static_range(D + 1):
         c = tl.load(coords + rows.to(tl.int64) * (D + 1) + column, mask=inside, other=0)
         c = c.to(tl.int64)
@@ -38,10 +41,13 @@ def find_kernel(
             offset = tl.load(relation + D + column - 1)
             reach = tl.load(relation + 2 * D + column - 1)
             c = c * step - offset
+            farthest = tl.maximum(farthest, reach)
         lower = tl.load(layout + 2 * (D + 1) + column)
         upper = tl.load(layout + 3 * (D + 1) + column)
         ok &= (c >= lower - reach) & (c <= upper)
         base += (c - tl.load(layout + column)) * tl.load(layout + (D + 1) + column)
+    if farthest > tl.load(layout + 4 * (D + 1)):
+        tl.atomic_or(flags, tl.cast(box_bit, tl.int64), sem="relaxed")
     word = tl.zeros((BR,), dtype=tl.int32)
     for first in range(0, K, TAPS):
         taps = first + tl.arange(0, TAPS)

@@ -1,0 +1,161 @@
+"""Compile what convolutions launch, without a GPU, and print what the machine code holds.
+
+    python tests/_triton/compile_layers.py 90
+
+The public functions of the engine run on CPU tensors under `compiling.record`, so each kernel is
+compiled for exactly the arguments that it gets. Prints one JSON list of reports for sm_80 or
+sm_90; the sizes are those of the benchmarks.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+
+from tests._triton.compiling import Compiled, record
+from torchsparse._geometry import Geometry
+from torchsparse._recipe import Epilogue, Norm
+from torchsparse._triton import coords
+from torchsparse._triton.conv import finish, gather_gemm, make_pairs, make_plan, weight_grad
+from torchsparse._triton.conv.order import new_sort_keys
+from torchsparse._triton.coords import index as levels
+
+ONES = (1, 1, 1)
+CUBE = Geometry.submanifold((3, 3, 3), ONES)
+DOWN = Geometry.strided((2, 2, 2), (2, 2, 2), (0, 0, 0), ONES, "spconv")
+WIDE = Geometry.submanifold((5, 5, 5), ONES)
+ROWS = 94_444  # a SemanticKITTI scan
+HALF, FULL = torch.float16, torch.float32
+# (geometry, C_in, C_out, dtype, precision)
+FORWARD = [
+    *((CUBE, c, c, HALF, "ieee") for c in (32, 64, 128, 256)),
+    *((CUBE, c, c, FULL, "tf32") for c in (64, 128, 256)),
+    (CUBE, 64, 64, FULL, "tf32x3"),
+    (CUBE, 64, 64, torch.bfloat16, "ieee"),
+    (DOWN, 32, 64, HALF, "ieee"),
+    (DOWN, 64, 32, HALF, "ieee"),
+    (DOWN, 64, 128, FULL, "tf32"),
+]
+BACKWARD = [
+    *((CUBE, c, c, HALF, "ieee") for c in (32, 64, 128, 256)),
+    *((CUBE, c, c, FULL, "tf32") for c in (64, 128, 256)),
+    *((CUBE, c, c, FULL, "tf32x3") for c in (32, 64, 128)),
+]
+
+
+def operands(geometry: Geometry, c_in: int, c_out: int, dtype: torch.dtype) -> tuple[Any, ...]:
+    return (
+        torch.zeros((geometry.volume, ROWS), dtype=torch.int32),
+        torch.zeros((ROWS, c_in), dtype=dtype),
+        torch.zeros((geometry.volume, c_in, c_out), dtype=dtype),
+        torch.zeros((ROWS, c_out), dtype=dtype),
+    )
+
+
+def forward(geometry: Geometry, c_in: int, c_out: int, dtype: torch.dtype, precision: str) -> None:
+    table, feats, weight, _ = operands(geometry, c_in, c_out, dtype)
+    keys = new_sort_keys(ROWS, geometry.volume, table.device)
+    plan = make_plan(table, keys, geometry, ("gemm", True, 1))
+    gather_gemm(feats, weight, None, plan, precision)
+
+
+def backward(
+    geometry: Geometry, c_in: int, c_out: int, dtype: torch.dtype, precision: str
+) -> None:
+    table, feats, _, grad = operands(geometry, c_in, c_out, dtype)
+    weight_grad(feats, grad, make_pairs(table, geometry), precision)
+
+
+fill = levels._fill
+
+
+def some_sites(*args: Any) -> Any:
+    """Nothing runs, so no site was counted."""
+    found, info = fill(*args)
+    return found, info + torch.tensor([5, 0, 0, 5])
+
+
+def the_rest() -> None:
+    """Every other kernel, and the unusual forms of these."""
+    sites = torch.zeros((1000, 4), dtype=torch.int32)
+    for geometry in (CUBE, WIDE):
+        index = coords.build_index(sites, geometry.reach)
+        table, _ = coords.find_taps(index, None, geometry)
+        coords.invert_taps(table, 1000, geometry)
+        make_pairs(table, geometry)
+    # Few channels, many taps, plain float32, shares, half in float32 steps of fetch on demand.
+    for geometry, layout, channels, dtype, precision in (
+        (CUBE, ("gemm", False, 1), 4, HALF, "ieee"),
+        (CUBE, ("gemm", False, 1), 4, FULL, "ieee"),
+        (CUBE, ("gemm", False, 1), 4, FULL, "tf32x3"),
+        (WIDE, ("gemm", True, 1), 64, HALF, "ieee"),
+        (CUBE, ("gemm", True, 3), 20, HALF, "ieee"),
+        (CUBE, ("gemm", True, 1), 64, FULL, "ieee"),
+        (CUBE, ("fetch", False, 1), 20, FULL, "ieee"),
+        (CUBE, ("fetch", False, 1), 64, HALF, "ieee"),
+    ):
+        table = torch.zeros((geometry.volume, 1000), dtype=torch.int32)
+        feats = torch.zeros((1000, channels), dtype=dtype)
+        weight = torch.zeros((geometry.volume, channels, 64), dtype=dtype)
+        plan = make_plan(table, None, geometry, layout)._replace(reverse=True)
+        gather_gemm(feats, weight, feats.new_zeros(64), plan, precision)
+    coords.check_sites(index, (1, 2, 3, 4), False)
+    levels._fill = some_sites
+    for generative in (False, True):
+        geometry = Geometry.strided(
+            (3, 3, 3), (2, 2, 2), ONES, ONES, "spconv", "generative" if generative else "strided"
+        )
+        make = coords.generative_sites if generative else coords.strided_sites
+        make(index, sites, geometry, (0, 0, 0), (9, 9, 9))
+    table, feats, weight, residual = operands(CUBE, 64, 64, HALF)
+    stats = torch.zeros(64)
+    epilogue = Epilogue(Norm(stats, stats, stats, stats, 1e-5), residual, 0.0)
+    plan = make_plan(table, None, CUBE, ("gemm", True, 1))
+    gather_gemm(feats, weight, stats.half(), plan, "ieee", epilogue)
+    finish(feats, epilogue)
+    weight_grad(feats, residual, make_pairs(table, CUBE))
+
+
+def report(name: str, kernel: Compiled) -> dict[str, Any]:
+    return {
+        "layer": name,
+        "kernel": kernel.name,
+        "in_flight": kernel.in_flight,
+        "copies": kernel.count(r"\bLDGSTS"),
+        "wide_copies": kernel.count(r"\bLDGSTS\S*\.128"),
+        "hgmma": kernel.count(r"\bHGMMA"),
+        "hmma": kernel.count(r"\bHMMA"),
+        "stack": kernel.stack,
+        "float_atomics": kernel.count(r"(?:RED|ATOMG?)\.[A-Z.]*(?:F16|F32|F64|BF16)"),
+    }
+
+
+def main(arch: int) -> None:
+    found: list[tuple[str, Compiled]] = []
+
+    def run(name: str, wanted: str, call: Callable[..., None], *args: Any) -> None:
+        with record(arch) as kernels:
+            call(*args)
+        found.extend((name, k) for k in kernels if wanted in ("", k.name))
+
+    for kind, call, wanted, layers in (
+        ("forward", forward, "gemm_kernel", FORWARD),
+        ("backward", backward, "wgrad_kernel", BACKWARD),
+    ):
+        for layer in layers:
+            geometry, c_in, c_out, dtype, precision = layer
+            mode = str(dtype).removeprefix("torch.") if dtype != FULL else precision
+            run(f"{kind} {geometry.volume} {c_in} {c_out} {mode}", wanted, call, *layer)
+    if arch == 90:  # what is left depends little on the GPU
+        run("rest", "", the_rest)
+    with ThreadPoolExecutor() as pool:  # the disassembler is a process of its own
+        print(json.dumps(list(pool.map(lambda one: report(*one), found))))
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))

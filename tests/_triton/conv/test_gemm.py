@@ -1,0 +1,255 @@
+"""The implicit GEMM in all its forms against the sum it stands for, and the reference."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests._triton.conv.problems import Problem, assert_near, geometry
+from tests._triton.kit import HALVES
+from torchsparse._recipe import Epilogue, Norm
+from torchsparse._reference import conv as reference
+from torchsparse._triton.conv import finish, gather_gemm, make_plan, product
+from torchsparse._triton.conv.product import Plan
+from torchsparse._triton.tiles import GemmTile, gemm_tile
+
+# (taps, inputs, outputs): none of a thing, one, several words of taps
+SIZES = [(27, 0, 0), (27, 5, 0), (27, 0, 5), (1, 1, 1), (8, 30, 17), (27, 40, 70), (33, 20, 30)]
+
+
+def lay_out(problem: Problem, sort: bool = True, shares: int = 1) -> Plan:
+    return make_plan(problem.table, None, geometry(problem.table.shape[0]), ("gemm", sort, shares))
+
+
+@pytest.fixture
+def tile(monkeypatch: pytest.MonkeyPatch):
+    """Set fields of every tile: small maps would otherwise always be split."""
+
+    def fix(**fields: int) -> None:
+        def fixed(*args) -> GemmTile:
+            return gemm_tile(*args)._replace(**fields)
+
+        monkeypatch.setattr(product, "gemm_tile", fixed)
+
+    return fix
+
+
+@pytest.mark.parametrize("channels", [(16, 16), (19, 7)], ids=str)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_gather_gemm_is_the_sum_over_taps(
+    size: tuple[int, int, int], channels: tuple[int, int], device: torch.device
+) -> None:
+    problem = Problem.of(device, size, channels)
+    got = gather_gemm(problem.feats, problem.weight, problem.bias, lay_out(problem))
+    want = problem.product() + problem.bias.double().cpu()
+    assert got.dtype == torch.float32
+    assert_near(got, want)
+    if 0 not in size:
+        plan = reference.make_plan(
+            problem.table.cpu(), None, None, None, reference.choose_layout(channels[1])
+        )
+        twin = reference.gather_gemm(
+            problem.feats.cpu(), problem.weight.cpu(), problem.bias.cpu(), plan
+        )
+        assert_near(got, twin.double())
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("splits", [1, 2, 8])
+@pytest.mark.parametrize("BM", [64, 128])
+def test_tiles_and_splits_give_the_same_sum(
+    BM: int, splits: int, bias: bool, device: torch.device, tile
+) -> None:
+    """Tall tiles unite masks, also of an odd number of short ones; splits are summed."""
+    tile(BM=BM, splits=splits, BN=16, BK=16)
+    problem = Problem.of(device, (27, 90, 150), (24, 12), density=0.03)
+    given = problem.bias if bias else None
+    got = gather_gemm(problem.feats, problem.weight, given, lay_out(problem))
+    want = problem.product()
+    assert_near(got, want + problem.bias.double().cpu() if bias else want)
+
+
+@pytest.mark.parametrize("sort", [False, True])
+@pytest.mark.parametrize("volume", [27, 40])
+def test_reversed_taps(volume: int, sort: bool, device: torch.device) -> None:
+    problem = Problem.of(device, (volume, 20, 30), (16, 16))
+    plan = lay_out(problem, sort)._replace(reverse=True)
+    got = gather_gemm(problem.feats, problem.weight, None, plan)
+    assert_near(got, problem.product(reverse=True))
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("shares", [2, 3, 5])
+def test_shares_of_the_taps(shares: int, reverse: bool, device: torch.device) -> None:
+    """Each share has its own row order; 5 does not divide 27."""
+    problem = Problem.of(device, (27, 30, 70), (16, 16))
+    plan = lay_out(problem, True, shares)
+    assert [(s.first, s.last) for s in plan.shares] == [
+        (27 * n // shares, 27 * (n + 1) // shares) for n in range(shares)
+    ]
+    got = gather_gemm(problem.feats, problem.weight, problem.bias, plan._replace(reverse=reverse))
+    assert_near(got, problem.product(reverse) + problem.bias.double().cpu())
+
+
+@pytest.mark.parametrize("channels", [(1, 1), (3, 20), (4, 70), (8, 16)], ids=str)
+@pytest.mark.parametrize("reverse", [False, True])
+def test_few_input_channels(
+    reverse: bool, channels: tuple[int, int], device: torch.device
+) -> None:
+    """Taps and channels are one axis of the product."""
+    problem = Problem.of(device, (27, 30, 70), channels)
+    assert product.narrow_tile(70, *channels, 27) is not None
+    plan = lay_out(problem)._replace(reverse=reverse)
+    got = gather_gemm(problem.feats, problem.weight, problem.bias, plan)
+    assert_near(got, problem.product(reverse) + problem.bias.double().cpu())
+
+
+def test_narrow_reads_tables_of_any_strides(device: torch.device) -> None:
+    """The search writes rows of taps, of which a plan holds a view."""
+    problem = Problem.of(device, (27, 30, 40), (3, 16))
+    plan = lay_out(problem)
+    wide = torch.full((40, 32), -7, dtype=torch.int32, device=device)
+    wide[:, :27] = problem.table.t()
+    view = plan._replace(neighbors=wide[:, :27].t())
+    assert torch.equal(
+        gather_gemm(problem.feats, problem.weight, None, view),
+        gather_gemm(problem.feats, problem.weight, None, plan),
+    )
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("channels", [(5, 16), (16, 16), (21, 9)], ids=str)
+def test_half_types_are_rounded_once(
+    channels: tuple[int, int], dtype: torch.dtype, device: torch.device
+) -> None:
+    problem = Problem.of(device, (27, 30, 40), channels, dtype)
+    got = gather_gemm(problem.feats, problem.weight, problem.bias, lay_out(problem))
+    assert got.dtype == dtype
+    assert_near(got, problem.product() + problem.bias.double().cpu(), dtype)
+
+
+@pytest.mark.parametrize("shares", [1, 3])
+def test_half_partial_sums_are_float32(shares: int, device: torch.device, tile) -> None:
+    """Two halves that cancel: in float16 their partial sums would be infinite."""
+    tile(splits=2)
+    table = torch.arange(4, dtype=torch.int32, device=device).repeat(2, 1)
+    feats = torch.full((4, 16), 200.0, dtype=torch.float16, device=device)
+    weight = torch.full((2, 16, 16), 200.0, dtype=torch.float16, device=device)
+    weight[1] = -200.0
+    plan = make_plan(table, None, geometry(2), ("gemm", True, min(shares, 2)))
+    assert torch.equal(gather_gemm(feats, weight, None, plan), torch.zeros_like(feats))
+
+
+@pytest.mark.parametrize("precision", ["ieee", "tf32", "tf32x3"])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_precisions_and_weight_strides(
+    transposed: bool, precision: str, device: torch.device
+) -> None:
+    """The input gradient reads the weight with its axes exchanged."""
+    problem = Problem.of(device, (27, 30, 40), (32, 16))
+    weight = problem.weight
+    if transposed:
+        weight = weight.transpose(1, 2).contiguous().transpose(1, 2)
+    got = gather_gemm(problem.feats, weight, None, lay_out(problem), precision)
+    assert_near(got, problem.product(), precision)
+
+
+@pytest.mark.parametrize("splits", [1, 4])
+def test_the_order_of_rows_changes_no_bit(splits: int, device: torch.device, tile) -> None:
+    """A row sums its own taps in their order; the taps of its tile add zeros.
+
+    Rows of equal keys come in any order, and equal keys may have unequal taps: the taps of a
+    tile differ from run to run. What a split adds must not depend on them.
+    """
+    tile(splits=splits)
+    problem = Problem.of(device, (27, 60, 130), (16, 16), density=0.15)
+    sums = [
+        gather_gemm(problem.feats, problem.weight, None, lay_out(problem, sort))
+        for sort in (False, True)
+    ]
+    shuffled = torch.randperm(130, generator=torch.Generator().manual_seed(0)).to(device)
+    moved = make_plan(problem.table[:, shuffled], None, geometry(27), ("gemm", True, 1))
+    sums.append(torch.empty_like(sums[0]))
+    sums[2][shuffled] = gather_gemm(problem.feats, problem.weight, None, moved)
+    assert torch.equal(sums[0], sums[1]) and torch.equal(sums[0], sums[2])
+
+
+def test_a_row_without_neighbours_is_its_bias(device: torch.device) -> None:
+    problem = Problem.of(device, (27, 30, 70), (16, 16))
+    problem.table[:, 5::2] = -1
+    got = gather_gemm(problem.feats, problem.weight, problem.bias, lay_out(problem))
+    assert torch.equal(got[5::2], problem.bias.expand_as(got[5::2]))
+
+
+@pytest.mark.parametrize("channels", [(0, 4), (4, 0)], ids=str)
+def test_no_channels(channels: tuple[int, int], device: torch.device) -> None:
+    problem = Problem.of(device, (27, 30, 40), channels)
+    got = gather_gemm(problem.feats, problem.weight, problem.bias, lay_out(problem))
+    assert torch.equal(got, problem.bias.expand(40, -1))
+
+
+def norm_of(problem: Problem, affine: bool) -> Norm:
+    mean, var = problem.bias.flip(0), problem.bias.abs() + 0.5
+    weight, bias = (problem.bias.roll(2), problem.bias.roll(5)) if affine else (None, None)
+    return Norm(mean, var, weight, bias, 1e-3)
+
+
+def apply(out: Tensor, epilogue: Epilogue) -> Tensor:
+    """The formula of the record, in float64."""
+    norm, residual, slope = epilogue
+    if norm is not None:
+        mean, var = norm.mean.double().cpu(), norm.var.double().cpu()
+        out = (out - mean) / (var + norm.eps).sqrt()
+        if norm.weight is not None and norm.bias is not None:
+            out = out * norm.weight.double().cpu() + norm.bias.double().cpu()
+    if residual is not None:
+        out = out + residual.double().cpu()
+    return out if slope is None else torch.where(out < 0, out * slope, out)
+
+
+@pytest.mark.parametrize("kind", ["one tile", "splits", "shares", "narrow", "fetch", "nothing"])
+@pytest.mark.parametrize(
+    ("affine", "residual", "slope"),
+    [(True, True, 0.25), (False, True, 0.0), (None, False, 0.1), (True, False, None)],
+)
+def test_epilogue(
+    affine: bool | None, residual: bool, slope: float | None, kind: str, device: torch.device, tile
+) -> None:
+    """Normalisation, residual and activation, in whichever kernel comes last."""
+    size = (8, 0 if kind == "nothing" else 30, 40)
+    problem = Problem.of(device, size, (3 if kind == "narrow" else 16, 20))
+    tile(splits=2 if kind == "splits" else 1)
+    plan = make_plan(
+        problem.table, None, geometry(8),
+        ("fetch" if kind == "fetch" else "gemm", True, 3 if kind == "shares" else 1),
+    )  # fmt: skip
+    epilogue = Epilogue(
+        None if affine is None else norm_of(problem, affine),
+        problem.grad if residual else None,
+        slope,
+    )
+    got = gather_gemm(problem.feats, problem.weight, problem.bias, plan, "ieee", epilogue)
+    assert_near(got, apply(problem.product() + problem.bias.double().cpu(), epilogue))
+
+
+@pytest.mark.parametrize("rows", [0, 1, 40])
+def test_finish(rows: int, device: torch.device) -> None:
+    problem = Problem.of(device, (1, rows, rows), (20, 20))
+    epilogue = Epilogue(norm_of(problem, True), problem.grad, 0.0)
+    got = finish(problem.feats, epilogue)
+    assert_near(got, apply(problem.feats.double().cpu(), epilogue))
+    mean, var, weight, bias, eps = norm_of(problem, True)
+    assert weight is not None and bias is not None
+    norm = Norm(mean.cpu(), var.cpu(), weight.cpu(), bias.cpu(), eps)
+    host = Epilogue(norm, problem.grad.cpu(), 0.0)
+    assert_near(got, reference.finish(problem.feats.cpu(), host).double())
+
+
+def test_relu_keeps_nan(device: torch.device) -> None:
+    feats = torch.tensor([[torch.nan, -1.0, 2.0]], device=device)
+    for slope, negative in ((0.0, 0.0), (0.5, -0.5)):
+        got = finish(feats, Epilogue(None, None, slope))
+        want = torch.tensor([[torch.nan, negative, 2.0]], device=device)
+        assert torch.equal(got.isnan(), want.isnan())
+        assert torch.equal(got.nan_to_num(7.0), want.nan_to_num(7.0))

@@ -1,0 +1,49 @@
+"""Levels: the index of given coordinates."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from tests import clouds
+from tests._triton.kit import NDIMS, cloud, rows_of, to
+from tests.cases import raises_on_data
+from torchsparse._triton.coords import build_index
+
+
+@pytest.mark.parametrize("name", ["empty", "single", "many"])
+@pytest.mark.parametrize("ndim", NDIMS)
+def test_every_row_is_found_under_its_key(ndim: int, name: str, device: torch.device) -> None:
+    coords = cloud(ndim, name)
+    index = build_index(to(device, coords), (2,) * ndim)
+    keys, values, layout = map(rows_of, (index.keys, index.values, index.layout))
+    origin, stride = layout[: ndim + 1], layout[ndim + 1 : 2 * ndim + 2]
+    used = keys >= 0
+    assert sorted(values[used]) == list(range(len(coords)))
+    np.testing.assert_array_equal(((coords[values[used]] - origin) * stride).sum(1), keys[used])
+
+
+def test_coordinates_may_be_a_view(device: torch.device) -> None:
+    coords = to(device, cloud(3, "many"))
+    wide = torch.zeros((coords.shape[0], 8), dtype=torch.int32, device=device)
+    wide[:, ::2] = coords
+    index = build_index(wide[:, ::2], (2, 2, 2))
+    assert torch.equal(index.keys, build_index(coords, (2, 2, 2)).keys)
+
+
+def test_duplicates_are_complained_about(device: torch.device) -> None:
+    with raises_on_data(ValueError, "must be unique rows"):
+        index = build_index(to(device, clouds.duplicates()), (2, 2, 2))
+        # The lowest row answers for a key, whoever came first.
+        values = rows_of(index.values)[rows_of(index.keys) >= 0]
+        assert sorted(values) == list(range(61))
+
+
+def test_equal_rows_far_apart_are_duplicates(device: torch.device) -> None:
+    """In different programs."""
+    coords = np.zeros((400, 3), np.int32)
+    coords[:, 1] = np.arange(400)
+    coords[399] = coords[3]
+    with raises_on_data(ValueError, "must be unique rows"):
+        build_index(to(device, coords), (0, 0))

@@ -1,0 +1,223 @@
+"""Launching: what is remembered, and when the public way is taken. Kernels are fakes."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import triton
+
+from torchsparse._triton import launch as module
+from torchsparse._triton.launch import cdiv, launch, next_power
+
+STREAM = 77
+KNOBS: Any = importlib.import_module("triton.knobs")
+
+
+class Kernel:
+    """Counts its launches on the public way; what it compiles to counts the direct ones."""
+
+    def __init__(self) -> None:
+        self.arg_names: tuple[str, ...] = ("x", "n", "BLOCK")
+        self.public: list[tuple[Any, ...]] = []
+        self.direct: list[tuple[Any, ...]] = []
+        self.run = SimpleNamespace(
+            launch=lambda *args: self.direct.append(args),
+            global_scratch_size=0,
+            profile_scratch_size=0,
+            launch_cooperative_grid=False,
+            launch_pdl=False,
+        )
+
+    def __getitem__(self, grid: tuple[int, ...]):
+        def start(*args: Any, **options: Any) -> Any:
+            self.public.append((grid, args, options))
+            return SimpleNamespace(run=self.run, function=5, packed_metadata=("packed",))
+
+        return start
+
+    @property
+    def ways(self) -> tuple[int, int]:
+        return len(self.public), len(self.direct)
+
+
+@pytest.fixture
+def kernel(monkeypatch: pytest.MonkeyPatch) -> Kernel:
+    """A fake kernel in a process that seems to have a GPU and nothing launched."""
+    monkeypatch.setattr(triton, "__version__", "3.6.0")
+    monkeypatch.setattr(module, "INTERPRETED", False)
+    monkeypatch.setattr(module, "_stream", lambda device: STREAM)
+    monkeypatch.setattr(module, "_resolved", {})
+    return Kernel()
+
+
+def start(kernel: Kernel, n: int = 100, x: torch.Tensor | None = None, block: int = 64) -> None:
+    x = torch.zeros(8) if x is None else x
+    launch(kernel, (3,), x, x, n, BLOCK=block, num_warps=2)
+
+
+def test_the_second_launch_is_direct(kernel: Kernel) -> None:
+    x = torch.zeros(8)
+    start(kernel, 100, x)
+    start(kernel, 101, x)
+    assert kernel.ways == (1, 1)
+    assert kernel.public == [((3,), (x, 100), {"BLOCK": 64, "num_warps": 2})]
+    # Extents, stream, function, flags, metadata; then the arguments, constexpr ones last.
+    assert kernel.direct == [
+        (3, 1, 1, STREAM, 5, False, False, None, None, ("packed",), None, None, None,
+         x.data_ptr(), 101, 64)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("n", [1, 16, 96, 1 << 31, -(1 << 31) - 1])
+def test_numbers_that_compile_to_other_code_are_other_kernels(n: int, kernel: Kernel) -> None:
+    """1 is a constant, multiples of 16 are known to be such, large ones have 64 bits."""
+    start(kernel, 100)
+    start(kernel, n)
+    assert kernel.ways == (2, 0)
+    start(kernel, n)
+    assert kernel.ways == (2, 1)
+
+
+@pytest.mark.parametrize("n", [2, 7, 99, 101, -3, (1 << 31) - 1])
+def test_other_numbers_share_a_kernel(n: int, kernel: Kernel) -> None:
+    """Clouds differ in their number of rows: each new one must not take the slow way."""
+    start(kernel, 100)
+    start(kernel, n)
+    assert kernel.ways == (1, 1)
+
+
+def test_tensors_differ_by_dtype_and_alignment(kernel: Kernel) -> None:
+    whole = torch.zeros(80)
+    start(kernel, x=whole)
+    start(kernel, x=whole[4:])  # 16 bytes on
+    assert kernel.ways == (1, 1)
+    start(kernel, x=whole[1:])
+    start(kernel, x=whole[2:])  # neither is aligned
+    assert kernel.ways == (2, 2)
+    start(kernel, x=whole.half())
+    start(kernel, block=32)
+    assert kernel.ways == (4, 2)
+
+
+def test_none_and_floats(kernel: Kernel) -> None:
+    kernel.arg_names = ("x", "a", "BLOCK")
+    x = torch.zeros(8)
+    for a in (None, 0.5, 0.75, None):
+        launch(kernel, (1,), x, x, a, BLOCK=1)
+    assert kernel.ways == (2, 2)
+    assert [args[-2] for args in kernel.direct] == [0.75, None]
+
+
+def test_a_memo_speaks_for_numbers_and_dtypes(kernel: Kernel) -> None:
+    """Where the caller knows what determines a kernel; but for the alignment of its tensors."""
+    found: dict[Any, Any] = {}
+    x = torch.zeros(80)
+    for key, tensor in (("a", x), ("a", x), ("b", x), ("a", x[4:]), ("a", x[1:]), ("a", x[1:])):
+        launch(kernel, (1,), x, tensor, 100, memo=(found, key), BLOCK=1)
+    assert set(found) == {"a", "b"}
+    assert kernel.ways == (4, 2)
+    assert [args[-3] for args in kernel.direct] == [x.data_ptr(), x[4:].data_ptr()]
+
+
+def test_an_unaligned_first_launch_leaves_no_memo(kernel: Kernel) -> None:
+    """What was compiled for it must not serve aligned tensors, nor the other way round."""
+    found: dict[Any, Any] = {}
+    x = torch.zeros(80)
+    launch(kernel, (1,), x, x[1:], 100, memo=(found, "a"), BLOCK=1)
+    assert not found and kernel.ways == (1, 0)
+
+
+def test_the_grid_is_no_part_of_what_is_compiled(kernel: Kernel) -> None:
+    x = torch.zeros(8)
+    for grid in ((1,), (4, 5), (6, 7, 8)):
+        launch(kernel, grid, x, x, 2, BLOCK=1)
+    assert [args[:3] for args in kernel.direct] == [(4, 5, 1), (6, 7, 8)]
+
+
+@pytest.mark.parametrize("grid", [(0,), (3, 0), (0, 5), (1, 2, 0)])
+def test_an_empty_grid_launches_nothing(grid: tuple[int, ...], kernel: Kernel) -> None:
+    x = torch.zeros(0)
+    launch(kernel, grid, x, x, 0, BLOCK=1)
+    assert kernel.ways == (0, 0)
+
+
+@pytest.mark.parametrize("version", ["3.5.1", "3.7.0", "4.0.0"])
+def test_another_triton_is_launched_the_public_way(
+    version: str, kernel: Kernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(triton, "__version__", version)
+    for _ in range(3):
+        start(kernel)
+    assert kernel.ways == (3, 0)
+
+
+@pytest.mark.parametrize("hook", ["launch_enter_hook", "launch_exit_hook"])
+def test_a_profiler_sees_every_launch(hook: str, kernel: Kernel) -> None:
+    start(kernel)
+    chain = getattr(KNOBS.runtime, hook)
+
+    def listen(metadata: Any) -> None:
+        raise AssertionError("the fake kernel calls no hooks")
+
+    chain.add(listen)
+    try:
+        start(kernel)
+    finally:
+        chain.remove(listen)
+    assert kernel.ways == (2, 0)
+    start(kernel)
+    assert kernel.ways == (2, 1)
+
+
+@pytest.mark.parametrize("missing", ["launch", "global_scratch_size", "profile_scratch_size"])
+def test_a_launcher_built_otherwise_is_left_alone(missing: str, kernel: Kernel) -> None:
+    """As of AMD's: it has no global scratch, and another order of arguments."""
+    delattr(kernel.run, missing)
+    start(kernel)
+    start(kernel)
+    assert kernel.ways == (2, 0)
+
+
+@pytest.mark.parametrize("scratch", ["global_scratch_size", "profile_scratch_size"])
+def test_scratch_memory_is_left_to_triton(scratch: str, kernel: Kernel) -> None:
+    setattr(kernel.run, scratch, 64)
+    start(kernel)
+    start(kernel)
+    assert kernel.ways == (2, 0)
+
+
+def test_without_streams_the_public_way(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A PyTorch without CUDA."""
+    monkeypatch.setattr(module, "_stream", None)
+    start(kernel)
+    start(kernel)
+    assert kernel.ways == (2, 0)
+
+
+def test_a_constexpr_with_a_default_is_left_to_triton(kernel: Kernel) -> None:
+    kernel.arg_names = ("x", "n", "BLOCK", "EXTRA")
+    start(kernel)
+    start(kernel)
+    assert kernel.ways == (2, 0)
+
+
+def test_real_launchers_have_what_the_direct_way_reads() -> None:
+    """The names that fakes above have, in the Triton that is installed."""
+    if not triton.__version__.startswith("3.6."):
+        pytest.skip("another Triton is launched the public way")
+    driver = importlib.import_module("triton.backends.nvidia.driver")
+    source = inspect.getsource(driver.CudaLauncher)
+    for name in ("launch", "global_scratch_size", "profile_scratch_size", "launch_pdl"):
+        assert f"self.{name} =" in source
+    assert "gridX, gridY, gridZ, stream, function, self.launch_cooperative_grid" in source
+    assert hasattr(KNOBS.runtime.launch_enter_hook, "calls")
+
+
+def test_small_arithmetic() -> None:
+    assert [cdiv(a, 4) for a in (0, 1, 4, 5)] == [0, 1, 1, 2]
+    assert [next_power(n) for n in (0, 1, 2, 3, 4, 5, 1023)] == [1, 1, 2, 4, 4, 8, 1024]
