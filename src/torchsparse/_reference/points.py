@@ -35,14 +35,12 @@ def scatter_rows(feats: Tensor, index: Tensor, num: int) -> Tensor:
     """Row j of ``feats`` becomes row ``index[j]``; -1 is skipped, the rest is 0.  -> [num, C]."""
     # Of rows with one cell the last is kept. `index_copy_` alone would keep any of them, another
     # in every run on several threads.
-    rows = torch.arange(feats.shape[0], dtype=torch.int32, device=feats.device)
-    cells = torch.where(index < 0, num, index)
-    last = torch.full((num + 1,), -1, dtype=torch.int32, device=feats.device)
-    last.scatter_reduce_(0, cells, rows, "amax")
-    # The others and skipped rows land behind the result: one spare row, cut off without a copy.
-    cells = torch.where(last.index_select(0, cells) == rows, cells, num)
+    cells, rows = torch.sort(torch.where(index < 0, num, index), stable=True)
+    overwritten = cells[:-1] == cells[1:]
+    cells = torch.cat([cells[:-1].masked_fill(overwritten, num), cells[-1:]])
+    # These and skipped rows land behind the result: one spare row, cut off without a copy.
     out = feats.new_zeros((num + 1, feats.shape[1]))
-    out.index_copy_(0, cells, feats)
+    out.index_copy_(0, cells, feats.index_select(0, rows))
     return out.resize_(num, feats.shape[1])
 
 

@@ -49,6 +49,8 @@ def pool_sum(feats: Tensor, table: Tensor, shares: Tensor | None, mean: bool) ->
     Returns:
         [M, C] in the dtype of feats, summed in float32 (float64 in float64); 0 without neighbours.
     """
+    if feats.shape[1] == 0 or table.shape[1] == 0:  # an empty bag reads beyond its table
+        return feats.new_zeros((table.shape[1], feats.shape[1]))
     rows = feats.to(_sum_dtype(feats))
     if shares is not None:
         rows = rows * shares.to(rows.dtype)[:, None]
