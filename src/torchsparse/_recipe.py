@@ -9,7 +9,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["ConvRecipe", "Dataflow", "Epilogue", "Norm"]
+__all__ = ["ConvRecipe", "Dataflow", "Epilogue", "Norm", "sum_dtype"]
+
+
+def sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What values of ``dtype`` are summed in: float64 for float64, float32 for all others."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 class Dataflow(enum.Enum):

@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 from torchsparse._kernel_map import KernelMap
 from torchsparse._lazy import Lazy
 from torchsparse._ops.conv import finish, gather_gemm, weight_grad
-from torchsparse._recipe import ConvRecipe, Epilogue
+from torchsparse._recipe import ConvRecipe, Epilogue, sum_dtype
 
 __all__ = ["deferred_conv", "deferred_pointwise", "pointwise", "sparse_conv"]
 
@@ -133,13 +133,9 @@ class _SparseConv(torch.autograd.Function):
             found = weight_grad(feats.to(dtype), grad, pairs, precision)
             grad_weight = found.to(weight.dtype)
         if ctx.needs_input_grad[2]:
-            total = grad.sum(0, dtype=_sum_dtype(dtype))
+            total = grad.sum(0, dtype=sum_dtype(dtype))
             grad_bias = total.to(ctx.bias_dtype)
         return grad_feats, grad_weight, grad_bias, None, None, None
-
-
-def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def pointwise(feats: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -152,7 +148,7 @@ def pointwise(feats: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.d
         dtype: Of the result.
     """
     # Half products on a CPU are computed in float32 and rounded once; a GPU does so by itself.
-    compute = _sum_dtype(dtype) if feats.device.type == "cpu" else dtype
+    compute = sum_dtype(dtype) if feats.device.type == "cpu" else dtype
     with torch.autocast(feats.device.type, enabled=False):
         feats, weight = feats.to(dtype).to(compute), weight.to(dtype).to(compute)
         if bias is None:

@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from torchsparse._autograd.conv import sparse_conv
 from torchsparse._kernel_map import KernelMap
 from torchsparse._ops.depthwise import depthwise, weight_grad
-from torchsparse._recipe import ConvRecipe, Dataflow
+from torchsparse._recipe import ConvRecipe, Dataflow, sum_dtype
 
 __all__ = ["grouped_conv", "grouped_pointwise"]
 
@@ -120,7 +120,7 @@ class _Depthwise(torch.autograd.Function):
             pairs = kmap.pairs(recipe, 1, transposed)
             grad_taps = weight_grad(feats.to(dtype), grad, pairs).to(taps.dtype)
         if ctx.needs_input_grad[2]:
-            total = torch.float64 if dtype == torch.float64 else torch.float32
+            total = sum_dtype(dtype)
             grad_bias = grad.sum(0, dtype=total).to(ctx.bias_dtype)
         return grad_feats, grad_taps, grad_bias, None, None, None
 
@@ -137,7 +137,7 @@ def grouped_pointwise(
         dtype: Of the result; sums are float32, or float64 for float64.
         groups: G.
     """
-    compute = torch.float64 if dtype == torch.float64 else torch.float32
+    compute = sum_dtype(dtype)
     (n, c_in), c_out = feats.shape, weight.shape[1]
     with torch.autocast(feats.device.type, enabled=False):
         x = feats.to(dtype).to(compute).view(n, groups, c_in // groups)

@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from torchsparse._kernel_map import KernelMap
 from torchsparse._ops import pool
+from torchsparse._recipe import sum_dtype
 
 __all__ = ["max_pool", "max_unpool", "sum_pool"]
 
@@ -34,7 +35,7 @@ class _SumPool(Function):
         shares = None
         if ctx.mean:
             counts = (_table(ctx.kmap, ctx.transposed) >= 0).sum(0, dtype=torch.int32)
-            dtype = torch.float64 if grad.dtype == torch.float64 else torch.float32
+            dtype = sum_dtype(grad.dtype)
             shares = counts.clamp(min=1).to(dtype).reciprocal()
         back = pool.pool_sum(grad, _table(ctx.kmap, not ctx.transposed), shares)
         return back.to(ctx.dtype), None, None, None

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from torchsparse import _tuned
-from torchsparse._recipe import Epilogue
+from torchsparse._recipe import Epilogue, sum_dtype
 from torchsparse._reference.coords import flat_nonzero
 
 __all__ = [
@@ -180,7 +180,7 @@ def gather_gemm(
     Returns:
         [M, C_out] in the dtype of feats; half types are summed in float32 and rounded once.
     """
-    compute = _compute_dtype(feats)
+    compute = sum_dtype(feats.dtype)
     taps = weight.to(compute).unbind(0)
     if plan.reverse:
         taps = taps[::-1]
@@ -245,7 +245,7 @@ def _finish_(rows: Tensor, end: _End, where: slice) -> None:
 
 def finish(feats: Tensor, epilogue: Epilogue) -> Tensor:
     """Apply an epilogue to features.  [M, C] -> [M, C] in the same dtype."""
-    rows = feats.to(_compute_dtype(feats), copy=True)
+    rows = feats.to(sum_dtype(feats.dtype), copy=True)
     _finish_(rows, _end(epilogue, rows.dtype), slice(None))
     return rows.to(feats.dtype)
 
@@ -315,10 +315,6 @@ class _Scratch(threading.local):
 scratch = _Scratch()
 
 
-def _compute_dtype(feats: Tensor) -> torch.dtype:
-    return torch.float64 if feats.dtype == torch.float64 else torch.float32
-
-
 def weight_grad(feats: Tensor, grad: Tensor, plan: Plan, precision: str = "ieee") -> Tensor:
     """``out[k] = sum over the pairs (i, m) of tap k of feats[i]^T grad[m]``.
 
@@ -331,7 +327,7 @@ def weight_grad(feats: Tensor, grad: Tensor, plan: Plan, precision: str = "ieee"
     Returns:
         [K, C_in, C_out] float32, or float64 for float64 inputs.
     """
-    compute = _compute_dtype(feats)
+    compute = sum_dtype(feats.dtype)
     xs = _in_order(feats.to(compute), plan.in_order)
     gs = _in_order(grad.to(compute), plan.out_order)
     out = xs.new_zeros((plan.volume, xs.shape[1], gs.shape[1]))

@@ -9,18 +9,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from torchsparse._recipe import sum_dtype
 from torchsparse._reference.conv import Chunk, Plan, scratch
 
 __all__ = ["depthwise", "weight_grad"]
 
 
-def _sum_dtype(feats: Tensor) -> torch.dtype:
-    return torch.float64 if feats.dtype == torch.float64 else torch.float32
-
-
 def _prepare(feats: Tensor, order: Tensor | None, channels: int) -> Tensor:
     """Rows at their positions, in the dtype of sums, each channel repeated up to ``channels``."""
-    feats = feats.to(_sum_dtype(feats))
+    feats = feats.to(sum_dtype(feats.dtype))
     if order is not None:
         feats = feats.index_select(0, order)
     if feats.shape[1] == channels:
@@ -44,7 +41,7 @@ def depthwise(
         [M, C / fold] in the dtype of feats; half types are summed in float32 and rounded once.
     """
     channels = weight.shape[1]
-    taps = weight.to(_sum_dtype(feats))
+    taps = weight.to(sum_dtype(feats.dtype))
     taps = taps.flip(0) if plan.reverse else taps
     xs = _prepare(feats, plan.in_order, channels)
     out = xs.new_empty((plan.num_outputs, channels))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from torchsparse._recipe import sum_dtype
+
 __all__ = [
     "devoxelize",
     "devoxelize_weight_grad",
@@ -71,7 +73,7 @@ def devoxelize(
 ) -> Tensor:
     """Sum of ``weights[n, j] * feats[index[n, j]]`` over j.  -> [N, C]."""
     num, channels = feats.shape
-    dtype = torch.float64 if feats.dtype == torch.float64 else torch.float32
+    dtype = sum_dtype(feats.dtype)
     if word is not None:
         word |= (index >= num).any() * bit
     if index.numel() == 0 or channels == 0:
@@ -92,7 +94,7 @@ def devoxelize(
 def devoxelize_weight_grad(feats: Tensor, index: Tensor, grad: Tensor) -> Tensor:
     """Dot products of ``grad[n]`` and ``feats[index[n, j]]``, 0 for none.  -> [N, J]."""
     num = feats.shape[0]
-    dtype = torch.float64 if feats.dtype == torch.float64 else torch.float32
+    dtype = sum_dtype(feats.dtype)
     out = torch.zeros(index.shape, dtype=dtype, device=feats.device)
     if num == 0:
         return out

@@ -10,16 +10,13 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from torchsparse._recipe import sum_dtype
 from torchsparse._reference.coords import flat_nonzero
 
 __all__ = ["pick_rows", "pool_max", "pool_sum", "unpool_max"]
 
 # Features of a block of outputs on a CPU: with those of its neighbours they stay in the L2 cache.
 BLOCK = 65536
-
-
-def _sum_dtype(feats: Tensor) -> torch.dtype:
-    return torch.float64 if feats.dtype == torch.float64 else torch.float32
 
 
 def _blocks(table: Tensor, channels: int) -> Iterator[slice]:
@@ -51,7 +48,7 @@ def pool_sum(feats: Tensor, table: Tensor, shares: Tensor | None, mean: bool) ->
     """
     if feats.shape[1] == 0 or table.shape[1] == 0:  # an empty bag reads beyond its table
         return feats.new_zeros((table.shape[1], feats.shape[1]))
-    rows = feats.to(_sum_dtype(feats))
+    rows = feats.to(sum_dtype(feats.dtype))
     if shares is not None:
         rows = rows * shares.to(rows.dtype)[:, None]
     # Absent neighbours read one more row, of zeros.
@@ -117,7 +114,7 @@ def unpool_max(values: Tensor, rows: Tensor, table: Tensor) -> Tensor:
         m = table[k, n] with ``rows[m, c] = n``, in float32 (float64 in float64).
     """
     n, channels = table.shape[1], values.shape[1]
-    out = values.new_zeros((n, channels), dtype=_sum_dtype(values))
+    out = values.new_zeros((n, channels), dtype=sum_dtype(values.dtype))
     if values.shape[0] == 0:
         return out.to(values.dtype)
     own = torch.arange(n, dtype=torch.int32, device=values.device)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from torchsparse._groups import Groups
+from torchsparse._recipe import sum_dtype
 
 __all__ = ["Groups", "argmax_rows", "count", "group_rows", "segment_max", "segment_sum"]
 
@@ -54,7 +55,7 @@ def segment_sum(
 def _sums(feats: Tensor, groups: Groups, weights: Tensor | None) -> Tensor:
     order, starts = groups
     num, channels = starts.shape[0] - 2, feats.shape[1]
-    dtype = torch.float64 if feats.dtype == torch.float64 else torch.float32
+    dtype = sum_dtype(feats.dtype)
     feats = feats.to(dtype).contiguous()
     if feats.numel() == 0 or order.shape[0] == 0 or num == 0:
         return feats.new_zeros((num, channels))

@@ -20,6 +20,7 @@ from torchsparse._flags import Complaint, complain_if, raise_pending
 from torchsparse._geometry import as_tuple
 from torchsparse._ops import reduce
 from torchsparse._ops.sets import unique_rows
+from torchsparse._recipe import sum_dtype
 from torchsparse._validate import (
     check_coords,
     check_feats,
@@ -403,7 +404,7 @@ class _ByHeight(Function):
 
 def _rounded(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """Values of ``dtype`` in the type in which sums are made."""
-    return tensor.to(dtype).to(torch.float64 if dtype == torch.float64 else torch.float32)
+    return tensor.to(dtype).to(sum_dtype(dtype))
 
 
 def _groups(starts: list[int]) -> list[tuple[int, slice]]:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from torchsparse._autograd.reduce import sample_norm
+from torchsparse._recipe import sum_dtype
 from torchsparse.nn.functional.pooling import samples
 from torchsparse.tensor import SparseTensor, wrap
 
@@ -102,7 +103,7 @@ def _normalise(
     """``feats`` by given statistics; parameters in the dtype that sums have."""
     if mean is None or var is None:
         raise ValueError("`running_mean` and `running_var` are needed unless `use_input_stats`")
-    dtype = torch.float64 if feats.dtype == torch.float64 else torch.float32
+    dtype = sum_dtype(feats.dtype)
     weight, bias = (None if t is None else t.to(dtype) for t in (weight, bias))
     out = torch.nn.functional.batch_norm(
         feats.to(dtype), mean.to(dtype), var.to(dtype), weight, bias, eps=eps
