@@ -291,7 +291,7 @@ def run_layer(
         weight = weight[None]
     if coordinates is None:
         ends = Stamp(kmap.in_coords), Stamp(kmap.out_coords)
-        x._caches.kmaps.setdefault("paths", {})[key] = _Path(Stamp(x.coords), ends, kmap, level)
+        paths[key] = _Path(Stamp(x.coords), ends, kmap, level)
     feats = _product(layer, x.feats, weight, bias, kmap, recipe)
     return on_level(feats, x, level, layer.generative)
 
