@@ -7,7 +7,7 @@ interpreter and other GPU makers need no special case.
 import triton
 import triton.language as tl
 
-__all__ = ["bit_count", "first_slot", "lowest_bit", "row_key"]
+__all__ = ["bit_count", "bit_or", "first_slot", "lowest_bit", "row_key"]
 
 
 @triton.jit
@@ -17,6 +17,12 @@ def bit_count(word):
     word = (word & 0x33333333) + ((word >> 2) & 0x33333333)
     word = (word + (word >> 4)) & 0x0F0F0F0F
     return ((word * 0x01010101) >> 24).to(tl.int32)
+
+
+@triton.jit
+def bit_or(a, b):
+    """For reductions."""
+    return a | b
 
 
 @triton.jit

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from torchsparse._geometry import Geometry, tap_list
 from torchsparse._triton.launch import cdiv, launch
+from torchsparse._triton.primitives import bit_or
 
 __all__ = [
     "SortKeys",
@@ -121,11 +122,6 @@ def sort_key(word):
 
 
 @triton.jit
-def _or(a, b):
-    return a | b
-
-
-@triton.jit
 def row_key_kernel(
     neighbors, bits, keys, counts, M, n_row, n_tap, K: tl.constexpr, BR: tl.constexpr
 ):  # fmt: skip
@@ -138,7 +134,7 @@ def row_key_kernel(
         at = rows.to(tl.int64)[:, None] * n_row + taps[None, :] * n_tap
         idx = tl.load(neighbors + at, mask=live[:, None] & (taps < K)[None, :], other=-1)
         bit = tl.load(bits + taps)
-        word |= tl.reduce(tl.where(idx >= 0, bit[None, :], 0), 1, _or)
+        word |= tl.reduce(tl.where(idx >= 0, bit[None, :], 0), 1, bit_or)
     key = sort_key(word)
     tl.store(keys + rows, key.to(tl.int16), mask=live)
     same, rank = _alike(key, live, BR)

@@ -14,7 +14,14 @@ from torchsparse._triton.conv.order import Tiles
 from torchsparse._triton.conv.pairs import Pairs
 from torchsparse._triton.conv.wgrad import sum_chunks_kernel, wgrad_kernel
 from torchsparse._triton.launch import cdiv, launch, next_power
-from torchsparse._triton.tiles import GemmTile, gemm_tile, grad_tile, loop_step, narrow_tile
+from torchsparse._triton.tiles import (
+    GemmTile,
+    NarrowTile,
+    gemm_tile,
+    grad_tile,
+    loop_step,
+    narrow_tile,
+)
 
 __all__ = ["Plan", "Share", "finish", "gather_gemm", "weight_grad"]
 
@@ -137,8 +144,9 @@ def gather_gemm(
         feats, weight = _aligned(feats, weight)
         _fetch(feats, weight, end, plan.pairs, plan.reverse, precision, out)
         return out
-    if narrow_tile(m, c_in, c_out, volume) is not None:
-        _narrow(feats, weight, end, plan, precision, out)
+    narrow = narrow_tile(m, c_in, c_out, volume)
+    if narrow is not None:
+        _narrow(feats, weight, end, plan, narrow, precision, out)
         return out
     feats, weight = _aligned(feats, weight)
     c_in = feats.shape[1]
@@ -180,12 +188,11 @@ def _gemm(
 
 
 def _narrow(
-    feats: Tensor, weight: Tensor, end: _End, plan: Plan, precision: str, out: Tensor
-) -> None:
+    feats: Tensor, weight: Tensor, end: _End, plan: Plan, tile: NarrowTile, precision: str,
+    out: Tensor,
+) -> None:  # fmt: skip
     volume, c_in, c_out = weight.shape
     m = out.shape[0]
-    tile = narrow_tile(m, c_in, c_out, volume)
-    assert tile is not None
     table = plan.neighbors
     launch(
         narrow_kernel, (cdiv(m, tile.BM), cdiv(c_out, tile.BN)), feats, feats, weight, out, table,

@@ -5,13 +5,9 @@ import triton.language as tl
 
 from torchsparse._triton.conv.order import sort_key
 from torchsparse._triton.coords.table import find_slots
+from torchsparse._triton.primitives import bit_or
 
 __all__ = ["find_kernel", "invert_kernel"]
-
-
-@triton.jit
-def _or(a, b):
-    return a | b
 
 
 @triton.jit
@@ -62,7 +58,7 @@ def find_kernel(
         at = rows.to(tl.int64)[:, None] * WIDTH + taps[None, :]
         tl.store(neighbors + at, idx, mask=inside[:, None] & (taps < WIDTH)[None, :])
         bit = tl.load(bits + taps, mask=real, other=0)
-        word |= tl.reduce(tl.where(idx >= 0, bit[None, :], 0), 1, _or)
+        word |= tl.reduce(tl.where(idx >= 0, bit[None, :], 0), 1, bit_or)
     key = sort_key(word)
     tl.store(keys + rows, key.to(tl.int16), mask=inside)
     tl.atomic_add(counts + key, 1, mask=inside & (key > 0), sem="relaxed")
