@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from torchsparse._capacity import row_count
 from torchsparse._geometry import Geometry
 from torchsparse._ops import conv as conv_ops
 from torchsparse._ops import coords as coords_ops
@@ -153,6 +154,7 @@ class KernelMap:
             recipe,
             out_channels,
             backward,
+            row_count(self.out_coords),
         )
 
     def pairs(

@@ -56,6 +56,7 @@ def plan_key(
     recipe: ConvRecipe,
     out_channels: int,
     backward: bool,
+    limit: Tensor | None = None,
 ) -> tuple[Any, Callable[[], Planned]]:
     """A key for the layout that suits a layer, and a function that makes it.
 
@@ -68,6 +69,7 @@ def plan_key(
         recipe: Of the call.
         out_channels: Of the product.
         backward: It computes a gradient.
+        limit: [1] int64 on the device, how many outputs are real; None: all.
 
     Returns:
         (key, make): equal keys mean equal plans; ``make()`` returns the plan.
@@ -79,7 +81,9 @@ def plan_key(
             chosen, chosen.make_plan(neighbors, identity, in_order, out_order, layout)
         )
     layout = chosen.choose_layout(neighbors.shape[1], geometry, recipe, backward)
-    return layout, lambda: Planned(chosen, chosen.make_plan(neighbors, keys, geometry, layout))
+    return layout, lambda: Planned(
+        chosen, chosen.make_plan(neighbors, keys, geometry, layout, limit)
+    )
 
 
 def pairs_key(

@@ -11,7 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from torchsparse._capacity import row_count
 from torchsparse._triton.launch import cdiv, launch
+from torchsparse._triton.primitives import real_rows
 from torchsparse._triton.rows import accumulator, divide, note, row_tile, words
 
 __all__ = [
@@ -34,7 +36,10 @@ TABLE_FROM = 64
 def flat_index(
     coords: Tensor, extents: tuple[int, ...], word: Tensor | None = None, bit: int = 0
 ) -> Tensor:
-    """Row-major cell of each coordinate row; -1 outside.  [N, A], A extents -> [N] int64."""
+    """Row-major cell of each coordinate row; -1 outside and for padding.
+
+    [N, A], A extents -> [N] int64.
+    """
     n, axes = coords.shape[0], len(extents)
     index = torch.empty(n, dtype=torch.int64, device=coords.device)
     if axes > MAX_AXES:
@@ -42,7 +47,7 @@ def flat_index(
     sizes = (*extents, *(1,) * (MAX_AXES - axes))
     launch(
         _flat_index_kernel, (cdiv(n, BLOCK),), coords,
-        coords, index, word, n, coords.stride(0), coords.stride(1), bit, *sizes,
+        coords, index, word, row_count(coords), n, coords.stride(0), coords.stride(1), bit, *sizes,
         AXES=axes, FLAG=word is not None, BLOCK=BLOCK,
     )  # fmt: skip
     return index
@@ -50,7 +55,7 @@ def flat_index(
 
 @triton.jit(do_not_specialize=["n", "bit", "e0", "e1", "e2", "e3", "e4"])
 def _flat_index_kernel(
-    coords, index, word, n, row_stride, stride, bit, e0, e1, e2, e3, e4,
+    coords, index, word, limit, n, row_stride, stride, bit, e0, e1, e2, e3, e4,
     AXES: tl.constexpr, FLAG: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -74,7 +79,8 @@ def _flat_index_kernel(
         cell = cell * extent + c
     tl.store(index + row, tl.where(inside, cell, -1), mask=here)
     if FLAG:
-        note(word, bit, tl.max((here & (inside == 0)).to(tl.int32), 0) > 0)
+        real = row < real_rows(n, limit)
+        note(word, bit, tl.max((real & (inside == 0)).to(tl.int32), 0) > 0)
 
 
 # ------------------------------------------------------------------ moves

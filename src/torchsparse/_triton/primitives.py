@@ -7,7 +7,7 @@ interpreter and other GPU makers need no special case.
 import triton
 import triton.language as tl
 
-__all__ = ["bit_count", "bit_or", "first_slot", "lowest_bit", "row_key"]
+__all__ = ["bit_count", "bit_or", "first_slot", "lowest_bit", "real_rows", "row_key"]
 
 
 @triton.jit
@@ -41,6 +41,14 @@ def first_slot(key, shift, slots_mask):
     """
     mixed = ((key >> 2) * -7046029254386353131) >> shift
     return ((mixed << 2) | (key & 3)) & slots_mask
+
+
+@triton.jit
+def real_rows(rows, limit):
+    """How many of ``rows`` count: all, or the number that ``limit`` points at (`_capacity`)."""
+    if limit is not None:
+        rows = tl.minimum(rows, tl.load(limit)).to(tl.int32)
+    return rows
 
 
 @triton.jit

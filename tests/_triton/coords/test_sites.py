@@ -63,6 +63,33 @@ def test_strided_sites(layer: Layer, name: str, device: torch.device) -> None:
     assert torch.equal(sites.cpu(), want)
 
 
+def test_a_created_level_has_the_bounds_of_its_sites(device: torch.device) -> None:
+    """Its index serves the next layer, which infers its range from what is there, not from what
+    might have been: without rows at the far end, 13 // 2 = 6 has no site and 5 // 2 = 2 is last."""
+    coords = to(device, [[0, 2, 2, 2], [0, 13, 0, 0], [1, 10, 4, 4]])
+    geometry = Geometry.strided((2, 1, 1), (2, 1, 1), (0, 0, 0), (2, 1, 1), "spconv")
+    sites, index = strided_sites(build_index(coords, geometry.reach), coords, geometry, NONE, NONE)
+    again, _ = strided_sites(index, sites, geometry, (0, 0, 0), None)
+    fresh = build_index(sites, geometry.reach)
+    want, _ = strided_sites(fresh, sites, geometry, (0, 0, 0), None)
+    assert torch.equal(again, want)
+    found = slice(2 * 4, 4 * 4)  # lower and upper bounds in a layout
+    assert torch.equal(index.layout[found][4:], fresh.layout[found][4:])
+
+
+def test_a_generative_layer_reaches_far(device: torch.device) -> None:
+    """Created levels have room around them for the taps that created them, however far."""
+    coords = to(device, [[0, 3, 3, 3], [1, 0, 9, 0]])
+    geometry = Geometry.strided((3, 1, 1), (2, 1, 1), (0, 0, 0), (9, 1, 1), "spconv", "generative")
+    index = build_index(coords, (0, 0, 0))
+    fine, made = generative_sites(index, coords, geometry, NONE, (6, None, None))
+    neighbors, _ = find_taps(made, coords, geometry)
+    _flags.raise_pending(device)
+    twin = reference.build_index(fine.cpu(), geometry.reach)
+    want, _ = reference.find_taps(twin, coords.cpu(), geometry)
+    assert torch.equal(neighbors.cpu(), want)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_minkowski_cells(name: str, device: torch.device) -> None:
     """A 1 x 1 x 1 kernel: floor(c / s), also for negative coordinates."""

@@ -15,7 +15,7 @@ or advancing under an ``if``, would leave no copy in flight (docs/how-it-works).
 import triton
 import triton.language as tl
 
-from torchsparse._triton.primitives import bit_count, lowest_bit
+from torchsparse._triton.primitives import bit_count, lowest_bit, real_rows
 
 __all__ = ["gemm_kernel", "narrow_kernel", "sum_kernel"]
 
@@ -84,7 +84,7 @@ def _add_taps(
 @triton.jit
 def gemm_kernel(
     x, w, out, table, order, masks, bias, mean, var, gamma, beta, eps, residual, slope,
-    M, T, w_tap, w_in, w_out,
+    limit, M, T, w_tap, w_in, w_out,
     K: tl.constexpr, CI: tl.constexpr, CO: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLITS: tl.constexpr,
     SORTED: tl.constexpr, REVERSE: tl.constexpr, PRECISION: tl.constexpr,
@@ -93,7 +93,8 @@ def gemm_kernel(
     """out[order[m]] = epilogue(sum over taps k of x[table[k, m]] @ w[k]).
 
     With SPLITS > 1, program (., s) adds share s of the taps, as far as its tile has them, and out
-    is [SPLITS, M, CO] float32 without epilogue: `sum_kernel` finishes.
+    is [SPLITS, M, CO] float32 without epilogue: `sum_kernel` finishes. Rows at places from
+    ``limit`` on are padding and not written.
     """
     COLS: tl.constexpr = (CO + BN - 1) // BN
     WORDS: tl.constexpr = (K + 31) // 32
@@ -102,7 +103,7 @@ def gemm_kernel(
     tile = pid // COLS
     cols = (pid % COLS) * BN + tl.arange(0, BN)
     rm = tile * BM + tl.arange(0, BM)
-    live = rm < M
+    live = rm < real_rows(M, limit)
     if SORTED:
         rows = tl.load(order + rm, mask=live, other=0).to(tl.int64)
     else:
@@ -141,14 +142,14 @@ def gemm_kernel(
 
 @triton.jit
 def sum_kernel(
-    partial, out, bias, mean, var, gamma, beta, eps, residual, slope, M,
+    partial, out, bias, mean, var, gamma, beta, eps, residual, slope, limit, M,
     CO: tl.constexpr, PARTS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     BIAS: tl.constexpr, NORM: tl.constexpr, RESIDUAL: tl.constexpr, ACT: tl.constexpr,
 ):  # fmt: skip
     """out[m] = epilogue(sum over s of partial[s, m]), in the order of s."""
     rm = tl.program_id(0) * BM + tl.arange(0, BM)
     cols = tl.program_id(1) * BN + tl.arange(0, BN)
-    there = (rm < M)[:, None] & (cols < CO)[None, :]
+    there = (rm < real_rows(M, limit))[:, None] & (cols < CO)[None, :]
     rows = rm.to(tl.int64)
     at = rows[:, None] * CO + cols[None, :]
     size = tl.cast(M, tl.int64) * CO
@@ -165,7 +166,7 @@ def sum_kernel(
 @triton.jit
 def narrow_kernel(
     x, w, out, neighbors, bias, mean, var, gamma, beta, eps, residual, slope,
-    M, n_row, n_tap, w_tap, w_in, w_out,
+    limit, M, n_row, n_tap, w_tap, w_in, w_out,
     K: tl.constexpr, CI: tl.constexpr, CO: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     REVERSE: tl.constexpr, PRECISION: tl.constexpr,
@@ -178,7 +179,7 @@ def narrow_kernel(
     """
     rm = tl.program_id(0) * BM + tl.arange(0, BM)
     cols = tl.program_id(1) * BN + tl.arange(0, BN)
-    live = rm < M
+    live = rm < real_rows(M, limit)
     acc = tl.zeros((BM, BN), dtype=tl.float32)
     for start in range(0, K * CI, BK):
         flat = start + tl.arange(0, BK)

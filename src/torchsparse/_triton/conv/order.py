@@ -25,7 +25,7 @@ from torch import Tensor
 
 from torchsparse._geometry import Geometry, tap_list
 from torchsparse._triton.launch import cdiv, launch
-from torchsparse._triton.primitives import bit_or
+from torchsparse._triton.primitives import bit_or, real_rows
 
 __all__ = [
     "SortKeys",
@@ -67,6 +67,7 @@ class Tiles(NamedTuple):
     table: Tensor  # [K, M] int32, input row under tap k at place m, -1 = none
     masks: Tensor  # [ceil(K / 32), ceil(M / 64)] int32, bit k: some row of the tile has the tap
     memo: dict[Any, Any]  # of launches over this table
+    limit: Tensor | None = None  # [1] int64, how many places are real; None: all (`_capacity`)
 
 
 def bit_of_taps(geometry: Geometry, first: int, last: int) -> list[int]:
@@ -164,10 +165,10 @@ def start_kernel(counts, starts, BINS: tl.constexpr):
 
 
 @triton.jit
-def place_kernel(keys, starts, order, M, BR: tl.constexpr):
+def place_kernel(keys, starts, order, limit, M, BR: tl.constexpr):
     """Put each row behind those of its key that came before; ``starts`` counts up."""
     rows = tl.program_id(0) * BR + tl.arange(0, BR)
-    live = rows < M
+    live = rows < real_rows(M, limit)  # the rest stays without a place
     key = tl.load(keys + rows, mask=live, other=0).to(tl.int32)
     same, rank = _alike(key, live, BR)
     first = tl.atomic_add(starts + key, same, mask=live & (rank == 0), sem="relaxed")
@@ -180,13 +181,13 @@ def place_kernel(keys, starts, order, M, BR: tl.constexpr):
 
 @triton.jit
 def tile_kernel(
-    neighbors, order, table, masks, M, T, n_row, n_tap,
+    neighbors, order, table, masks, limit, M, T, n_row, n_tap,
     K: tl.constexpr, BR: tl.constexpr, SORTED: tl.constexpr,
 ):  # fmt: skip
     """Bring 64 rows into tile order and collect their taps."""
     tile = tl.program_id(0)
     places = tile * BR + tl.arange(0, BR)
-    live = places < M
+    live = places < real_rows(M, limit)
     if SORTED:
         rows = tl.load(order + places, mask=live, other=0).to(tl.int64)
     else:
@@ -213,8 +214,8 @@ def row_sort_keys(neighbors: Tensor, bits: Tensor) -> SortKeys:
     return found
 
 
-def _sort(found: SortKeys) -> Tensor:
-    """[M] int32, rows by key, largest first: a counting sort."""
+def _sort(found: SortKeys, limit: Tensor | None) -> Tensor:
+    """[M] int32, rows by key, largest first: a counting sort. Places behind ``limit`` are empty."""
     m = found.keys.shape[0]
     starts = torch.empty_like(found.counts)
     bins = starts.shape[0]
@@ -223,26 +224,29 @@ def _sort(found: SortKeys) -> Tensor:
         start_kernel, (1,), starts, found.counts, starts, BINS=bins,
         num_warps=16 if bins >= 4096 else 4,
     )  # fmt: skip
-    launch(place_kernel, (cdiv(m, 128),), starts, found.keys, starts, order, m, BR=128)
+    launch(place_kernel, (cdiv(m, 128),), starts, found.keys, starts, order, limit, m, BR=128)
     return order
 
 
-def make_tiles(neighbors: Tensor, keys: SortKeys | None) -> Tiles:
+def make_tiles(
+    neighbors: Tensor, keys: SortKeys | None, limit: Tensor | None = None
+) -> Tiles:
     """Sort the rows of a table by ``keys`` (largest first; None: leave them) and tile them.
 
     Args:
         neighbors: [K, M] int32, -1 = none; any strides.
         keys: Of its rows, or None.
+        limit: [1] int64, how many of its rows are real; the others have no neighbours.
     """
     volume, m = neighbors.shape
     device = neighbors.device
     tiles, words = cdiv(m, TILE_ROWS), cdiv(volume, 32)
-    order = None if keys is None else _sort(keys)
+    order = None if keys is None else _sort(keys, limit)
     table = torch.empty((volume, m), dtype=torch.int32, device=device)
     masks = torch.empty((words, tiles), dtype=torch.int32, device=device)
     launch(
-        tile_kernel, (tiles, words), neighbors, neighbors, order, table, masks, m, tiles,
+        tile_kernel, (tiles, words), neighbors, neighbors, order, table, masks, limit, m, tiles,
         neighbors.stride(1), neighbors.stride(0),
         K=volume, BR=TILE_ROWS, SORTED=order is not None,
     )  # fmt: skip
-    return Tiles(order, table, masks, {})
+    return Tiles(order, table, masks, {}, limit)

@@ -43,6 +43,7 @@ def make_plan(
     keys: SortKeys | None,
     geometry: Geometry,
     layout: tuple[str, bool, int],
+    limit: Tensor | None = None,
 ) -> Plan:
     """Lay out a neighbour table for `gather_gemm`.
 
@@ -51,6 +52,7 @@ def make_plan(
         keys: Sort keys of its rows, if they were computed with it.
         geometry: Of the taps.
         layout: From `choose_layout`.
+        limit: [1] int64 on the device, how many rows are real; None: all.
     """
     kind, sort, splits = layout
     if kind == "fetch":
@@ -58,8 +60,8 @@ def make_plan(
     if splits == 1:
         if sort and keys is None:
             keys = row_sort_keys(neighbors, key_bits(geometry, neighbors.device))
-        tiles = make_tiles(neighbors, keys if sort else None)
-        return Plan(neighbors, (Share(0, geometry.volume, tiles),))
+        tiles = make_tiles(neighbors, keys if sort else None, limit)
+        return Plan(neighbors, (Share(0, geometry.volume, tiles),), limit=limit)
     bounds = [geometry.volume * part // splits for part in range(splits + 1)]
     shares = []
     for first, last in itertools.pairwise(bounds):
@@ -68,8 +70,8 @@ def make_plan(
         if sort:
             bits = key_bits(geometry, neighbors.device, first, last)
             part_keys = row_sort_keys(part, bits)
-        shares.append(Share(first, last, make_tiles(part, part_keys)))
-    return Plan(neighbors, tuple(shares))
+        shares.append(Share(first, last, make_tiles(part, part_keys, limit)))
+    return Plan(neighbors, tuple(shares), limit=limit)
 
 
 def make_pairs(neighbors: Tensor, geometry: Geometry) -> Pairs:

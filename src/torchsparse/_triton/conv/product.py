@@ -41,6 +41,7 @@ class Plan(NamedTuple):
     shares: tuple[Share, ...]  # for the implicit GEMM
     pairs: Pairs | None = None  # for the fetch-on-demand dataflow, in place of shares
     reverse: bool = False  # tap k of the table multiplies weight K - 1 - k
+    limit: Tensor | None = None  # [1] int64, how many rows are real; None: all (`_capacity`)
 
 
 def _aligned(feats: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -99,11 +100,13 @@ def finish(feats: Tensor, epilogue: Epilogue) -> Tensor:
     return out
 
 
-def _sum(partial: Tensor, parts: int, out: Tensor, end: _End) -> None:
+def _sum(
+    partial: Tensor, parts: int, out: Tensor, end: _End, limit: Tensor | None = None
+) -> None:
     m, channels = out.shape
     width = min(max(next_power(channels), 16), 128)
     launch(
-        sum_kernel, (cdiv(m, 32), cdiv(channels, width)), out, partial, out, *end.tensors, m,
+        sum_kernel, (cdiv(m, 32), cdiv(channels, width)), out, partial, out, *end.tensors, limit, m,
         CO=channels, PARTS=parts, BM=32, BN=width, **end.flags,
     )  # fmt: skip
 
@@ -165,7 +168,7 @@ def gather_gemm(
         own_end = end if parts == 1 else NO_END
         _gemm(feats, weight[taps], own_end, tiles, plan.reverse, tile, precision, part)
     if parts > 1:
-        _sum(target, parts, out, end)
+        _sum(target, parts, out, end, plan.limit)
     return out
 
 
@@ -180,7 +183,7 @@ def _gemm(
     kind = (feats.dtype, out.dtype, c_in, c_out, strides, tile, reverse, precision, end.kind)
     launch(
         gemm_kernel, grid, feats, feats, weight, out, tiles.table, tiles.order, tiles.masks,
-        *end.tensors, m, tiles.masks.shape[1], *strides, memo=(tiles.memo, kind),
+        *end.tensors, tiles.limit, m, tiles.masks.shape[1], *strides, memo=(tiles.memo, kind),
         K=volume, CI=c_in, CO=c_out, BM=tile.BM, BN=tile.BN, BK=tile.BK, SPLITS=tile.splits,
         SORTED=tiles.order is not None, REVERSE=reverse, PRECISION=precision, **end.flags,
         num_warps=tile.warps, num_stages=tile.stages,
@@ -196,7 +199,7 @@ def _narrow(
     table = plan.neighbors
     launch(
         narrow_kernel, (cdiv(m, tile.BM), cdiv(c_out, tile.BN)), feats, feats, weight, out, table,
-        *end.tensors, m, table.stride(1), table.stride(0), *weight.stride(),
+        *end.tensors, plan.limit, m, table.stride(1), table.stride(0), *weight.stride(),
         K=volume, CI=c_in, CO=c_out, BM=tile.BM, BN=tile.BN,
         BK=loop_step(tile.BK, feats.dtype, precision),
         REVERSE=plan.reverse, PRECISION=precision, **end.flags,

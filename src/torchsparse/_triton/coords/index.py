@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from torchsparse._capacity import Growth, growth, mark_rows, row_count
 from torchsparse._flags import Complaint, pending_word, raise_found
 from torchsparse._geometry import Geometry, tap_list
 from torchsparse._triton.conv.order import SortKeys, key_bits, new_sort_keys, row_sort_keys
@@ -75,9 +76,10 @@ def _relation(geometry: Geometry, device: torch.device) -> tuple[Tensor, Tensor]
 
 
 def _empty_table(
-    slots: int, ndim: int, device: torch.device
+    slots: int, ndim: int, device: torch.device, none: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """An empty table of at least so many slots, bounds [2, 1 + D] and counts [4]."""
+    """An empty table of at least so many slots with values ``none``, bounds [2, 1 + D] and counts
+    [4]."""
     slots = next_power(max(slots, 16))
     table = torch.empty(slots, dtype=torch.int64, device=device)
     values = torch.empty(slots, dtype=torch.int32, device=device)
@@ -85,7 +87,7 @@ def _empty_table(
     info = torch.empty(4, dtype=torch.int64, device=device)
     launch(
         begin_kernel, (cdiv(slots, 1024),), table, table, values, bounds, info, slots,
-        COLUMNS=ndim + 1, BLOCK=1024,
+        COLUMNS=ndim + 1, NONE=none, BLOCK=1024,
     )  # fmt: skip
     return table, values, bounds, info
 
@@ -100,7 +102,8 @@ def build_index(coords: Tensor, reach: tuple[int, ...]) -> CoordIndex:
     n, ndim = coords.shape[0], coords.shape[1] - 1
     device = coords.device
     coords = coords.contiguous()
-    table, values, bounds, _ = _empty_table(SLOTS_PER_KEY * n, ndim, device)
+    table, values, bounds, _ = _empty_table(SLOTS_PER_KEY * n, ndim, device, INT32.max)
+    limit = row_count(coords)
     layout = torch.empty(numbers(ndim), dtype=torch.int64, device=device)
     need = max(reach, default=0)
     usual = max(need, USUAL_MARGIN)
@@ -108,19 +111,20 @@ def build_index(coords: Tensor, reach: tuple[int, ...]) -> CoordIndex:
     flags = pending_word(device)
     steps = max(cdiv(n, 264 * 256), 1)
     launch(
-        bounds_kernel, (cdiv(n, steps * 256),), coords, coords, bounds, n, steps, D=ndim, BR=256
-    )
+        bounds_kernel, (cdiv(n, steps * 256),), coords, coords, bounds, limit, n, steps,
+        D=ndim, BR=256,
+    )  # fmt: skip
     launch(
         fit_kernel, (1,), coords, bounds, layout, flags, usual, need, Complaint.BOX.bit,
         D=ndim, num_warps=1,
     )  # fmt: skip
     launch(
-        insert_kernel, (cdiv(n, 128),), coords, coords, layout, table, flags, n, *index.probe,
-        Complaint.DUPLICATE.bit, table.shape[0], D=ndim, BR=128, num_warps=1,
+        insert_kernel, (cdiv(n, 128),), coords, coords, layout, table, flags, limit, n,
+        *index.probe, Complaint.DUPLICATE.bit, table.shape[0], D=ndim, BR=128, num_warps=1,
     )  # fmt: skip
     launch(
-        assign_kernel, (cdiv(n, 128),), coords, coords, layout, table, values, n, *index.probe,
-        D=ndim, BR=128, num_warps=1,
+        assign_kernel, (cdiv(n, 128),), coords, coords, layout, table, values, limit, n,
+        *index.probe, D=ndim, BR=128, num_warps=1,
     )  # fmt: skip
     return index
 
@@ -231,24 +235,68 @@ def _create(
     # A fine site has about k / s coarse sites on an axis, a coarse one k fine sites.
     each = math.prod(k if generative else -(-k // (s // math.gcd(s, d))) for k, s, d in axes)
     room = min(each, 2) * n
-    found, info = _fill(source, coords, geometry, lower, upper, generative, room, MOST_STEPS)
+    growing = growth()
+    padded = growing is not None and growing.padded
+    found, info = _fill(
+        source, coords, geometry, lower, upper, generative, room, MOST_STEPS, not padded
+    )
+    if growing is not None and padded:
+        return _collect_padded(found, info, growing, each * n)
     count, lost, flags, cells = info.tolist()  # the one synchronisation
     raise_found(flags, coords.device)
     if lost:  # more sites than expected, rare: a table that holds whatever may come
         room = each * n
-        found, info = _fill(source, coords, geometry, lower, upper, generative, room, INT32.max)
+        found, info = _fill(
+            source, coords, geometry, lower, upper, generative, room, INT32.max, True
+        )
         count, lost, flags, cells = info.tolist()
         raise_found(flags, coords.device)
-    dtype = torch.int32 if cells <= INT32.max else torch.int64
-    keys = torch.empty(count, dtype=dtype, device=coords.device)
-    slots = found.keys.shape[0]
+    if growing is not None:
+        growing.note(count, each)
+    keys = torch.empty(count, dtype=_key_dtype(cells), device=coords.device)
     info.zero_()
-    launch(collect_kernel, (cdiv(slots, 1024),), keys, found.keys, keys, info, slots, BLOCK=1024)
-    keys = torch.sort(keys).values
-    sites = torch.empty((count, 1 + ndim), dtype=torch.int32, device=coords.device)
+    return _unpack(found, info, keys, None)
+
+
+def _key_dtype(cells: int) -> torch.dtype:
+    """Of keys to be sorted: half as many bytes are sorted in half the time."""
+    return torch.int32 if cells <= INT32.max else torch.int64
+
+
+def _collect_padded(
+    found: CoordIndex, info: Tensor, growing: Growth, most: int
+) -> tuple[Tensor, CoordIndex]:
+    """The sites of a table in as many rows as `Growth` plans; nothing waits."""
+    rows = growing.rows(info, most)
+    last = torch.iinfo(torch.int64).max  # stands behind all keys
+    keys = torch.full((rows,), last, dtype=torch.int64, device=info.device)
+    info[:1].zero_()
+    sites, index = _unpack(found, info, keys, info[:1])
+    mark_rows(sites, info[:1])
+    return sites, index
+
+
+def _unpack(
+    found: CoordIndex, info: Tensor, keys: Tensor, limit: Tensor | None
+) -> tuple[Tensor, CoordIndex]:
+    """Sorted coordinates of the keys in a table, and their index.
+
+    Args:
+        found: The table.
+        info: Its first number, 0 at first, becomes their number.
+        keys: [M] int32 or int64, room for them.
+        limit: None if they fill it, else [1] int64, their number once they are collected.
+    """
+    slots, rows, ndim = found.keys.shape[0], keys.shape[0], len(found.margin)
     launch(
-        unpack_kernel, (cdiv(count, 128),), keys, keys, sites, found.layout, found.keys,
-        found.values, count, *found.probe, D=ndim, BR=128,
+        collect_kernel, (cdiv(slots, 1024),), keys, found.keys, keys, info, found.layout, slots,
+        rows, D=ndim, BLOCK=1024,
+    )  # fmt: skip
+    keys = torch.sort(keys).values
+    sites = torch.empty((rows, 1 + ndim), dtype=torch.int32, device=keys.device)
+    launch(
+        unpack_kernel, (cdiv(rows, 128),), keys, keys, sites, found.layout, found.keys,
+        found.values, limit, rows, *found.probe, D=ndim, BR=128,
     )  # fmt: skip
     return sites, found._replace(coords=sites)
 
@@ -262,13 +310,17 @@ def _fill(
     generative: bool,
     room: int,
     most: int,
+    report: bool,
 ) -> tuple[CoordIndex, Tensor]:
     """A table of the sites that a layer creates, and its counts."""
     n, ndim, volume = coords.shape[0], geometry.ndim, geometry.volume
     device = coords.device
-    table, values, _, info = _empty_table(2 * room, ndim, device)
+    table, values, _, info = _empty_table(2 * room, ndim, device, -1)
     layout = torch.empty_like(source.layout)
-    made = CoordIndex(coords, table, values, layout, (USUAL_MARGIN,) * ndim)
+    # A generative layer looks for what it created; others look on their input's side.
+    need = max(geometry.reach, default=0) if generative else 0
+    usual = max(need, USUAL_MARGIN)
+    made = CoordIndex(coords, table, values, layout, (usual,) * ndim)
     flags = pending_word(device)
     taps, relation = _relation(geometry, device)
     low = [INT32.min if v is None else v for v in lower]
@@ -277,7 +329,7 @@ def _fill(
     high += [0] * (4 - ndim)
     launch(
         level_kernel, (1,), coords, source.layout, layout, relation, flags, *low, *high,
-        USUAL_MARGIN, Complaint.BOX.bit, Complaint.OVERFLOW.bit,
+        usual, need, Complaint.BOX.bit, Complaint.OVERFLOW.bit,
         D=ndim, GENERATIVE=generative, INFER=upper is None, num_warps=1,
     )  # fmt: skip
     taps_each = min(max(next_power(volume), 1), 32)
@@ -285,7 +337,8 @@ def _fill(
     grid = (max(cdiv(n, rows_each), 1), cdiv(volume, taps_each))
     launch(
         create_kernel, grid, coords, coords.contiguous(), layout, taps, relation, table, flags,
-        info, n, *made.probe, most, D=ndim, K=volume, TAPS=taps_each, BR=rows_each,
-        GENERATIVE=generative, num_warps=4,
+        info, row_count(coords), n, *made.probe, most,
+        D=ndim, K=volume, TAPS=taps_each, BR=rows_each,
+        GENERATIVE=generative, REPORT=report, num_warps=4,
     )  # fmt: skip
     return made, info

@@ -15,6 +15,8 @@ created: their bounds); keys cover the box widened by ``margin`` on every spatia
 import triton
 import triton.language as tl
 
+from torchsparse._triton.primitives import real_rows
+
 __all__ = ["bounds_kernel", "check_kernel", "fit_kernel", "numbers"]
 
 INT_MAX = tl.constexpr(2147483647)
@@ -28,8 +30,9 @@ def numbers(ndim: int) -> int:
 
 
 @triton.jit
-def bounds_kernel(coords, bounds, N, steps, D: tl.constexpr, BR: tl.constexpr):
+def bounds_kernel(coords, bounds, limit, N, steps, D: tl.constexpr, BR: tl.constexpr):
     """Smallest and largest coordinate per column, into bounds [2, 1 + D]."""
+    N = real_rows(N, limit)
     first = tl.program_id(0) * steps * BR
     for column in tl.static_range(D + 1):
         low = tl.full((BR,), INT_MAX, tl.int32)

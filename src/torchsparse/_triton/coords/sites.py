@@ -8,7 +8,7 @@ import triton.language as tl
 
 from torchsparse._triton.coords.layout import write_layout
 from torchsparse._triton.coords.table import FREE, find_slots, insert_keys
-from torchsparse._triton.primitives import row_key
+from torchsparse._triton.primitives import real_rows, row_key
 
 __all__ = [
     "assign_kernel",
@@ -20,18 +20,20 @@ __all__ = [
     "unpack_kernel",
 ]
 
-NO_ROW = tl.constexpr(2147483647)
 INT_MAX = tl.constexpr(2147483647)
 INT_MIN = tl.constexpr(-2147483648)
 
 
 @triton.jit
-def begin_kernel(table, values, bounds, info, slots, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
-    """An empty table, empty bounds [2, COLUMNS], zero counts [4]."""
+def begin_kernel(
+    table, values, bounds, info, slots,
+    COLUMNS: tl.constexpr, NONE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """An empty table with values NONE, empty bounds [2, COLUMNS], zero counts [4]."""
     pid = tl.program_id(0)
     at = pid * BLOCK + tl.arange(0, BLOCK)
     tl.store(table + at, tl.full((BLOCK,), FREE, tl.int64), mask=at < slots)
-    tl.store(values + at, tl.full((BLOCK,), NO_ROW, tl.int32), mask=at < slots)
+    tl.store(values + at, tl.full((BLOCK,), NONE, tl.int32), mask=at < slots)
     if pid == 0:
         columns = tl.arange(0, 16)
         empty = tl.where(columns < COLUMNS, INT_MAX, INT_MIN)
@@ -41,12 +43,12 @@ def begin_kernel(table, values, bounds, info, slots, COLUMNS: tl.constexpr, BLOC
 
 @triton.jit
 def insert_kernel(
-    coords, layout, table, flags, N, shift, slots_mask, duplicate_bit, most,
+    coords, layout, table, flags, limit, N, shift, slots_mask, duplicate_bit, most,
     D: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     """Put coordinate rows into a table, and complain about equal ones."""
     rows = tl.program_id(0) * BR + tl.arange(0, BR)
-    live = rows < N
+    live = rows < real_rows(N, limit)
     keys = row_key(coords, rows, live, layout, D)
     _, twice, _ = insert_keys(keys, live, table, shift, slots_mask, most)
     found = tl.max(twice.to(tl.int32), axis=0)
@@ -56,11 +58,12 @@ def insert_kernel(
 
 @triton.jit
 def assign_kernel(
-    coords, layout, table, values, N, shift, slots_mask, D: tl.constexpr, BR: tl.constexpr
+    coords, layout, table, values, limit, N, shift, slots_mask,
+    D: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     """The value of a key is its lowest row."""
     rows = tl.program_id(0) * BR + tl.arange(0, BR)
-    live = rows < N
+    live = rows < real_rows(N, limit)
     keys = row_key(coords, rows, live, layout, D)
     slots = find_slots(keys, live, table, shift, slots_mask)
     tl.atomic_min(values + slots, rows, mask=slots >= 0, sem="relaxed")
@@ -76,7 +79,7 @@ def _floor(a, b):
 @triton.jit(do_not_specialize=["l0", "l1", "l2", "l3", "u0", "u1", "u2", "u3"])
 def level_kernel(
     fine, layout, relation, flags, l0, l1, l2, l3, u0, u1, u2, u3,
-    usual, box_bit, overflow_bit,
+    usual, need, box_bit, overflow_bit,
     D: tl.constexpr, GENERATIVE: tl.constexpr, INFER: tl.constexpr,
 ):  # fmt: skip
     """The layout of the level that a layer creates, from that of its input.
@@ -113,20 +116,22 @@ def level_kernel(
     high = tl.where(spatial, tl.minimum(high, top), high)
     # An empty range keeps bounds that no site fulfils; the box itself has at least one cell.
     box = tl.maximum(low, high)
-    write_layout(low, box, real, layout, flags, usual, 0, box_bit, D)
+    write_layout(low, box, real, layout, flags, usual, need, box_bit, D)
     tl.store(layout + 3 * (D + 1) + columns, high, mask=real)
 
 
 @triton.jit
 def create_kernel(
-    coords, layout, taps_at, relation, table, flags, info, N, shift, slots_mask, most,
+    coords, layout, taps_at, relation, table, flags, info, limit, N, shift, slots_mask, most,
     D: tl.constexpr, K: tl.constexpr, TAPS: tl.constexpr, BR: tl.constexpr,
-    GENERATIVE: tl.constexpr,
+    GENERATIVE: tl.constexpr, REPORT: tl.constexpr,
 ):  # fmt: skip
     """Insert every site that some tap ties to a given one.
 
     info = [number of sites, rows that found no slot, pending complaints, cells of the layout].
+    Complaints move there if the host reads it next (REPORT).
     """
+    N = real_rows(N, limit)
     rows = tl.program_id(0) * BR + tl.arange(0, BR)
     taps = tl.program_id(1) * TAPS + tl.arange(0, TAPS)
     live = (rows < N)[:, None] & (taps < K)[None, :]
@@ -159,30 +164,42 @@ def create_kernel(
     if gone > 0:
         tl.atomic_add(info + 1, gone, sem="relaxed")
     if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
-        tl.store(info + 2, tl.load(flags))
-        tl.store(flags, tl.full((), 0, tl.int64))
+        if REPORT:
+            tl.store(info + 2, tl.load(flags))
+            tl.store(flags, tl.full((), 0, tl.int64))
         tl.store(info + 3, tl.load(layout + 4 * (D + 1) + 1))
 
 
 @triton.jit
-def collect_kernel(table, keys, info, slots, BLOCK: tl.constexpr):
-    """Keys of a table, in any order: they are sorted next."""
+def collect_kernel(table, keys, info, layout, slots, room, D: tl.constexpr, BLOCK: tl.constexpr):
+    """Keys of a table, in any order: they are sorted next. ``room`` of them at most.
+
+    The layout's upper bounds are what a layer may create; `unpack_kernel` finds those of what it
+    did create, beginning here at the lower ones.
+    """
+    if tl.program_id(0) == 0:
+        columns = tl.arange(0, 8)
+        low = tl.load(layout + 2 * (D + 1) + columns, mask=columns <= D, other=0)
+        tl.store(layout + 3 * (D + 1) + columns, low, mask=columns <= D)
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     key = tl.load(table + at, mask=at < slots, other=FREE)
     there = (key != FREE).to(tl.int32)
     count = tl.sum(there, axis=0)
     begin = tl.atomic_add(info, count.to(tl.int64), sem="relaxed")
     place = begin + tl.cumsum(there, axis=0) - 1
-    tl.store(keys + place, key.to(keys.dtype.element_ty), mask=there > 0)
+    tl.store(keys + place, key.to(keys.dtype.element_ty), mask=(there > 0) & (place < room))
 
 
 @triton.jit
 def unpack_kernel(
-    keys, coords, layout, table, values, M, shift, slots_mask, D: tl.constexpr, BR: tl.constexpr
+    keys, coords, layout, table, values, limit, M, shift, slots_mask,
+    D: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
-    """Coordinates of sorted keys; the value of a key is its place."""
+    """Coordinates of sorted keys, PAD behind them, and their upper bounds; the value of a key is
+    its place."""
     rows = tl.program_id(0) * BR + tl.arange(0, BR)
-    live = rows < M
+    inside = rows < M
+    live = rows < real_rows(M, limit)
     key = tl.load(keys + rows, mask=live, other=0).to(tl.int64)
     rest = key
     for column in tl.static_range(D + 1):
@@ -190,6 +207,9 @@ def unpack_kernel(
         digit = rest // weight
         rest -= digit * weight
         c = digit + tl.load(layout + column)
-        tl.store(coords + rows.to(tl.int64) * (D + 1) + column, c.to(tl.int32), mask=live)
+        c = tl.where(live, c, INT_MIN)
+        tl.store(coords + rows.to(tl.int64) * (D + 1) + column, c.to(tl.int32), mask=inside)
+        upper = layout + 3 * (D + 1) + column
+        tl.atomic_max(upper, tl.max(c, axis=0).to(tl.int64), sem="relaxed")
     slots = find_slots(key, live, table, shift, slots_mask)
     tl.store(values + slots, rows, mask=slots >= 0)
