@@ -65,7 +65,7 @@ def test_strided_sites(layer: Layer, name: str, device: torch.device) -> None:
 
 def test_a_created_level_has_the_bounds_of_its_sites(device: torch.device) -> None:
     """Its index serves the next layer, which infers its range from what is there, not from what
-    might have been: without rows at the far end, 13 // 2 = 6 has no site and 5 // 2 = 2 is last."""
+    might have been there."""
     coords = to(device, [[0, 2, 2, 2], [0, 13, 0, 0], [1, 10, 4, 4]])
     geometry = Geometry.strided((2, 1, 1), (2, 1, 1), (0, 0, 0), (2, 1, 1), "spconv")
     sites, index = strided_sites(build_index(coords, geometry.reach), coords, geometry, NONE, NONE)

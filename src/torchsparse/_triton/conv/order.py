@@ -215,7 +215,7 @@ def row_sort_keys(neighbors: Tensor, bits: Tensor) -> SortKeys:
 
 
 def _sort(found: SortKeys, limit: Tensor | None) -> Tensor:
-    """[M] int32, rows by key, largest first: a counting sort. Places behind ``limit`` are empty."""
+    """[M] int32, rows by key, largest first: a counting sort. None behind ``limit``."""
     m = found.keys.shape[0]
     starts = torch.empty_like(found.counts)
     bins = starts.shape[0]

@@ -106,8 +106,8 @@ def _sum(
     m, channels = out.shape
     width = min(max(next_power(channels), 16), 128)
     launch(
-        sum_kernel, (cdiv(m, 32), cdiv(channels, width)), out, partial, out, *end.tensors, limit, m,
-        CO=channels, PARTS=parts, BM=32, BN=width, **end.flags,
+        sum_kernel, (cdiv(m, 32), cdiv(channels, width)), out, partial, out, *end.tensors,
+        limit, m, CO=channels, PARTS=parts, BM=32, BN=width, **end.flags,
     )  # fmt: skip
 
 

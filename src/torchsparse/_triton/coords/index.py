@@ -230,7 +230,7 @@ def _create(
     upper: Bounds | None,
     generative: bool,
 ) -> tuple[Tensor, CoordIndex]:
-    n, ndim = coords.shape[0], geometry.ndim
+    n = coords.shape[0]
     axes = zip(geometry.kernel_size, geometry.stride, geometry.dilation)
     # A fine site has about k / s coarse sites on an axis, a coarse one k fine sites.
     each = math.prod(k if generative else -(-k // (s // math.gcd(s, d))) for k, s, d in axes)
