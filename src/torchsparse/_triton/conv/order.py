@@ -228,9 +228,7 @@ def _sort(found: SortKeys, limit: Tensor | None) -> Tensor:
     return order
 
 
-def make_tiles(
-    neighbors: Tensor, keys: SortKeys | None, limit: Tensor | None = None
-) -> Tiles:
+def make_tiles(neighbors: Tensor, keys: SortKeys | None, limit: Tensor | None = None) -> Tiles:
     """Sort the rows of a table by ``keys`` (largest first; None: leave them) and tile them.
 
     Args:

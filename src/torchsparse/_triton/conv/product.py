@@ -100,9 +100,7 @@ def finish(feats: Tensor, epilogue: Epilogue) -> Tensor:
     return out
 
 
-def _sum(
-    partial: Tensor, parts: int, out: Tensor, end: _End, limit: Tensor | None = None
-) -> None:
+def _sum(partial: Tensor, parts: int, out: Tensor, end: _End, limit: Tensor | None = None) -> None:
     m, channels = out.shape
     width = min(max(next_power(channels), 16), 128)
     launch(
