@@ -34,7 +34,7 @@ STOREYS: dict[int, tuple[str, ...]] = {
     5: ("operators", "nn.utils", "nn.utils.*", "nn.functional", "nn.functional.*", "utils",
         "utils.*"),
     6: ("nn", "nn.modules", "nn.modules.*", "backbones", "backbones.*", "models", "models.*",
-        "compat", "sparse_tensor", "point_tensor",
+        "compat", "inference", "sparse_tensor", "point_tensor",
         "checkpoints", "utils.tune", "(root)"),
     7: ("datasets", "datasets.*", "viz", "segmentation", "cli", "cli.*", "__main__"),
 }  # fmt: skip

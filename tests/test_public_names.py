@@ -45,7 +45,8 @@ BLOCKS = "SparseConvBlock SparseConvTransposeBlock SparseResBlock"
 # What each module offers: exactly its `__all__`, and so what `import *` gives.
 OFFERED: dict[str, str] = {
     "": """SparseTensor PointTensor cat compat generative_add __version__ backend backends nn
-        operators tensor tune utils""",
+        inference operators tensor tune utils""",
+    "inference": "Graphed graphed warmup",
     "tensor": f"""SparseTensor PointTensor get_allow_negative_coordinates
         set_allow_negative_coordinates {CACHE}""",
     "operators": """cat generative_add align union intersection add sub mul prune broadcast
@@ -121,11 +122,6 @@ HELPERS: dict[str, str] = {
     "nn.functional.pooling": "samples",
     "utils.collate": "as_tensor",
     "utils.quantize": "cell_size",
-}
-
-# Promised and not yet there. Adding one moves it into the tables above.
-LATER: dict[str, str] = {
-    "": "inference",
 }
 
 # Names and defaults of the parameters; as in TorchSparse 2.1, where it has them.
@@ -337,13 +333,3 @@ def test_every_public_method_has_a_docstring(kind: type) -> None:
     public = [name for name in methods if not name.startswith("_")]
     assert len(public) > 3
     assert [name for name in public if not inspect.getdoc(getattr(kind, name))] == []
-
-
-# ------------------------------------------------------------------ not yet there
-@pytest.mark.parametrize(
-    ("path", "name"), [(path, name) for path, names in LATER.items() for name in names.split()]
-)
-def test_a_later_name_is_not_there(path: str, name: str) -> None:
-    assert not hasattr(module(path), name), f"move {name} out of LATER"
-    with pytest.raises(ModuleNotFoundError):
-        module(f"{path}.{name}".lstrip("."))

@@ -1,6 +1,6 @@
 """Sparse convolution for point clouds and voxels, in pure PyTorch and Triton."""
 
-from torchsparse import backend, backends, compat, nn, operators, tensor, utils
+from torchsparse import backend, backends, compat, inference, nn, operators, tensor, utils
 from torchsparse import point_tensor as point_tensor
 from torchsparse import sparse_tensor as sparse_tensor
 from torchsparse.operators import cat, generative_add
@@ -17,6 +17,7 @@ __all__ = [
     "cat",
     "compat",
     "generative_add",
+    "inference",
     "nn",
     "operators",
     "tensor",

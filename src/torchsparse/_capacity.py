@@ -14,10 +14,21 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 from torch import Tensor
 
-__all__ = ["PAD", "Growth", "growing", "growth", "mark_rows", "row_count"]
+__all__ = [
+    "PAD",
+    "Found",
+    "Growth",
+    "Room",
+    "growing",
+    "growth",
+    "mark_rows",
+    "rounded",
+    "row_count",
+]
 
 PAD = -(2**31)  # in all columns of a padding row
 STEP = 128  # rows of capacities are a multiple of it
@@ -41,51 +52,77 @@ def rounded(rows: int) -> int:
     return max(-(-rows // STEP), 1) * STEP
 
 
+class Room(NamedTuple):
+    """What is planned for a level."""
+
+    rows: int | None  # None: for as many as there can be
+    narrow: bool = False  # its keys fit into 32 bits
+
+
+class Found(NamedTuple):
+    """A level that a layer created."""
+
+    sites: int
+    cells: int  # possible keys in its bounding box
+    each: int  # sites that one of the input's can create
+
+
 class Growth:
     """Sizes of the levels that the layers of a network create, in the order of their creation.
 
     Args:
-        rooms: Rows planned for each, or None to note sizes.
+        rooms: What is planned for each, or None to note sizes.
+        rows: Of the network's input.
+        guess: Plan for a pass in which nothing is launched: any number of levels, of some size,
+            none of them marked as padded.
 
     Attributes:
-        counts: Sizes noted.
-        each: How many sites one input site can create at most, of each level.
+        levels: Noted: what each level was found to be.
         rooms: As given.
-        infos: Of a padded pass, [4] int64 on the device for each level: its number of sites,
-            and of sites lost for lack of slots.
+        given: Rows that each level got, all different, and not those of the input.
+        infos: [4] int64 on the device for each level: its sites, those lost for lack of slots, and
+            at last its cells.
     """
 
-    def __init__(self, rooms: list[int] | None = None) -> None:
-        self.counts: list[int] = []
-        self.each: list[int] = []
+    def __init__(
+        self, rooms: list[Room] | None = None, guess: bool = False, rows: int = 0
+    ) -> None:
+        self.levels: list[Found] = []
         self.rooms = rooms
-        self.infos: list[Tensor] = []
+        self.rows = rows
+        self.guess = guess
         self.given: list[int] = []
+        self.infos: list[Tensor] = []
 
     @property
     def padded(self) -> bool:
-        return self.rooms is not None
+        """Whether sizes are planned, so that nobody need wait for them."""
+        return self.guess or self.rooms is not None
 
-    def note(self, count: int, each: int) -> None:
-        """A layer created ``count`` sites, ``each`` times its input's at most."""
-        self.counts.append(count)
-        self.each.append(each)
+    def note(self, sites: int, cells: int, each: int) -> None:
+        """A layer created a level."""
+        self.levels.append(Found(sites, cells, each))
 
-    def rows(self, info: Tensor, most: int) -> int:
-        """Room for the next level, of ``most`` sites at most.
+    def plan(self, info: Tensor, most: int) -> Room:
+        """What the next level gets, of ``most`` sites at most; its rows are known.
 
         Raises:
             RuntimeError: The network creates more levels than in the pass before.
         """
+        if self.guess:
+            return Room(rounded(most), True)
         if self.rooms is None or len(self.given) == len(self.rooms):
             raise RuntimeError(
                 "the network creates other levels than before: what it computes must not depend "
                 "on the data"
             )
-        room = min(self.rooms[len(self.given)], rounded(most))
-        self.given.append(room)
+        room = self.rooms[len(self.given)]
+        rows = rounded(most) if room.rows is None else room.rows
+        while rows == self.rows or rows in self.given:
+            rows += STEP
+        self.given.append(rows)
         self.infos.append(info)
-        return room
+        return room._replace(rows=rows)
 
 
 class _Current(threading.local):

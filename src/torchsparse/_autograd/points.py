@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from torchsparse._capacity import PAD, row_count
 from torchsparse._flags import Complaint, complain_if, flag_word
 from torchsparse._ops import points, reduce
 from torchsparse._validate import check_coords, check_feats, check_rows, check_same_device
@@ -66,7 +67,10 @@ def to_dense(feats: Tensor, coords: Tensor, spatial_range: Any) -> Tensor:
     word = flag_word(coords.device)
     index = points.flat_index(coords, extents, word, Complaint.DENSE.bit)
     if word is None:
-        complain_if((index < 0).any(), Complaint.DENSE, lambda: f"spatial_range = {extents}")
+        outside = index < 0
+        if row_count(coords) is not None:  # padding has no cell
+            outside &= coords[:, 0] != PAD
+        complain_if(outside.any(), Complaint.DENSE, lambda: f"spatial_range = {extents}")
     return ToDense.apply(feats, index, extents)  # pyright: ignore[reportReturnType]
 
 

@@ -150,8 +150,11 @@ def weight_grad(feats: Tensor, grad: Tensor, planned: Planned, precision: str) -
     return planned.chosen.weight_grad(feats, grad, planned.plan, precision)
 
 
-def compile_ahead(like: Tensor, calls: Iterable[Callable[[], Any]]) -> None:
-    """Compile, several at once, what calls on the device of ``like`` would launch; run nothing."""
+def compile_ahead(like: Tensor, calls: Iterable[Callable[[], Any]]) -> int:
+    """Compile, several at once, what calls on the device of ``like`` would launch; run nothing.
+
+    Returns:
+        The number of kernels; 0 where there are none.
+    """
     chosen = twin("conv", like)
-    if chosen is not reference("conv"):
-        chosen.compile_ahead(calls)
+    return 0 if chosen is reference("conv") else chosen.compile_ahead(calls)

@@ -81,7 +81,7 @@ def _add_taps(
     return acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "T"])
 def gemm_kernel(
     x, w, out, table, order, masks, bias, mean, var, gamma, beta, eps, residual, slope,
     limit, M, T, w_tap, w_in, w_out,
@@ -140,7 +140,7 @@ def gemm_kernel(
     tl.store(out + rows[:, None] * CO + cols[None, :], acc.to(out.dtype.element_ty), mask=there)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def sum_kernel(
     partial, out, bias, mean, var, gamma, beta, eps, residual, slope, limit, M,
     CO: tl.constexpr, PARTS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
@@ -163,7 +163,7 @@ def sum_kernel(
     tl.store(out + at, acc.to(out.dtype.element_ty), mask=there)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "n_row", "n_tap"])
 def narrow_kernel(
     x, w, out, neighbors, bias, mean, var, gamma, beta, eps, residual, slope,
     limit, M, n_row, n_tap, w_tap, w_in, w_out,

@@ -122,7 +122,7 @@ def sort_key(word):
     return word ^ (word >> 8)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "n_row", "n_tap"])
 def row_key_kernel(
     neighbors, bits, keys, counts, M, n_row, n_tap, K: tl.constexpr, BR: tl.constexpr
 ):  # fmt: skip
@@ -164,7 +164,7 @@ def start_kernel(counts, starts, BINS: tl.constexpr):
     tl.store(starts + keys, tl.sum(count, axis=0) - tl.cumsum(count, axis=0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def place_kernel(keys, starts, order, limit, M, BR: tl.constexpr):
     """Put each row behind those of its key that came before; ``starts`` counts up."""
     rows = tl.program_id(0) * BR + tl.arange(0, BR)
@@ -179,7 +179,7 @@ def place_kernel(keys, starts, order, limit, M, BR: tl.constexpr):
     tl.store(order + place, rows, mask=live)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "T", "n_row", "n_tap"])
 def tile_kernel(
     neighbors, order, table, masks, limit, M, T, n_row, n_tap,
     K: tl.constexpr, BR: tl.constexpr, SORTED: tl.constexpr,

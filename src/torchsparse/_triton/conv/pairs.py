@@ -31,7 +31,7 @@ class Pairs(NamedTuple):
     swap: bool  # inputs and outputs are exchanged
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "blocks", "n_row", "n_tap"])
 def count_kernel(
     neighbors, counts, M, blocks, n_row, n_tap, L: tl.constexpr, BR: tl.constexpr
 ):  # fmt: skip
@@ -45,7 +45,7 @@ def count_kernel(
     tl.store(counts + taps.to(tl.int64) * blocks + block, found, mask=taps < L)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "blocks", "n_row", "n_tap"])
 def list_kernel(
     neighbors, ends, inputs, outputs, M, blocks, n_row, n_tap, L: tl.constexpr, BR: tl.constexpr
 ):  # fmt: skip

@@ -55,7 +55,7 @@ def find_chunk(
     return tap, begin, stop, left, right
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks", "target"])
 def wgrad_kernel(
     x, g, partial, inputs, outputs, ends, blocks, lists, target,
     K: tl.constexpr, KP: tl.constexpr, CI: tl.constexpr, CO: tl.constexpr,
@@ -94,7 +94,7 @@ def wgrad_kernel(
     tl.store(block_of, acc, mask=there)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks", "target"])
 def sum_chunks_kernel(
     partial, out, ends, blocks, lists, target, SIZE,
     K: tl.constexpr, KP: tl.constexpr, BK: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,

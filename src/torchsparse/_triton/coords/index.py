@@ -252,7 +252,7 @@ def _create(
         count, lost, flags, cells = info.tolist()
         raise_found(flags, coords.device)
     if growing is not None:
-        growing.note(count, each)
+        growing.note(count, cells, each)
     keys = torch.empty(count, dtype=_key_dtype(cells), device=coords.device)
     info.zero_()
     return _unpack(found, info, keys, None)
@@ -267,10 +267,13 @@ def _collect_padded(
     found: CoordIndex, info: Tensor, growing: Growth, most: int
 ) -> tuple[Tensor, CoordIndex]:
     """The sites of a table in as many rows as `Growth` plans; nothing waits."""
-    rows = growing.rows(info, most)
-    last = torch.iinfo(torch.int64).max  # stands behind all keys
-    keys = torch.full((rows,), last, dtype=torch.int64, device=info.device)
+    room = growing.plan(info, most)
+    dtype = torch.int32 if room.narrow else torch.int64
+    last = torch.iinfo(dtype).max  # stands behind all keys
+    keys = torch.full((room.rows or 0,), last, dtype=dtype, device=info.device)
     info[:1].zero_()
+    if growing.guess:
+        return _unpack(found, info, keys, None)
     sites, index = _unpack(found, info, keys, info[:1])
     mark_rows(sites, info[:1])
     return sites, index

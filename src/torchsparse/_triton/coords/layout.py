@@ -29,7 +29,7 @@ def numbers(ndim: int) -> int:
     return 4 * (ndim + 1) + 2
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "steps"])
 def bounds_kernel(coords, bounds, limit, N, steps, D: tl.constexpr, BR: tl.constexpr):
     """Smallest and largest coordinate per column, into bounds [2, 1 + D]."""
     N = real_rows(N, limit)
@@ -84,7 +84,7 @@ def write_layout(lower, upper, real, layout, flags, usual, reach, overflow, D: t
     tl.store(layout + 4 * (D + 1) + 1, cells)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["usual", "reach"])
 def fit_kernel(bounds, layout, flags, usual, reach, overflow, D: tl.constexpr):
     """The layout of the bounds that `bounds_kernel` found."""
     columns = tl.arange(0, 8)

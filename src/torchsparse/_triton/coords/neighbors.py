@@ -10,7 +10,7 @@ from torchsparse._triton.primitives import bit_or
 __all__ = ["find_kernel", "invert_kernel"]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "shift", "slots_mask"])
 def find_kernel(
     coords, layout, taps_at, relation, bits, table, values, neighbors, keys, counts, flags,
     M, shift, slots_mask, box_bit,
@@ -64,7 +64,7 @@ def find_kernel(
     tl.atomic_add(counts + key, 1, mask=inside & (key > 0), sem="relaxed")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "n_row", "n_tap"])
 def invert_kernel(
     neighbors, inverse, M, n_row, n_tap, K: tl.constexpr, WIDTH: tl.constexpr, BR: tl.constexpr
 ):  # fmt: skip

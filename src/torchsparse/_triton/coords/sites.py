@@ -24,7 +24,7 @@ INT_MAX = tl.constexpr(2147483647)
 INT_MIN = tl.constexpr(-2147483648)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slots"])
 def begin_kernel(
     table, values, bounds, info, slots,
     COLUMNS: tl.constexpr, NONE: tl.constexpr, BLOCK: tl.constexpr,
@@ -41,7 +41,7 @@ def begin_kernel(
         tl.store(info + columns, tl.zeros((16,), tl.int64), mask=columns < 4)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "shift", "slots_mask", "most"])
 def insert_kernel(
     coords, layout, table, flags, limit, N, shift, slots_mask, duplicate_bit, most,
     D: tl.constexpr, BR: tl.constexpr,
@@ -56,7 +56,7 @@ def insert_kernel(
         tl.atomic_or(flags, tl.cast(duplicate_bit, tl.int64), sem="relaxed")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "shift", "slots_mask"])
 def assign_kernel(
     coords, layout, table, values, limit, N, shift, slots_mask,
     D: tl.constexpr, BR: tl.constexpr,
@@ -76,7 +76,7 @@ def _floor(a, b):
     return tl.where(q * b > a, q - 1, q)
 
 
-@triton.jit(do_not_specialize=["l0", "l1", "l2", "l3", "u0", "u1", "u2", "u3"])
+@triton.jit(do_not_specialize=["l0", "l1", "l2", "l3", "u0", "u1", "u2", "u3", "usual", "need"])
 def level_kernel(
     fine, layout, relation, flags, l0, l1, l2, l3, u0, u1, u2, u3,
     usual, need, box_bit, overflow_bit,
@@ -120,7 +120,7 @@ def level_kernel(
     tl.store(layout + 3 * (D + 1) + columns, high, mask=real)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "shift", "slots_mask", "most"])
 def create_kernel(
     coords, layout, taps_at, relation, table, flags, info, limit, N, shift, slots_mask, most,
     D: tl.constexpr, K: tl.constexpr, TAPS: tl.constexpr, BR: tl.constexpr,
@@ -170,7 +170,7 @@ def create_kernel(
         tl.store(info + 3, tl.load(layout + 4 * (D + 1) + 1))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slots", "room"])
 def collect_kernel(table, keys, info, layout, slots, room, D: tl.constexpr, BLOCK: tl.constexpr):
     """Keys of a table, in any order: they are sorted next. ``room`` of them at most.
 
@@ -190,7 +190,7 @@ def collect_kernel(table, keys, info, layout, slots, room, D: tl.constexpr, BLOC
     tl.store(keys + place, key.to(keys.dtype.element_ty), mask=(there > 0) & (place < room))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "shift", "slots_mask"])
 def unpack_kernel(
     keys, coords, layout, table, values, limit, M, shift, slots_mask,
     D: tl.constexpr, BR: tl.constexpr,

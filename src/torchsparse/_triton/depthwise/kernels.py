@@ -17,7 +17,7 @@ from torchsparse._triton.primitives import bit_count, lowest_bit
 __all__ = ["depthwise_grad_kernel", "depthwise_kernel"]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "T"])
 def depthwise_kernel(
     x, w, out, table, order, masks, bias, M, T, w_tap, w_out,
     K: tl.constexpr, CI: tl.constexpr, CO: tl.constexpr, REPEAT: tl.constexpr,
@@ -66,7 +66,7 @@ def depthwise_kernel(
     tl.store(at, acc.to(out.dtype.element_ty), mask=live[:, None] & inside[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks", "target"])
 def depthwise_grad_kernel(
     x, g, partial, inputs, outputs, ends, blocks, lists, target,
     K: tl.constexpr, KP: tl.constexpr, CI: tl.constexpr, CO: tl.constexpr,

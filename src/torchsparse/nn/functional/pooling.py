@@ -7,6 +7,7 @@ from torch import Tensor
 
 from torchsparse._autograd.points import voxelize
 from torchsparse._autograd.reduce import segment_max, segment_sum
+from torchsparse._capacity import PAD, row_count
 from torchsparse._flags import Complaint, complain_if, raise_pending
 from torchsparse._ops import reduce
 from torchsparse._validate import check_coords, check_feats, check_rows, check_same_device
@@ -72,7 +73,10 @@ def samples(input: SparseTensor, batch_size: int | None = None) -> tuple[Tensor,
     check_same_device(feats=feats, coords=coords)
     batch = coords[:, 0].contiguous()
     if batch_size is not None:
-        complain_if((batch < 0).any(), Complaint.BATCH)
+        negative = batch < 0
+        if row_count(coords) is not None:  # padding belongs to no sample
+            negative &= batch != PAD
+        complain_if(negative.any(), Complaint.BATCH)
         complain_if(
             (batch >= batch_size).any(), Complaint.BATCH_SIZE, lambda: f"batch_size = {batch_size}"
         )

@@ -1,0 +1,445 @@
+"""Deployment: whole networks as CUDA graphs, and kernels compiled before the first scan.
+
+A scan of a few hundred thousand voxels is a millisecond of work for a GPU, and tens of
+milliseconds of Python that starts this work piece by piece. `graphed` records the pieces once,
+maps included, for levels with room to spare (`_capacity`), and then starts them all at once.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Hashable
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from torchsparse._cache import TensorCache
+from torchsparse._capacity import (
+    PAD,
+    Growth,
+    Room,
+    growing,
+    mark_rows,
+    rounded,
+    row_count,
+)
+from torchsparse._flags import pending_word, raise_found
+from torchsparse._ops.conv import compile_ahead
+from torchsparse._settings import settings
+from torchsparse._validate import check_coords, check_feats, check_rows, check_same_device
+from torchsparse.tensor import SparseTensor, wrap
+
+__all__ = ["Graphed", "graphed", "warmup"]
+
+RATIO = 1.25  # of the capacities of neighbouring buckets
+SPARE = 1.15  # room in a level beyond the largest share of the input's rows seen so far
+WIDEST = 2**31 - 1  # cells of a level with narrow keys
+NARROW = WIDEST // 2  # cells seen, below which keys are planned to be narrow
+SMALLEST = 1024  # rows of the smallest bucket
+
+
+def graphed(
+    model: nn.Module, max_points: int | None = None, *, wait: bool = True, keep: int = 8
+) -> Graphed:
+    """A network that runs as one CUDA graph, from voxel coordinates to its output.
+
+    The first scan of each size class runs as usual and is then captured, which takes about a
+    second (more if kernels must be compiled). Scans on the CPU, without rows or with more than
+    ``max_points`` rows run as usual.
+
+    Args:
+        model: In evaluation mode, called with one `SparseTensor`. It may do whatever a CUDA graph
+            can hold: what it computes must not depend on values that the host reads. Hooks run
+            when a graph is captured, not when it is replayed.
+        max_points: Most input voxels of a graph, or None.
+        wait: True: levels that layers create have room for what scans needed so far and a little
+            more; each call waits once for the device, to see that it sufficed. A scan that needs
+            more runs as usual, and the graph is captured anew. False: levels whose voxels come
+            from at least one of the level before each, as with kernel 2 and stride 2, have room
+            for whatever may come. A call does not wait if all are of this kind and the output has
+            the rows of the input or a fixed size; complaints about the input come later
+            (`torchsparse.backends.check_errors`).
+        keep: Most graphs kept; the one not used for longest goes first. They share their memory.
+
+    Returns:
+        A callable with the argument and the results of ``model``. Results are copies: sparse and
+        plain tensors, and tuples, lists and dictionaries of these. A tensor with as many rows as
+        a level has room for is cut to the rows of that level.
+
+    Raises:
+        ValueError: ``max_points`` or ``keep`` below 1.
+    """
+    return Graphed(model, max_points, wait, keep)
+
+
+def warmup(model: nn.Module, *examples: SparseTensor, graph: Graphed | None = None) -> int:
+    """Compile the kernels that a network needs, many at once, and run it on each example.
+
+    Args:
+        model: Called with one `SparseTensor`, without gradients, in the mode that it has.
+        *examples: Typical inputs, on the device that the network will work on.
+        graph: Captured too, if given.
+
+    Returns:
+        The number of kernels compiled ahead; 0 on a CPU.
+    """
+    compiled = 0
+    for x in examples:
+        if x.coords.is_cuda:
+            compiled += compile_ahead(x.coords, [lambda x=x: _rehearse(model, x)])
+        with torch.no_grad():
+            model(_fresh(x))
+            if graph is not None:
+                graph(_fresh(x))
+    return compiled
+
+
+def _fresh(x: SparseTensor) -> SparseTensor:
+    """The same features on the same coordinates, without maps."""
+    out = wrap(x.feats, x)
+    out._caches = TensorCache()
+    return out
+
+
+def _rehearse(model: nn.Module, x: SparseTensor) -> None:
+    """A pass in which nothing is launched: sizes are guesses, values garbage."""
+    # Values that a network reads may be anything here, and so may be what it makes of them.
+    with suppress(Exception), torch.no_grad(), growing(Growth(guess=True)):
+        model(_fresh(x))
+
+
+@dataclass
+class _Bucket:
+    """A graph for inputs of at most so many rows."""
+
+    rows: int
+    coords: Tensor  # [rows, 1 + D] int32
+    feats: Tensor  # [rows, C]
+    count: Tensor  # [1] int64, rows that are real
+    graph: Any
+    output: Any
+    growth: Growth
+    report: Tensor  # [4 L + 1] int64: the levels' `Growth.infos`, and complaints
+    parts: list[tuple[dict[str, Any], str, Tensor, int]]  # of the model, as captured
+    unsure: bool  # levels may overflow, or the output needs their sizes
+    filled: int = 0  # rows that may hold something other than padding
+    used: int = 0
+
+
+class _Seen(NamedTuple):
+    """A level, as far as scans have shown."""
+
+    share: float  # of rows, per row of the input
+    cells: int
+    bounded: bool  # no more rows than the level before
+
+
+class Graphed:
+    """What `graphed` returns.
+
+    Attributes:
+        model: The network.
+        captures: Graphs captured so far.
+        replays: Calls served by a graph.
+        overflows: Calls in which a level had too little room.
+    """
+
+    def __init__(
+        self, model: nn.Module, max_points: int | None = None, wait: bool = True, keep: int = 8
+    ) -> None:
+        if max_points is not None and max_points < 1:
+            raise ValueError(f"`max_points` must be at least 1, got {max_points}")
+        if keep < 1:
+            raise ValueError(f"`keep` must be at least 1, got {keep}")
+        self.model = model
+        self.max_points, self.wait, self.keep = max_points, wait, keep
+        self.captures = self.replays = self.overflows = 0
+        self._buckets: dict[Hashable, _Bucket] = {}
+        self._seen: dict[Hashable, list[_Seen]] = {}
+        self._pool: Any = None
+        self._done: Any = None  # event: the last replay and the copies of its results
+        self._lock = threading.Lock()
+        self._clock = 0
+
+    def __call__(self, x: SparseTensor) -> Any:
+        """``model(x)``, without gradients.
+
+        Raises:
+            RuntimeError: The model is in training mode, or does what a graph cannot hold.
+            ValueError: What the network's layers raise.
+        """
+        if not isinstance(x, SparseTensor):
+            raise TypeError(f"`x` must be a SparseTensor, got {type(x).__name__}")
+        if self.model.training:
+            raise RuntimeError("graphs are for evaluation: call model.eval() before")
+        if not self._suits(x):
+            with torch.no_grad():
+                return self.model(x)
+        with self._lock, torch.no_grad(), torch.cuda.device(x.coords.device):
+            return self._serve(x)
+
+    def _suits(self, x: SparseTensor) -> bool:
+        coords, feats = x.coords, x.feats
+        check_feats(feats)
+        check_coords(coords, ndim=None)
+        check_rows(feats, coords)
+        check_same_device(feats=feats, coords=coords)
+        rows = coords.shape[0]
+        most = self.max_points
+        fits = coords.is_cuda and coords.dtype == torch.int32 and rows > 0
+        return fits and (most is None or rows <= most)
+
+    def _serve(self, x: SparseTensor) -> Any:
+        stream = torch.cuda.current_stream()
+        if self._done is not None:
+            stream.wait_event(self._done)
+        kind = self._kind(x)
+        rows = _room(x.coords.shape[0], self.max_points)
+        bucket = self._buckets.get((kind, rows))
+        if bucket is not None:
+            self._clock += 1
+            bucket.used = self._clock
+            served, result = self._replay(bucket, x)
+            self._done = stream.record_event()
+            if served:
+                return result
+            del self._buckets[kind, rows]
+        result = self._eager(x, kind)
+        self._buckets[kind, rows] = self._capture(x, kind, rows)
+        self._done = stream.record_event()
+        while len(self._buckets) > self.keep:
+            oldest = min(self._buckets, key=lambda key: self._buckets[key].used)
+            del self._buckets[oldest]
+        return result
+
+    def _kind(self, x: SparseTensor) -> Hashable:
+        """What a graph depends on, besides the number of rows."""
+        return (
+            x.coords.device,
+            x.coords.shape[1],
+            x.feats.shape[1],
+            x.feats.dtype,
+            x.stride,
+            x.spatial_range,
+            settings.version,
+            torch.is_autocast_enabled("cuda"),
+            torch.get_autocast_dtype("cuda"),
+            torch.backends.cuda.matmul.allow_tf32,
+        )
+
+    def _eager(self, x: SparseTensor, kind: Hashable) -> Any:
+        """The ordinary pass, which tells how large the levels are."""
+        with growing(Growth()) as seen:
+            result = self.model(_fresh(x))
+        rows = x.coords.shape[0]
+        now = [_Seen(level.sites / rows, level.cells, level.each == 1) for level in seen.levels]
+        before = self._seen.get(kind, now)
+        if len(before) != len(now):
+            raise RuntimeError(
+                "the network created other levels than before: what it computes must not depend "
+                "on the data"
+            )
+        self._seen[kind] = [
+            _Seen(max(a.share, b.share), max(a.cells, b.cells), b.bounded)
+            for a, b in zip(before, now)
+        ]
+        return _read(result)
+
+    # ------------------------------------------------------------------ capture
+    def _capture(self, x: SparseTensor, kind: Hashable, rows: int) -> _Bucket:
+        device = x.coords.device
+        with torch.inference_mode(False):
+            coords = torch.full((rows, x.coords.shape[1]), PAD, dtype=torch.int32, device=device)
+            feats = x.feats.new_zeros((rows, x.feats.shape[1]))
+            count = torch.zeros(1, dtype=torch.int64, device=device)
+        n = x.coords.shape[0]
+        coords[:n].copy_(x.coords)
+        feats[:n].copy_(x.feats)
+        count.fill_(n)
+        rooms = self._rooms(kind, rows)
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+
+        def run() -> tuple[Any, Growth, Tensor]:
+            return _padded(self.model, x, coords, feats, count, rooms)
+
+        run()  # compiles, and fills what is made once per process
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, pool=self._pool):
+                output, growth, report = run()
+        except Exception as error:
+            raise RuntimeError(
+                f"the network cannot be captured as a CUDA graph: {error}. It must not wait for "
+                f"the device: use batch_size= of global pools, and no sizes that depend on values"
+            ) from error
+        self.captures += 1
+        self._clock += 1
+        return _Bucket(
+            rows, coords, feats, count, graph, output, growth, report, _parts(self.model),
+            unsure=any(room.rows is not None for room in rooms) or _needs_counts(output, growth),
+            filled=n, used=self._clock,
+        )  # fmt: skip
+
+    def _rooms(self, kind: Hashable, rows: int) -> list[Room]:
+        """What to plan for each level."""
+        return [
+            Room(None)
+            if level.bounded and not self.wait
+            else Room(rounded(int(level.share * rows * SPARE) + 1), level.cells < NARROW)
+            for level in self._seen[kind]
+        ]
+
+    # ------------------------------------------------------------------ replay
+    def _replay(self, bucket: _Bucket, x: SparseTensor) -> tuple[bool, Any]:
+        """(True, result), or False if the graph does not suit any more."""
+        n = x.coords.shape[0]
+        bucket.coords[:n].copy_(x.coords)
+        if n < bucket.filled:
+            bucket.coords[n : bucket.filled].fill_(PAD)
+        bucket.filled = n
+        bucket.feats[:n].copy_(x.feats)
+        bucket.count.fill_(n)
+        bucket.graph.replay()
+        # The device is busy: time to see whether the network still is what was captured.
+        if not _unchanged(bucket.parts):
+            return False, None
+        if any(module.training for module in self.model.modules()):
+            raise RuntimeError("graphs are for evaluation: call model.eval() before")
+        counts: list[int] | None = None
+        if bucket.unsure:
+            counts = self._checked(bucket)
+            if counts is None:
+                self.overflows += 1
+                return False, None
+        self.replays += 1
+        return True, _Results(bucket, x, counts).of(bucket.output)
+
+    def _checked(self, bucket: _Bucket) -> list[int] | None:
+        """The sizes of the levels; None if one had no room. Waits for the device."""
+        *levels, found = bucket.report.tolist()
+        if found:
+            pending_word(bucket.coords.device).zero_()
+            raise_found(found, bucket.coords.device)
+        counts, lost, cells = levels[0::4], levels[1::4], levels[3::4]
+        growth = bucket.growth
+        if any(lost) or any(c > room for c, room in zip(counts, growth.given)):
+            return None
+        if any(room.narrow and c > WIDEST for room, c in zip(growth.rooms or (), cells)):
+            return None
+        return counts
+
+
+def _room(rows: int, most: int | None) -> int:
+    """Rows of the bucket for so many: sizes grow by RATIO."""
+    room = SMALLEST
+    while room < rows:
+        room = rounded(int(room * RATIO))
+    return room if most is None else min(room, rounded(most))
+
+
+def _padded(
+    model: Callable[[SparseTensor], Any],
+    like: SparseTensor,
+    coords: Tensor,
+    feats: Tensor,
+    count: Tensor,
+    rooms: list[Room],
+) -> tuple[Any, Growth, Tensor]:
+    """One pass over padded coordinates, in which nothing waits for the device.
+
+    Returns:
+        The output, what the levels were given, and [4 L + 1] int64: of each level its sites, those
+        lost, and two more numbers; then complaints.
+    """
+    coords = coords.view_as(coords)  # a tensor of this pass: notes and maps go with it
+    mark_rows(coords, count)
+    x = wrap(feats, like, coords, like.stride, like.spatial_range)
+    x._caches = TensorCache()
+    with growing(Growth(rooms, rows=coords.shape[0])) as growth:
+        output = _read(model(x))
+    word = pending_word(coords.device).view(1)
+    report = torch.cat([*growth.infos, word])
+    return output, growth, report
+
+
+def _read(value: Any) -> Any:
+    """A result whose features are computed."""
+    if isinstance(value, SparseTensor):
+        _ = value.feats
+    elif isinstance(value, dict):
+        for entry in value.values():
+            _read(entry)
+    elif isinstance(value, (list, tuple)):
+        for entry in value:
+            _read(entry)
+    return value
+
+
+def _parts(model: nn.Module) -> list[tuple[dict[str, Any], str, Tensor, int]]:
+    """Where each parameter and buffer is kept, and its address."""
+    found = []
+    for module in model.modules():
+        for table in (module._parameters, module._buffers):
+            for name, tensor in table.items():
+                if tensor is not None:
+                    found.append((table, name, tensor, tensor.data_ptr()))
+    return found
+
+
+def _unchanged(parts: list[tuple[dict[str, Any], str, Tensor, int]]) -> bool:
+    """Whether a graph would read what the modules hold: values may change, places may not."""
+    return all(
+        table.get(name) is tensor and tensor.data_ptr() == address
+        for table, name, tensor, address in parts
+    )
+
+
+def _needs_counts(output: Any, growth: Growth) -> bool:
+    """Whether an output has rows of a level that a layer created."""
+    return _mentions(output, set(growth.given))
+
+
+def _mentions(value: Any, rooms: set[int]) -> bool:
+    if isinstance(value, SparseTensor):
+        return value.feats.shape[0] in rooms
+    if isinstance(value, Tensor):
+        return value.dim() > 0 and value.shape[0] in rooms
+    if isinstance(value, dict):
+        return any(_mentions(entry, rooms) for entry in value.values())
+    return isinstance(value, (list, tuple)) and any(_mentions(entry, rooms) for entry in value)
+
+
+class _Results:
+    """Copies of a graph's output, without padding."""
+
+    def __init__(self, bucket: _Bucket, x: SparseTensor, counts: list[int] | None) -> None:
+        self.x = x
+        self.rows = dict(zip(bucket.growth.given, counts or ()))
+        self.rows[bucket.rows] = x.coords.shape[0]
+        self.input_rows = bucket.count
+
+    def of(self, value: Any) -> Any:
+        if isinstance(value, SparseTensor):
+            return self._sparse(value)
+        if isinstance(value, Tensor):
+            real = self.rows.get(value.shape[0]) if value.dim() else None
+            return (value if real is None else value[:real]).clone()
+        if isinstance(value, dict):
+            return type(value)((key, self.of(entry)) for key, entry in value.items())
+        if isinstance(value, tuple) and hasattr(value, "_fields"):
+            return type(value)(*map(self.of, value))
+        if isinstance(value, (list, tuple)):
+            return type(value)(map(self.of, value))
+        return value
+
+    def _sparse(self, value: SparseTensor) -> SparseTensor:
+        feats = self.of(value.feats)
+        if row_count(value.coords) is self.input_rows:
+            return wrap(feats, self.x, self.x.coords, value.stride, value.spatial_range)
+        out = wrap(feats, value, self.of(value.coords), value.stride, value.spatial_range)
+        out._caches = TensorCache()
+        return out

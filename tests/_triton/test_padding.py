@@ -1,0 +1,66 @@
+"""Padded passes against ordinary ones."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from tests.scans import Dense, again, flat, network, scan
+from torchsparse import inference
+from torchsparse._capacity import PAD, Growth, Room, growing, rounded
+from torchsparse._ops import dispatch
+from torchsparse.backbones import SparseResUNet42
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("kind", "sure"), [(SparseResUNet42, True), (Dense, True), (Dense, False)]
+)
+def test_padding_changes_nothing(kind: type[nn.Module], sure: bool, device: torch.device) -> None:
+    """Rows behind the real ones, full of NaN, leave no trace, bit for bit."""
+    model, x = network(kind, device), scan(70, 1, device, ranged=kind is Dense)
+    n = x.coords.shape[0]
+    rows = rounded(int(1.5 * n))
+    coords = torch.full((rows, 4), PAD, dtype=torch.int32, device=device)
+    feats = torch.full((rows, 4), float("nan"), device=device)
+    coords[:n], feats[:n] = x.coords, x.feats
+    count = torch.tensor([n], device=device)
+    with dispatch.forced("_triton"):
+        with growing(Growth()) as seen:
+            want = model(again(x))
+        counts = [level.sites for level in seen.levels]
+        rooms = [Room(None if sure else rounded(c), not sure) for c in counts]
+        got, growth, report = inference._padded(model, x, coords, feats, count, rooms)
+    *levels, complaints = report.tolist()
+    assert levels[0::4] == counts
+    assert not any(levels[1::4])
+    assert complaints == 0
+    assert len({rows, *growth.given}) == 1 + len(growth.given)
+    real = dict(zip(growth.given, counts)) | {rows: n}
+    for a, b in zip(flat(got), flat(want), strict=True):
+        assert torch.equal(a[: real.get(a.shape[0], a.shape[0])], b)
+        if a.dtype == torch.int32:
+            assert (a[b.shape[0] :] == PAD).all()
+
+
+@torch.no_grad()
+def test_a_level_that_overflows_says_so(device: torch.device) -> None:
+    """What has no room is left out, reported, and never read from beyond the end."""
+    model, x = network(Dense, device), scan(300, 2, device, ranged=True)
+    count = torch.tensor([x.coords.shape[0]], device=device)
+    with dispatch.forced("_triton"):
+        with growing(Growth()) as seen:
+            model(again(x))
+        rooms = [Room(128, True)] * len(seen.levels)
+        _, growth, report = inference._padded(model, x, x.coords, x.feats, count, rooms)
+    assert seen.levels[0].sites > 128
+    assert growth.given == [128]
+    assert report[0] == seen.levels[0].sites
+
+
+def test_other_levels_than_planned(device: torch.device) -> None:
+    model, x = network(Dense, device), scan(50, 3, device, ranged=True)
+    count = torch.tensor([x.coords.shape[0]], device=device)
+    with torch.no_grad(), dispatch.forced("_triton"), pytest.raises(RuntimeError, match="levels"):
+        inference._padded(model, x, x.coords, x.feats, count, [])

@@ -1,0 +1,105 @@
+"""Networks as CUDA graphs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import torchsparse
+from tests.scans import Dense, again, assert_agree, network, scan
+from torchsparse import SparseTensor
+from torchsparse.backbones import SparseResUNet42
+from torchsparse.inference import graphed
+
+
+def test_overflow_is_served(gpu: torch.device) -> None:
+    """A scan whose levels are larger than those seen runs as usual, and is remembered."""
+    model = network(SparseResUNet42, gpu)
+    net = graphed(model)
+    flat_scan, sparse_scan = scan(800, 1, gpu, 8), scan(800, 2, gpu, 200)
+    for x in (flat_scan, flat_scan, sparse_scan, sparse_scan, flat_scan):
+        with torch.no_grad():
+            want = model(again(x))
+        assert_agree(net(again(x)), want)
+    assert net.overflows == 1
+    assert net.captures == 2
+
+
+def test_graphs_follow_the_weights(gpu: torch.device) -> None:
+    """Values written in place are read by the graph; moved parameters are noticed."""
+    model = network(Dense, gpu)
+    net = graphed(model)
+    x = scan(300, 1, gpu, ranged=True)
+
+    def check() -> None:
+        with torch.no_grad():
+            want = model(again(x))
+        assert_agree(net(again(x)), want)
+
+    check()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(1.5)
+    check()
+    assert net.captures == 1
+    model.load_state_dict({k: v * 0.5 for k, v in model.state_dict().items()})
+    check()
+    assert net.captures == 1
+    for p in model.parameters():
+        p.data = p.data.clone()
+    check()
+    assert net.captures == 2
+    torchsparse.backends.allow_tf32 = True
+    check()
+    assert net.captures == 3
+
+
+def test_complaints_of_a_graph(gpu: torch.device) -> None:
+    model = network(Dense, gpu)
+    net = graphed(model)
+    x = scan(300, 1, gpu, ranged=True)
+    net(again(x))
+    net(again(x))
+    bad = again(x)
+    bad.coords = x.coords.clone()
+    bad.coords[1] = bad.coords[0]
+    with pytest.raises(ValueError, match="duplicate"):
+        net(bad)
+    assert_agree(net(again(x)), model(again(x)))
+
+
+def test_what_cannot_be_captured(gpu: torch.device) -> None:
+    class Waits(nn.Module):
+        def forward(self, x: SparseTensor) -> Tensor:
+            return x.feats * float(x.feats.sum())
+
+    with pytest.raises(RuntimeError, match="captured"):
+        graphed(Waits().eval())(scan(100, 1, gpu))
+
+
+def test_limits(gpu: torch.device) -> None:
+    model = network(Dense, gpu)
+    net = graphed(model, max_points=100, keep=1)
+    large = scan(400, 1, gpu, ranged=True)
+    with torch.no_grad():
+        assert_agree(net(again(large)), model(again(large)))
+    assert net.captures == 0
+    net(scan(60, 2, gpu, ranged=True))
+    assert net.captures == 1
+    assert len(net._buckets) == 1
+
+
+def test_graphs_on_another_stream(gpu: torch.device) -> None:
+    model = network(SparseResUNet42, gpu)
+    net = graphed(model)
+    x = scan(300, 1, gpu)
+    with torch.no_grad():
+        want = model(again(x))
+    net(again(x))
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    for turn in range(6):
+        with torch.cuda.stream(streams[turn % 2]):
+            got = net(again(x))
+        torch.cuda.current_stream().wait_stream(streams[turn % 2])
+        assert_agree(got, want)

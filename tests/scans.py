@@ -1,0 +1,88 @@
+"""Scans and small networks for tests of whole networks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torchsparse import SparseTensor
+from torchsparse import nn as spnn
+
+__all__ = ["Dense", "again", "assert_agree", "flat", "network", "scan"]
+
+SIZE = 12
+
+
+def scan(
+    rows: int, seed: int, device: torch.device, size: int = SIZE, ranged: bool = False
+) -> SparseTensor:
+    """Two samples of distinct voxels in a box, in random order, four channels."""
+    draw = torch.Generator().manual_seed(seed)
+    sites = torch.randint(0, size, (rows, 3), generator=draw)
+    batch = torch.randint(0, 2, (rows, 1), generator=draw)
+    coords = torch.cat([batch, sites], 1).unique(dim=0)
+    coords = coords[torch.randperm(len(coords), generator=draw)].int()
+    feats = torch.randn(len(coords), 4, generator=draw)
+    extents = (2, size, size, size) if ranged else None
+    return SparseTensor(feats.to(device), coords.to(device), 1, extents)
+
+
+def again(x: SparseTensor) -> SparseTensor:
+    """The same tensor without maps."""
+    return SparseTensor(x.feats, x.coords, x.stride, x.spatial_range)
+
+
+class Dense(nn.Module):
+    """An encoder that ends in a dense grid and in vectors per sample."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            spnn.Conv3d(4, 8, 3), spnn.BatchNorm(8), spnn.ReLU(),
+            spnn.Conv3d(8, 16, 3, stride=2, padding=1), spnn.BatchNorm(16), spnn.ReLU(),
+        )  # fmt: skip
+
+    def forward(self, x: SparseTensor) -> dict[str, Any]:
+        y = self.body(x)
+        pooled = spnn.functional.global_avg_pool(y, batch_size=2)
+        return {"grid": y.dense(), "pooled": [pooled, y], "logits": x.feats * 2, "name": "d"}
+
+
+def network(kind: type[nn.Module], device: torch.device) -> nn.Module:
+    """In evaluation mode, with running statistics that are not the initial ones."""
+    torch.manual_seed(0)
+    small: dict[str, Any] = {} if kind is Dense else {"in_channels": 4, "width_multiplier": 0.125}
+    model = kind(**small).to(device)
+    for module in model.modules():
+        if isinstance(module, spnn.BatchNorm):
+            module.running_mean.normal_(0, 0.1)  # pyright: ignore[reportOptionalMemberAccess]
+            module.running_var.uniform_(0.5, 2)  # pyright: ignore[reportOptionalMemberAccess]
+    return model.eval()
+
+
+def flat(value: Any) -> Iterator[Tensor]:
+    """Tensors of a result; coordinates follow their features."""
+    if isinstance(value, SparseTensor):
+        yield value.feats
+        yield value.coords
+    elif isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for entry in value.values():
+            yield from flat(entry)
+    elif isinstance(value, (list, tuple)):
+        for entry in value:
+            yield from flat(entry)
+
+
+def assert_agree(got: Any, want: Any) -> None:
+    pairs = list(zip(flat(got), flat(want), strict=True))
+    assert pairs
+    for a, b in pairs:
+        if b.is_floating_point():
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+        else:
+            assert torch.equal(a, b)

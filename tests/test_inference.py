@@ -1,0 +1,55 @@
+"""Graphed networks give what the networks give, on every device."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import torchsparse
+from tests.scans import Dense, again, assert_agree, flat, network, scan
+from torchsparse.backbones import SparseResNet21D, SparseResUNet42
+from torchsparse.inference import graphed, warmup
+
+
+@pytest.mark.parametrize("wait", [True, False])
+@pytest.mark.parametrize("kind", [SparseResUNet42, SparseResNet21D, Dense])
+def test_graphed_is_eager(kind: type[nn.Module], wait: bool, device: torch.device) -> None:
+    """Scans of changing sizes, up and down, in one bucket and in several."""
+    model = network(kind, device)
+    net = graphed(model, wait=wait)
+    for seed, rows in enumerate((300, 310, 1500, 290, 305, 1480, 0, 300)):
+        x = scan(rows, seed, device, ranged=kind is Dense)
+        with torch.no_grad():
+            want = model(again(x))
+        got = net(x)
+        assert_agree(got, want)
+        kept = [t.clone() for t in flat(got)]
+        net(scan(rows, seed + 50, device, ranged=kind is Dense))
+        assert all(torch.equal(a, b) for a, b in zip(flat(got), kept)), "results are copies"
+    if device.type == "cuda":
+        assert net.captures == 2
+        assert net.replays >= 8
+
+
+def test_bad_arguments(device: torch.device) -> None:
+    model = network(Dense, device)
+    with pytest.raises(ValueError, match="max_points"):
+        graphed(model, max_points=0)
+    with pytest.raises(ValueError, match="keep"):
+        graphed(model, keep=0)
+    with pytest.raises(TypeError, match="SparseTensor"):
+        graphed(model)(torch.zeros(3, 4))  # pyright: ignore[reportArgumentType]
+    with pytest.raises(RuntimeError, match="eval"):
+        graphed(model.train())(scan(10, 1, device, ranged=True))
+
+
+def test_warmup(device: torch.device) -> None:
+    """Kernels are compiled, and nothing else changes."""
+    model = network(Dense, device)
+    x = scan(100, 1, device, ranged=True)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    compiled = warmup(model, x, graph=graphed(model))
+    assert (compiled > 0) == (device.type == "cuda")
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    torchsparse.backends.check_errors()
