@@ -8,8 +8,8 @@ maps included, for levels with room to spare (`_capacity`), and then starts them
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Hashable
-from contextlib import suppress
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -106,9 +106,12 @@ def _fresh(x: SparseTensor) -> SparseTensor:
 
 def _rehearse(model: nn.Module, x: SparseTensor) -> None:
     """A pass in which nothing is launched: sizes are guesses, values garbage."""
+    word = pending_word(x.coords.device)
+    before = word.clone()
     # Values that a network reads may be anything here, and so may be what it makes of them.
     with suppress(Exception), torch.no_grad(), growing(Growth(guess=True)):
         model(_fresh(x))
+    word.copy_(before)
 
 
 @dataclass
@@ -269,9 +272,13 @@ class Graphed:
         run()  # compiles, and fills what is made once per process
         graph = torch.cuda.CUDAGraph()
         try:
+            # A capture that fails leaves PyTorch's random generator unable to capture again, so
+            # that what would make it fail is looked for before.
+            with _no_waiting():
+                run()
             with torch.cuda.graph(graph, pool=self._pool):
                 output, growth, report = run()
-        except Exception as error:
+        except RuntimeError as error:
             raise RuntimeError(
                 f"the network cannot be captured as a CUDA graph: {error}. It must not wait for "
                 f"the device: use batch_size= of global pools, and no sizes that depend on values"
@@ -331,6 +338,17 @@ class Graphed:
         if any(room.narrow and c > WIDEST for room, c in zip(growth.rooms or (), cells)):
             return None
         return counts
+
+
+@contextmanager
+def _no_waiting() -> Iterator[None]:
+    """Raise RuntimeError where PyTorch would wait for the device."""
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
 
 
 def _room(rows: int, most: int | None) -> int:

@@ -224,7 +224,10 @@ def _sort(found: SortKeys, limit: Tensor | None) -> Tensor:
         start_kernel, (1,), starts, found.counts, starts, BINS=bins,
         num_warps=16 if bins >= 4096 else 4,
     )  # fmt: skip
-    launch(place_kernel, (cdiv(m, 128),), starts, found.keys, starts, order, limit, m, BR=128)
+    launch(
+        place_kernel, (cdiv(m, 32),), starts, found.keys, starts, order, limit, m,
+        BR=32, num_warps=1,
+    )  # fmt: skip
     return order
 
 
