@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from functools import lru_cache
 from typing import NamedTuple
@@ -72,6 +73,16 @@ def _relation(geometry: Geometry, device: torch.device) -> tuple[Tensor, Tensor]
         return (
             torch.tensor(taps, dtype=torch.int64, device=device),
             torch.tensor(rows, dtype=torch.int64, device=device),
+        )
+
+
+@lru_cache(maxsize=256)
+def _backwards(geometry: Geometry, device: torch.device) -> Tensor:
+    """How far the sites of an input may lie below the last of them, per axis: [sites, D] int64."""
+    counts = [-(-k // s) for k, s in zip(geometry.kernel_size, geometry.stride)]
+    with torch.inference_mode(False):
+        return torch.tensor(
+            list(itertools.product(*map(range, counts))), dtype=torch.int64, device=device
         )
 
 
@@ -316,7 +327,7 @@ def _fill(
     report: bool,
 ) -> tuple[CoordIndex, Tensor]:
     """A table of the sites that a layer creates, and its counts."""
-    n, ndim, volume = coords.shape[0], geometry.ndim, geometry.volume
+    n, ndim = coords.shape[0], geometry.ndim
     device = coords.device
     table, values, _, info = _empty_table(2 * room, ndim, device, -1)
     layout = torch.empty_like(source.layout)
@@ -335,13 +346,18 @@ def _fill(
         usual, need, Complaint.BOX.bit, Complaint.OVERFLOW.bit,
         D=ndim, GENERATIVE=generative, INFER=upper is None, num_warps=1,
     )  # fmt: skip
-    taps_each = min(max(next_power(volume), 1), 32)
-    rows_each = max(512 // taps_each, 16)
-    grid = (max(cdiv(n, rows_each), 1), cdiv(volume, taps_each))
+    # Without dilation the sites that an input has on an axis are neighbours, k / s of them.
+    near = not generative and all(d == 1 for d in geometry.dilation)
+    if near:
+        taps = _backwards(geometry, device)
+    tried = taps.shape[0]
+    taps_each = min(next_power(tried), 32)
+    rows_each = 128 // taps_each  # one warp a program, as in `find_taps`
+    grid = (max(cdiv(n, rows_each), 1), cdiv(tried, taps_each))
     launch(
         create_kernel, grid, coords, coords.contiguous(), layout, taps, relation, table, flags,
         info, row_count(coords), n, *made.probe, most,
-        D=ndim, K=volume, TAPS=taps_each, BR=rows_each,
-        GENERATIVE=generative, REPORT=report, num_warps=4,
+        D=ndim, K=tried, TAPS=taps_each, BR=rows_each,
+        GENERATIVE=generative, NEAR=near, REPORT=report, num_warps=1,
     )  # fmt: skip
     return made, info

@@ -124,10 +124,11 @@ def level_kernel(
 def create_kernel(
     coords, layout, taps_at, relation, table, flags, info, limit, N, shift, slots_mask, most,
     D: tl.constexpr, K: tl.constexpr, TAPS: tl.constexpr, BR: tl.constexpr,
-    GENERATIVE: tl.constexpr, REPORT: tl.constexpr,
+    GENERATIVE: tl.constexpr, NEAR: tl.constexpr, REPORT: tl.constexpr,
 ):  # fmt: skip
     """Insert every site that some tap ties to a given one.
 
+    ``taps_at`` [K, D] holds dilation * tap; NEAR: distances from the last site that one has.
     info = [number of sites, rows that found no slot, pending complaints, cells of the layout].
     Complaints move there if the host reads it next (REPORT).
     """
@@ -147,6 +148,10 @@ def create_kernel(
             tap = tl.load(taps_at + taps * D + column - 1, mask=taps < K, other=0)[None, :]
             if GENERATIVE:
                 site = c * step - offset + tap
+            elif NEAR:
+                site = _floor(c + offset, step) - tap
+                reach = tl.load(relation + 2 * D + column - 1)
+                live &= c + offset - site * step <= reach
             else:
                 shifted = c + offset - tap
                 live &= shifted % step == 0
