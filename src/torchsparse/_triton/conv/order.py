@@ -16,7 +16,7 @@ ascending order, and a tap that it lacks adds an exact zero.
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -66,7 +66,6 @@ class Tiles(NamedTuple):
     order: Tensor | None  # [M] int32, the output row at each place; None: they are equal
     table: Tensor  # [K, M] int32, input row under tap k at place m, -1 = none
     masks: Tensor  # [ceil(K / 32), ceil(M / 64)] int32, bit k: some row of the tile has the tap
-    memo: dict[Any, Any]  # of launches over this table
 
 
 def bit_of_taps(geometry: Geometry, first: int, last: int) -> list[int]:
@@ -245,4 +244,4 @@ def make_tiles(neighbors: Tensor, keys: SortKeys | None) -> Tiles:
         neighbors.stride(1), neighbors.stride(0),
         K=volume, BR=TILE_ROWS, SORTED=order is not None,
     )  # fmt: skip
-    return Tiles(order, table, masks, {})
+    return Tiles(order, table, masks)

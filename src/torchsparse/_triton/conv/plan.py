@@ -54,12 +54,12 @@ def make_plan(
     """
     kind, sort, splits = layout
     if kind == "fetch":
-        return Plan(neighbors, (), make_pairs(neighbors, geometry))
+        return Plan(neighbors, (), {}, make_pairs(neighbors, geometry))
     if splits == 1:
         if sort and keys is None:
             keys = row_sort_keys(neighbors, key_bits(geometry, neighbors.device))
         tiles = make_tiles(neighbors, keys if sort else None)
-        return Plan(neighbors, (Share(0, geometry.volume, tiles),))
+        return Plan(neighbors, (Share(0, geometry.volume, tiles),), {})
     bounds = [geometry.volume * part // splits for part in range(splits + 1)]
     shares = []
     for first, last in itertools.pairwise(bounds):
@@ -69,7 +69,7 @@ def make_plan(
             bits = key_bits(geometry, neighbors.device, first, last)
             part_keys = row_sort_keys(part, bits)
         shares.append(Share(first, last, make_tiles(part, part_keys)))
-    return Plan(neighbors, tuple(shares))
+    return Plan(neighbors, tuple(shares), {})
 
 
 def make_pairs(neighbors: Tensor, geometry: Geometry) -> Pairs:
