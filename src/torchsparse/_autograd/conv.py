@@ -148,9 +148,14 @@ def pointwise(feats: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.d
         dtype: Of the result.
     """
     # Half products on a CPU are computed in float32 and rounded once; a GPU does so by itself.
-    compute = sum_dtype(dtype) if feats.device.type == "cpu" else dtype
-    with torch.autocast(feats.device.type, enabled=False):
-        feats, weight = feats.to(dtype).to(compute), weight.to(dtype).to(compute)
-        if bias is None:
-            return torch.mm(feats, weight).to(dtype)
-        return torch.addmm(bias.to(dtype).to(compute), feats, weight).to(dtype)
+    device = "cuda" if feats.is_cuda else feats.device.type
+    if torch.is_autocast_enabled(device):
+        with torch.autocast(device, enabled=False):
+            return pointwise(feats, weight, bias, dtype)
+    operands = [feats, weight] if bias is None else [bias, feats, weight]
+    operands = [t if t.dtype is dtype else t.to(dtype) for t in operands]
+    compute = sum_dtype(dtype) if device == "cpu" else dtype
+    if compute is not dtype:
+        operands = [t.to(compute) for t in operands]
+    out = torch.mm(*operands) if bias is None else torch.addmm(*operands)
+    return out if compute is dtype else out.to(dtype)

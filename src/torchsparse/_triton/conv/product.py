@@ -74,7 +74,7 @@ class _End(NamedTuple):
 
 def _end(bias: Tensor | None, epilogue: Epilogue | None) -> _End:
     # Written out: this runs for every convolution.
-    a = b = r = m = v = p = q = 0
+    a = r = m = v = p = q = 0
     bias_type = mean_type = var_type = gamma_type = beta_type = residual_type = None
     mean = var = gamma = beta = None
     eps = 0.0
@@ -172,9 +172,8 @@ def gather_gemm(
     Returns:
         [M, C_out] in the dtype of feats, summed in float32 and rounded once.
     """
-    volume, c_in, c_out = weight.shape
-    m = plan.neighbors.shape[1]
-    out = feats.new_empty((m, c_out))
+    _, c_in, c_out = weight.shape
+    out = feats.new_empty(plan.neighbors.shape[1], c_out)  # a tuple would take longer
     if out.numel() == 0:
         return out
     if feats.shape[0] == 0 or c_in == 0:
