@@ -21,7 +21,7 @@ import torch
 import triton
 from torch import Tensor
 
-__all__ = ["Repeated", "cdiv", "compile_ahead", "launch", "next_power"]
+__all__ = ["Repeated", "Resolved", "cdiv", "compile_ahead", "launch", "next_power", "number_kind"]
 
 _knobs: Any = getattr(triton, "knobs", None)
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
@@ -45,6 +45,7 @@ class Resolved(NamedTuple):
     dependent: bool
     packed: Any
     constants: tuple[Any, ...]  # of the constexpr parameters, which stand last
+    kernel: Any  # so that its id stays its own
 
 
 class _Launch(NamedTuple):
@@ -98,17 +99,12 @@ def _start(
 ) -> Resolved | None:
     """Find the kernel by what its compilation depends on, and start it on the current device."""
     values: list[Any] = []
-    kinds: list[Any] = [kernel, device]
+    kinds: list[Any] = [id(kernel), device]  # a kernel's own hash takes a microsecond
     give, add = values.append, kinds.append
     for arg in args:
         if type(arg) is int:
             give(arg)
-            # 1 is compiled as a constant, multiples of 16 are known as such.
-            if 1 < arg <= 2147483647:
-                add(2 + (arg & 15 == 0))
-            else:
-                wide = not -2147483648 <= arg <= 2147483647
-                add(1 if arg == 1 else 2 + (arg & 15 == 0) + 2 * wide)
+            add(2 + (arg & 15 == 0) if 1 < arg <= 2147483647 else number_kind(arg))
         elif isinstance(arg, Tensor):
             pointer = arg.data_ptr()
             give(pointer)
@@ -146,6 +142,13 @@ def _start(
     return known
 
 
+def number_kind(value: int) -> int:
+    """What a compilation knows of a number: 1 is a constant, multiples of 16 are known as such,
+    and so is what needs more than 32 bits."""
+    wide = not -2147483648 <= value <= 2147483647
+    return 1 if value == 1 else 2 + (value & 15 == 0) + 2 * wide
+
+
 class Repeated:
     """A launch that is made again and again with other tensors in two places, all else equal::
 
@@ -164,11 +167,18 @@ class Repeated:
         middle: tuple[Tensor | None, ...],
         last: tuple[int, ...],
         options: dict[str, Any],
+        known: Resolved | None = None,
     ) -> None:
+        """``known`` is what `learn` was given for another launch that differs in its grid, its
+        ``middle`` and numbers of one kind (`number_kind`) alone."""
         self.kernel, self.grid, self.options = kernel, grid, options
         self.middle, self.last = middle, last
         self._again: Callable[[int, Any, Any], None] | None = None
-        self._aligned = all(t is None or t.data_ptr() & 15 == 0 for t in middle)
+        self._aligned = True
+        for tensor in middle:
+            if tensor is not None and tensor.data_ptr() & 15:
+                self._aligned = False
+        self.learn(known, 0)
 
     def again(self, device: int, first: Iterable[int], then: Iterable[Any], bits: int) -> bool:
         """Launch with these addresses and numbers, if the kernel is known for them.
@@ -187,12 +197,12 @@ class Repeated:
                 self._again(device, first, then)
         return True
 
-    def learn(self, known: Resolved | None, bits: int) -> None:
+    def learn(self, known: Resolved | None, bits: int) -> bool:
         """Remember what `launch` found for tensors whose addresses or-ed are ``bits``."""
         if known is None or bits & 15 or not self._aligned:
-            return
+            return False
         x, y = self.grid
-        start, function, cooperative, dependent, packed, constants = known
+        start, function, cooperative, dependent, packed, constants, _ = known
         middle = [None if t is None else t.data_ptr() for t in self.middle]
         last = (*self.last, *constants)
 
@@ -203,6 +213,7 @@ class Repeated:
             )  # fmt: skip
 
         self._again = run
+        return True
 
 
 def watched() -> bool:
@@ -235,6 +246,7 @@ def _resolve(kernel: Any, compiled: Any, given: int, options: dict[str, Any]) ->
         run.launch_pdl,
         compiled.packed_metadata,
         tuple(options[name] for name in names),
+        kernel,
     )
 
 

@@ -217,7 +217,7 @@ def _sort(found: SortKeys) -> Tensor:
     m = found.keys.shape[0]
     starts = torch.empty_like(found.counts)
     bins = starts.shape[0]
-    order = torch.empty(m, dtype=torch.int32, device=starts.device)
+    order = starts.new_empty(m)
     launch(
         start_kernel, (1,), starts, found.counts, starts, BINS=bins,
         num_warps=16 if bins >= 4096 else 4,
@@ -234,11 +234,9 @@ def make_tiles(neighbors: Tensor, keys: SortKeys | None) -> Tiles:
         keys: Of its rows, or None.
     """
     volume, m = neighbors.shape
-    device = neighbors.device
     tiles, words = cdiv(m, TILE_ROWS), cdiv(volume, 32)
     order = None if keys is None else _sort(keys)
-    table = torch.empty((volume, m), dtype=torch.int32, device=device)
-    masks = torch.empty((words, tiles), dtype=torch.int32, device=device)
+    table, masks = neighbors.new_empty(volume, m), neighbors.new_empty(words, tiles)
     launch(
         tile_kernel, (tiles, words), neighbors, neighbors, order, table, masks, m, tiles,
         neighbors.stride(1), neighbors.stride(0),

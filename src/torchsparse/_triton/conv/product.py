@@ -13,7 +13,14 @@ from torchsparse._triton.conv.gemm import gemm_kernel, narrow_kernel, sum_kernel
 from torchsparse._triton.conv.order import Tiles
 from torchsparse._triton.conv.pairs import Pairs
 from torchsparse._triton.conv.wgrad import sum_chunks_kernel, wgrad_kernel
-from torchsparse._triton.launch import Repeated, cdiv, launch, next_power
+from torchsparse._triton.launch import (
+    Repeated,
+    Resolved,
+    cdiv,
+    launch,
+    next_power,
+    number_kind,
+)
 from torchsparse._triton.tiles import (
     GemmTile,
     NarrowTile,
@@ -119,8 +126,14 @@ def finish(feats: Tensor, epilogue: Epilogue) -> Tensor:
     return out
 
 
-def _run(step: Repeated, x: Tensor, w: Tensor | None, out: Tensor, end: _End) -> None:
-    """Launch a kernel whose parameters are ``x, [w,] out, ..., *end, ...``."""
+_known: dict[Any, Resolved | None] = {}  # of GEMMs, so that another cloud need not look
+
+
+def _run(
+    step: Repeated, x: Tensor, w: Tensor | None, out: Tensor, end: _End, name: Any = None
+) -> None:
+    """Launch a kernel whose parameters are ``x, [w,] out, ..., *end, ...``; what it is found to
+    be is remembered under ``name``."""
     if w is None:
         first, pointers = (x, out), (x.data_ptr(), out.data_ptr())
         bits = end.bits | pointers[0] | pointers[1]
@@ -132,7 +145,8 @@ def _run(step: Repeated, x: Tensor, w: Tensor | None, out: Tensor, end: _End) ->
             step.kernel, step.grid, x, *first, *step.middle, *end.tensors, *step.last,
             **step.options,
         )  # fmt: skip
-        step.learn(known, bits)
+        if step.learn(known, bits) and name is not None:
+            _known[name] = known
 
 
 def _sum(m: int, channels: int, parts: int, end: _End) -> Repeated:
@@ -149,6 +163,7 @@ class _Product(NamedTuple):
     splits: int
     gemm: Repeated
     add: Repeated | None  # up the shares of the taps
+    name: Any = None  # what determines the kernel of ``gemm``
 
 
 def gather_gemm(
@@ -194,16 +209,16 @@ def gather_gemm(
         )  # fmt: skip
         known = plan.memo.get(key)
         if known is None:
-            known = plan.memo[key] = _plan_product(feats, weight, end, plan, precision)
+            known = plan.memo[key] = _plan_product(feats, weight, end, plan, precision, key)
         if known.pad:
             feats, weight = _aligned(feats, weight)
         if known.turn:
             weight = _turned(weight)
         if known.add is None:
-            _run(known.gemm, feats, weight, out, end)
+            _run(known.gemm, feats, weight, out, end, known.name)
         else:
             parts = feats.new_empty((known.splits, *out.shape), dtype=torch.float32)
-            _run(known.gemm, feats, weight, parts, NO_END)
+            _run(known.gemm, feats, weight, parts, NO_END, known.name)
             _run(known.add, parts, None, out, end)
     return out
 
@@ -225,9 +240,9 @@ def _tile(feats: Tensor, weight: Tensor, m: int, precision: str) -> GemmTile:
 
 
 def _plan_product(
-    feats: Tensor, weight: Tensor, end: _End, plan: Plan, precision: str
+    feats: Tensor, weight: Tensor, end: _End, plan: Plan, precision: str, key: Any
 ) -> _Product:
-    """Choose tiles for a plan of one share."""
+    """Choose tiles for a plan of one share. ``key`` is that of `Plan.memo`."""
     m = plan.neighbors.shape[1]
     volume, c_in, c_out = weight.shape
     narrow = narrow_tile(m, c_in, c_out, volume)
@@ -240,9 +255,13 @@ def _plan_product(
         weight = _turned(weight)
     tile = _tile(feats, weight, m, precision)
     own_end = end if tile.splits == 1 else NO_END
-    step = _gemm(weight, own_end, plan.shares[0].tiles, plan.reverse, tile, precision)
+    tiles = plan.shares[0].tiles
+    numbers = number_kind(m), number_kind(tiles.masks.shape[1]), tiles.order is None
+    name = (feats.get_device(), tile, *numbers, *key)
+    known = _known.get(name)
+    step = _gemm(weight, own_end, tiles, plan.reverse, tile, precision, known)
     add = None if tile.splits == 1 else _sum(m, c_out, tile.splits, end)
-    return _Product(padded is not feats, turn, tile.splits, step, add)
+    return _Product(padded is not feats, turn, tile.splits, step, add, name)
 
 
 def _by_shares(
@@ -263,8 +282,9 @@ def _by_shares(
 
 
 def _gemm(
-    weight: Tensor, end: _End, tiles: Tiles, reverse: bool, tile: GemmTile, precision: str
-) -> Repeated:
+    weight: Tensor, end: _End, tiles: Tiles, reverse: bool, tile: GemmTile, precision: str,
+    known: Resolved | None = None,
+) -> Repeated:  # fmt: skip
     volume, c_in, c_out = weight.shape
     m = tiles.table.shape[1]
     grid = (cdiv(m, tile.BM) * cdiv(c_out, tile.BN), tile.splits)
@@ -275,9 +295,8 @@ def _gemm(
         **end.flags, "num_warps": tile.warps, "num_stages": tile.stages,
     }  # fmt: skip
     middle = (tiles.table, tiles.order, tiles.masks)
-    return Repeated(
-        gemm_kernel, grid, middle, (m, tiles.masks.shape[1], *weight.stride()), options
-    )
+    last = (m, tiles.masks.shape[1], *weight.stride())
+    return Repeated(gemm_kernel, grid, middle, last, options, known)
 
 
 def _narrow(

@@ -156,7 +156,7 @@ def find_taps(
     m, ndim, volume = coords.shape[0], geometry.ndim, geometry.volume
     width = cdiv(volume, 4) * 4  # rows of 16 bytes
     device = coords.device
-    table = torch.empty((m, width), dtype=torch.int32, device=device)
+    table = coords.new_empty(m, width)
     keys = new_sort_keys(m, volume, device)
     taps, relation = _relation(geometry, device)
     taps_each = min(max(next_power(volume), 8), 32)
@@ -245,7 +245,7 @@ def _create(
     info.zero_()
     launch(collect_kernel, (cdiv(slots, 1024),), keys, found.keys, keys, info, slots, BLOCK=1024)
     keys = torch.sort(keys).values
-    sites = torch.empty((count, 1 + ndim), dtype=torch.int32, device=coords.device)
+    sites = coords.new_empty(count, 1 + ndim)
     launch(
         unpack_kernel, (cdiv(count, 128),), keys, keys, sites, found.layout, found.keys,
         found.values, count, *found.probe, D=ndim, BR=128,
