@@ -35,8 +35,9 @@ _open = _Open()
 
 def close_chain() -> None:
     """Compute what is still open in this thread, if anybody holds it."""
-    if _open.chain is not None:
-        chain = _open.chain()
+    now = _open.chain
+    if now is not None:
+        chain = now()
         _open.chain = None
         if chain is not None:
             chain.value()
@@ -85,29 +86,20 @@ class Lazy:
         dtype: torch.dtype,
         device: torch.device,
         inputs: tuple[Tensor, ...],
-        epilogue: Epilogue | None = None,
-        parent: Lazy | None = None,
     ) -> None:
-        """Open a chain, closing another unless it is that of ``parent``.
+        """Open a chain, closing another.
 
         Args:
             make: Computes the features with an epilogue.
             shape, dtype, device: Of the features.
-            inputs: What ``make`` and the epilogue read, beginning with those of ``parent``; nobody
-                may write to it in between.
-            epilogue: So far.
-            parent: The features that these replace as the last of a chain.
+            inputs: What ``make`` reads; nobody may write to it in between.
         """
-        if _open.chain is not None and (parent is None or _open.chain() is not parent):
-            close_chain()
+        close_chain()
         self.make, self.shape, self.dtype, self.device = make, shape, dtype, device
-        self.inputs, self.epilogue = inputs, epilogue
-        if parent is None:
-            self._writes = _writes(inputs)
-            self._stream = _stream(inputs[0])
-        else:
-            self._writes = parent._writes + _writes(inputs[len(parent.inputs) :])
-            self._stream = parent._stream
+        self.inputs = inputs
+        self.epilogue: Epilogue | None = None
+        self._writes = _writes(inputs)
+        self._stream = _stream(inputs[0])
         self._value: Tensor | None = None
         _open.chain = weakref.ref(self)
 
@@ -150,15 +142,27 @@ class Lazy:
         value.record_stream(here)
         return value
 
-    def _extended(self, epilogue: Epilogue, *more: Tensor | None) -> Lazy:
-        inputs = (*self.inputs, *[t for t in more if t is not None])
-        return Lazy(self.make, self.shape, self.dtype, self.device, inputs, epilogue, parent=self)
+    def _extended(self, epilogue: Epilogue, *more: Tensor) -> Lazy:
+        """These features with an epilogue that reads ``more``, as the last of their chain."""
+        now = _open.chain
+        if now is not None and now() is not self:
+            close_chain()
+        new: Lazy = object.__new__(Lazy)
+        new.make, new.shape, new.dtype, new.device = self.make, self.shape, self.dtype, self.device
+        new.inputs, new.epilogue = self.inputs + more, epilogue
+        new._writes = self._writes + _writes(more) if more else self._writes
+        new._stream, new._value = self._stream, None
+        _open.chain = weakref.ref(new)
+        return new
 
     def normalised(self, norm: Norm) -> Lazy | None:
         """These features, normalised; None if something else came before."""
         if self._value is not None or self.epilogue is not None:
             return None
-        return self._extended(Epilogue(norm), *norm[:4])
+        mean, var, weight, bias, _ = norm
+        if weight is None or bias is None:
+            return self._extended(Epilogue(norm), mean, var)
+        return self._extended(Epilogue(norm), mean, var, weight, bias)
 
     def plus(self, residual: Tensor) -> Lazy | None:
         """These features plus others; None if they cannot join."""

@@ -158,6 +158,8 @@ def _sum(m: int, channels: int, parts: int, end: _End) -> Repeated:
 class _Product(NamedTuple):
     """The launches of one kind of product over one plan."""
 
+    rows: int  # of the result
+    channels: int
     pad: bool  # channels to 16 bytes
     turn: bool  # the weight, so that its summed axis is innermost
     splits: int
@@ -187,14 +189,20 @@ def gather_gemm(
     Returns:
         [M, C_out] in the dtype of feats, summed in float32 and rounded once.
     """
-    _, c_in, c_out = weight.shape
-    out = feats.new_empty(plan.neighbors.shape[1], c_out)  # a tuple would take longer
+    end = _end(bias, epilogue)
+    key = (
+        feats.dtype, weight.shape, weight.stride(), precision, plan.reverse, generation(), end.kind
+    )  # fmt: skip
+    known = plan.memo.get(key)
+    if known is not None:
+        return _multiply(known, feats.contiguous(), weight, end)
+    m, (_, c_in, c_out) = plan.neighbors.shape[1], weight.shape
+    out = feats.new_empty((m, c_out))
     if out.numel() == 0:
         return out
     if feats.shape[0] == 0 or c_in == 0:
         out.zero_() if bias is None else out.copy_(bias.expand_as(out))
         return out if epilogue is None else finish(out, epilogue)
-    end = _end(bias, epilogue)
     feats = feats.contiguous()
     precision = precision if feats.dtype == torch.float32 else "ieee"
     if plan.pairs is not None:
@@ -203,23 +211,23 @@ def gather_gemm(
     elif len(plan.shares) > 1:
         _by_shares(feats, weight, end, plan, precision, out)
     else:
-        key = (
-            feats.dtype, weight.shape, weight.stride(), precision, plan.reverse,
-            generation(), *end.kind,
-        )  # fmt: skip
-        known = plan.memo.get(key)
-        if known is None:
-            known = plan.memo[key] = _plan_product(feats, weight, end, plan, precision, key)
-        if known.pad:
-            feats, weight = _aligned(feats, weight)
-        if known.turn:
-            weight = _turned(weight)
-        if known.add is None:
-            _run(known.gemm, feats, weight, out, end, known.name)
-        else:
-            parts = feats.new_empty((known.splits, *out.shape), dtype=torch.float32)
-            _run(known.gemm, feats, weight, parts, NO_END, known.name)
-            _run(known.add, parts, None, out, end)
+        known = plan.memo[key] = _plan_product(feats, weight, end, plan, precision, key)
+        return _multiply(known, feats, weight, end)
+    return out
+
+
+def _multiply(known: _Product, feats: Tensor, weight: Tensor, end: _End) -> Tensor:
+    out = feats.new_empty(known.rows, known.channels)  # a tuple would take longer
+    if known.pad:
+        feats, weight = _aligned(feats, weight)
+    if known.turn:
+        weight = _turned(weight)
+    if known.add is None:
+        _run(known.gemm, feats, weight, out, end, known.name)
+    else:
+        parts = feats.new_empty((known.splits, *out.shape), dtype=torch.float32)
+        _run(known.gemm, feats, weight, parts, NO_END, known.name)
+        _run(known.add, parts, None, out, end)
     return out
 
 
@@ -248,7 +256,7 @@ def _plan_product(
     narrow = narrow_tile(m, c_in, c_out, volume)
     if narrow is not None:
         step = _narrow(feats.dtype, weight, end, plan, narrow, precision)
-        return _Product(False, False, 1, step, None)
+        return _Product(m, c_out, False, False, 1, step, None)
     padded, weight = _aligned(feats, weight)
     turn = _must_turn(weight, precision)
     if turn:
@@ -261,7 +269,7 @@ def _plan_product(
     known = _known.get(name)
     step = _gemm(weight, own_end, tiles, plan.reverse, tile, precision, known)
     add = None if tile.splits == 1 else _sum(m, c_out, tile.splits, end)
-    return _Product(padded is not feats, turn, tile.splits, step, add, name)
+    return _Product(m, c_out, padded is not feats, turn, tile.splits, step, add, name)
 
 
 def _by_shares(
