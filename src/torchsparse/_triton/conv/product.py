@@ -360,27 +360,66 @@ def weight_grad(feats: Tensor, grad: Tensor, pairs: Pairs, precision: str = "iee
     Returns:
         [K, C_in, C_out] float32, summed in a fixed order.
     """
+    key = (
+        feats.dtype, feats.shape[1], grad.shape[1], precision, pairs.swap, generation()
+    )  # fmt: skip
+    known = pairs.memo.get(key)
     c_in, c_out, volume = feats.shape[1], grad.shape[1], pairs.volume
     out = feats.new_empty((volume, c_in, c_out), dtype=torch.float32)
-    if out.numel() == 0 or pairs.inputs.shape[0] == 0:
-        return out.zero_()
-    feats, grad = feats.contiguous(), grad.contiguous()
+    if known is None:
+        if out.numel() == 0 or pairs.inputs.shape[0] == 0:
+            return out.zero_()
+        known = pairs.memo[key] = _plan_grad(feats, grad, pairs, precision, key)
+    partial = out.new_empty(known.chunks, c_in, c_out)
+    _run(known.chunk, feats.contiguous(), grad.contiguous(), partial, NO_REST, known.name)
+    _run(known.add, partial, None, out, NO_REST)
+    return out
+
+
+NO_REST = _End((), (), 0, ())
+
+
+class _Grad(NamedTuple):
+    """The launches of one kind of weight gradient over one list of pairs."""
+
+    chunks: int  # how many there may be
+    chunk: Repeated
+    add: Repeated
+    name: Any  # what determines the kernel of ``chunk``
+
+
+def _plan_grad(feats: Tensor, grad: Tensor, pairs: Pairs, precision: str, key: Any) -> _Grad:
+    c_in, c_out, volume = feats.shape[1], grad.shape[1], pairs.volume
     precision = precision if feats.dtype == torch.float32 else "ieee"
     listed = pairs.inputs.shape[0]
     tile = grad_tile(listed, c_in, c_out, feats.dtype, precision, volume, feats.device)
     blocks, taps = pairs.ends.shape[1], next_power(volume)
     most = tile.target + volume  # every tap may end with a short chunk
-    partial = feats.new_empty((most, c_in, c_out), dtype=torch.float32)
-    launch(
-        wgrad_kernel, (most, cdiv(c_in, tile.BM) * cdiv(c_out, tile.BN)), feats, feats, grad,
-        partial, pairs.inputs, pairs.outputs, pairs.ends, blocks, pairs.lists, tile.target,
-        K=volume, KP=taps, CI=c_in, CO=c_out, BM=tile.BM, BN=tile.BN, BK=tile.BK,
-        SWAP=pairs.swap, PRECISION=precision, num_warps=tile.warps, num_stages=tile.stages,
+    numbers = (blocks, pairs.lists, tile.target)
+    name = (
+        "grad", feats.get_device(), tile, volume, pairs.ends.dtype, *map(number_kind, numbers),
+        *key,
+    )  # fmt: skip
+    chunk = Repeated(
+        wgrad_kernel,
+        (most, cdiv(c_in, tile.BM) * cdiv(c_out, tile.BN)),
+        (pairs.inputs, pairs.outputs, pairs.ends),
+        numbers,
+        {
+            "K": volume, "KP": taps, "CI": c_in, "CO": c_out,
+            "BM": tile.BM, "BN": tile.BN, "BK": tile.BK,
+            "SWAP": pairs.swap, "PRECISION": precision,
+            "num_warps": tile.warps, "num_stages": tile.stages,
+        },
+        _known.get(name),
     )  # fmt: skip
     size = c_in * c_out
     rows, width = (4, 1024) if size >= 1 << 14 else (16, 128)
-    launch(
-        sum_chunks_kernel, (volume, cdiv(size, width)), feats, partial, out, pairs.ends, blocks,
-        pairs.lists, tile.target, size, K=volume, KP=taps, BK=tile.BK, ROWS=rows, BLOCK=width,
-    )  # fmt: skip
-    return out
+    add = Repeated(
+        sum_chunks_kernel,
+        (volume, cdiv(size, width)),
+        (pairs.ends,),
+        (*numbers, size),
+        {"K": volume, "KP": taps, "BK": tile.BK, "ROWS": rows, "BLOCK": width},
+    )
+    return _Grad(most, chunk, add, name)
