@@ -122,11 +122,13 @@ def finish(feats: Tensor, epilogue: Epilogue) -> Tensor:
     m, channels = out.shape
     if m and channels:
         end = _end(None, epilogue)
-        _run(_sum(m, channels, 1, end), feats.contiguous(), None, out, end)
+        name = ("finish", feats.get_device(), feats.dtype, number_kind(m), channels, end.kind)
+        step = _sum(m, channels, 1, end, _known.get(name))
+        _run(step, feats.contiguous(), None, out, end, name)
     return out
 
 
-_known: dict[Any, Resolved | None] = {}  # of GEMMs, so that another cloud need not look
+_known: dict[Any, Resolved] = {}  # kernels by name: another cloud need not look for them
 
 
 def _run(
@@ -145,14 +147,14 @@ def _run(
             step.kernel, step.grid, x, *first, *step.middle, *end.tensors, *step.last,
             **step.options,
         )  # fmt: skip
-        if step.learn(known, bits) and name is not None:
+        if known is not None and step.learn(known, bits) and name is not None:
             _known[name] = known
 
 
-def _sum(m: int, channels: int, parts: int, end: _End) -> Repeated:
+def _sum(m: int, channels: int, parts: int, end: _End, known: Resolved | None = None) -> Repeated:
     width = min(max(next_power(channels), 16), 128)
     options = {"CO": channels, "PARTS": parts, "BM": 32, "BN": width, **end.flags}
-    return Repeated(sum_kernel, (cdiv(m, 32), cdiv(channels, width)), (), (m,), options)
+    return Repeated(sum_kernel, (cdiv(m, 32), cdiv(channels, width)), (), (m,), options, known)
 
 
 class _Product(NamedTuple):
@@ -165,7 +167,7 @@ class _Product(NamedTuple):
     splits: int
     gemm: Repeated
     add: Repeated | None  # up the shares of the taps
-    name: Any = None  # what determines the kernel of ``gemm``
+    name: Any = None  # what determines the kernel of ``gemm``, and after "sum" that of ``add``
 
 
 def gather_gemm(
@@ -227,7 +229,7 @@ def _multiply(known: _Product, feats: Tensor, weight: Tensor, end: _End) -> Tens
     else:
         parts = feats.new_empty((known.splits, *out.shape), dtype=torch.float32)
         _run(known.gemm, feats, weight, parts, NO_END, known.name)
-        _run(known.add, parts, None, out, end)
+        _run(known.add, parts, None, out, end, ("sum", *known.name))
     return out
 
 
@@ -268,7 +270,9 @@ def _plan_product(
     name = (feats.get_device(), tile, *numbers, *key)
     known = _known.get(name)
     step = _gemm(weight, own_end, tiles, plan.reverse, tile, precision, known)
-    add = None if tile.splits == 1 else _sum(m, c_out, tile.splits, end)
+    add = None
+    if tile.splits > 1:
+        add = _sum(m, c_out, tile.splits, end, _known.get(("sum", *name)))
     return _Product(m, c_out, padded is not feats, turn, tile.splits, step, add, name)
 
 
@@ -372,7 +376,7 @@ def weight_grad(feats: Tensor, grad: Tensor, pairs: Pairs, precision: str = "iee
         known = pairs.memo[key] = _plan_grad(feats, grad, pairs, precision, key)
     partial = out.new_empty(known.chunks, c_in, c_out)
     _run(known.chunk, feats.contiguous(), grad.contiguous(), partial, NO_REST, known.name)
-    _run(known.add, partial, None, out, NO_REST)
+    _run(known.add, partial, None, out, NO_REST, ("sum", *known.name))
     return out
 
 
@@ -385,7 +389,7 @@ class _Grad(NamedTuple):
     chunks: int  # how many there may be
     chunk: Repeated
     add: Repeated
-    name: Any  # what determines the kernel of ``chunk``
+    name: Any  # what determines the kernel of ``chunk``, and after "sum" that of ``add``
 
 
 def _plan_grad(feats: Tensor, grad: Tensor, pairs: Pairs, precision: str, key: Any) -> _Grad:
@@ -421,5 +425,6 @@ def _plan_grad(feats: Tensor, grad: Tensor, pairs: Pairs, precision: str, key: A
         (pairs.ends,),
         (*numbers, size),
         {"K": volume, "KP": taps, "BK": tile.BK, "ROWS": rows, "BLOCK": width},
+        _known.get(("sum", *name)),
     )
     return _Grad(most, chunk, add, name)

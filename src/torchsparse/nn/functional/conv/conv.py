@@ -261,7 +261,7 @@ def run_layer(
     coordinates: SparseTensor | Tensor | None = None,
 ) -> SparseTensor:
     """Convolve ``x``: check, resolve, find the map, one call, wrap."""
-    feats = x.feats if isinstance(x, SparseTensor) else None
+    feats: Any = x.feats if isinstance(x, SparseTensor) else None
     if not _fits(layer, feats, x, weight, bias):
         weight = _check_operands(layer, x, weight, bias)
         feats = x.feats
