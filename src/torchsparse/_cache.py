@@ -27,6 +27,7 @@ __all__ = [
 
 
 def _version(tensor: Tensor) -> int | None:
+    """How often it was written to; None for a tensor of inference mode, which does not count."""
     return None if tensor.is_inference() else tensor._version
 
 
@@ -44,12 +45,14 @@ class Stamp:
 
     def unchanged(self) -> bool:
         """Whether nobody wrote into the tensor since."""
-        return self.version == _version(self.tensor)
+        return self.version is None or self.version == self.tensor._version
 
     def fits(self, coords: Tensor) -> bool:
         """Whether ``coords`` is that tensor: same address, shape, strides, device and version."""
         own = self.tensor
-        if coords is not own and (
+        if coords is own:
+            return self.unchanged()
+        if (
             coords.data_ptr() != own.data_ptr()
             or coords.shape != own.shape
             or coords.stride() != own.stride()

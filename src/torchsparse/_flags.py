@@ -48,12 +48,12 @@ class Complaint(enum.Enum):
     )
     TABLE_FULL = "the hash table must have room for every distinct key"
 
-    @property
-    def bit(self) -> int:
-        return _BITS[self]
+    bit: int  # of the word that kernels set
 
 
-_BITS = {complaint: 1 << place for place, complaint in enumerate(Complaint)}
+for _place, _complaint in enumerate(Complaint):
+    _complaint.bit = 1 << _place
+
 _words: dict[torch.device, Tensor] = {}
 
 
@@ -102,7 +102,7 @@ def raise_pending(device: torch.device | None = None) -> None:
 
 def raise_found(found: int, device: torch.device) -> None:
     """Raise the first complaint in a word that was read from ``device`` and cleared there."""
-    for complaint in Complaint:
+    for complaint in Complaint if found else ():
         if found & complaint.bit:
             raise _error(complaint, f"noticed on {device} by an earlier operation")
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, Literal
 
 __all__ = ["Geometry", "as_tuple", "conv_range", "default_padding", "tap_list"]
@@ -91,6 +91,7 @@ class Geometry:
     offset: tuple[int, ...]
 
     @staticmethod
+    @lru_cache(maxsize=1024)  # one object, whose hash and volume are known
     def submanifold(kernel_size: tuple[int, ...], dilation: tuple[int, ...]) -> Geometry:
         """Stride 1 on unchanged sites; an odd volume is centred, an even one starts at the
         site."""
@@ -99,6 +100,7 @@ class Geometry:
         return Geometry("submanifold", kernel_size, (1,) * len(kernel_size), dilation, offset)
 
     @staticmethod
+    @lru_cache(maxsize=1024)
     def strided(
         kernel_size: tuple[int, ...],
         stride: tuple[int, ...],
@@ -128,12 +130,12 @@ class Geometry:
         """Number of taps K."""
         return math.prod(self.kernel_size)
 
-    @property
+    @cached_property
     def reach(self) -> tuple[int, ...]:
         """Distance from the first to the last tap per axis: ``d (k - 1)``."""
         return tuple(d * (k - 1) for k, d in zip(self.kernel_size, self.dilation))
 
-    @property
+    @cached_property
     def is_symmetric(self) -> bool:
         """Whether tap k seen from the other end is tap K - 1 - k (submanifold, odd volume)."""
         return self.kind == "submanifold" and self.volume % 2 == 1

@@ -23,6 +23,9 @@ from torchsparse._recipe import Epilogue, Norm
 __all__ = ["Lazy", "close_chain"]
 
 
+NOTHING = Epilogue()
+
+
 class _Open(threading.local):
     chain: weakref.ref[Lazy] | None = None
 
@@ -32,38 +35,47 @@ _open = _Open()
 
 def close_chain() -> None:
     """Compute what is still open in this thread, if anybody holds it."""
-    if _open.chain is not None:
-        chain = _open.chain()
+    now = _open.chain
+    if now is not None:
+        chain = now()
         _open.chain = None
         if chain is not None:
             chain.value()
 
 
-def _versions(tensors: tuple[Tensor, ...]) -> list[int]:
-    """How often each was written to. Tensors of inference mode do not count; -1."""
+def _writes(tensors: tuple[Tensor, ...]) -> int:
+    """How often they were written to, altogether. Tensors of inference mode do not count."""
+    total = 0
+    if torch.is_inference_mode_enabled():
+        for tensor in tensors:
+            if not tensor.is_inference():
+                total += tensor._version
+        return total
     try:
-        return [tensor._version for tensor in tensors]
-    except RuntimeError:
-        return [-1 if tensor.is_inference() else tensor._version for tensor in tensors]
+        for tensor in tensors:
+            total += tensor._version
+    except RuntimeError:  # some come from inference mode, which costs time only here
+        total = sum(tensor._version for tensor in tensors if not tensor.is_inference())
+    return total
 
 
 _raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 
 
-def _stream(device: torch.device) -> int:
-    """The current stream of a device; 0 on a CPU."""
-    if device.type != "cuda":
+def _stream(tensor: Tensor) -> int:
+    """The current stream of its device; 0 on a CPU."""
+    if not tensor.is_cuda:
         return 0
     if _raw_stream is not None:
-        return _raw_stream(device.index)
-    return torch.cuda.current_stream(device).cuda_stream
+        return _raw_stream(tensor.get_device())
+    return torch.cuda.current_stream(tensor.device).cuda_stream
 
 
 class Lazy:
     """Features [M, C] to be computed by ``make(epilogue)``."""
 
     __slots__ = (
-        "__weakref__", "_stream", "_value", "_versions", "device", "dtype", "epilogue", "inputs",
+        "__weakref__", "_stream", "_value", "_writes", "device", "dtype", "epilogue", "inputs",
         "make", "shape",
     )  # fmt: skip
 
@@ -74,29 +86,20 @@ class Lazy:
         dtype: torch.dtype,
         device: torch.device,
         inputs: tuple[Tensor, ...],
-        epilogue: Epilogue | None = None,
-        parent: Lazy | None = None,
     ) -> None:
-        """Open a chain, closing another unless it is that of ``parent``.
+        """Open a chain, closing another.
 
         Args:
             make: Computes the features with an epilogue.
             shape, dtype, device: Of the features.
-            inputs: What ``make`` and the epilogue read, beginning with those of ``parent``; nobody
-                may write to it in between.
-            epilogue: So far.
-            parent: The features that these replace as the last of a chain.
+            inputs: What ``make`` reads; nobody may write to it in between.
         """
-        if _open.chain is not None and (parent is None or _open.chain() is not parent):
-            close_chain()
+        close_chain()
         self.make, self.shape, self.dtype, self.device = make, shape, dtype, device
-        self.inputs, self.epilogue = inputs, epilogue
-        if parent is None:
-            self._versions = _versions(inputs)
-            self._stream = _stream(device)
-        else:
-            self._versions = parent._versions + _versions(inputs[len(parent._versions) :])
-            self._stream = parent._stream
+        self.inputs = inputs
+        self.epilogue: Epilogue | None = None
+        self._writes = _writes(inputs)
+        self._stream = _stream(inputs[0])
         self._value: Tensor | None = None
         _open.chain = weakref.ref(self)
 
@@ -112,7 +115,7 @@ class Lazy:
             RuntimeError: An input was written to since; its old values are gone.
         """
         if self._value is None:
-            if self._versions != _versions(self.inputs):
+            if self._writes != _writes(self.inputs):
                 raise RuntimeError(
                     "features were changed in place before a convolution that reads them was "
                     "needed; read its `feats` first, or set torchsparse.backends.fuse = False"
@@ -125,7 +128,7 @@ class Lazy:
         if torch.is_grad_enabled():
             with torch.no_grad():
                 return self._compute()
-        if _stream(self.device) == self._stream:
+        if _stream(self.inputs[0]) == self._stream:
             return self.make(self.epilogue)
         # Asked for from another stream: computed where it was called, and waited for.
         if self._stream:
@@ -139,19 +142,31 @@ class Lazy:
         value.record_stream(here)
         return value
 
-    def _extended(self, epilogue: Epilogue, *more: Tensor | None) -> Lazy:
-        inputs = (*self.inputs, *(t for t in more if t is not None))
-        return Lazy(self.make, self.shape, self.dtype, self.device, inputs, epilogue, parent=self)
+    def _extended(self, epilogue: Epilogue, *more: Tensor) -> Lazy:
+        """These features with an epilogue that reads ``more``, as the last of their chain."""
+        now = _open.chain
+        if now is not None and now() is not self:
+            close_chain()
+        new: Lazy = object.__new__(Lazy)
+        new.make, new.shape, new.dtype, new.device = self.make, self.shape, self.dtype, self.device
+        new.inputs, new.epilogue = self.inputs + more, epilogue
+        new._writes = self._writes + _writes(more) if more else self._writes
+        new._stream, new._value = self._stream, None
+        _open.chain = weakref.ref(new)
+        return new
 
     def normalised(self, norm: Norm) -> Lazy | None:
         """These features, normalised; None if something else came before."""
-        if self.done or self.epilogue is not None:
+        if self._value is not None or self.epilogue is not None:
             return None
-        return self._extended(Epilogue(norm), *norm[:4])
+        mean, var, weight, bias, _ = norm
+        if weight is None or bias is None:
+            return self._extended(Epilogue(norm), mean, var)
+        return self._extended(Epilogue(norm), mean, var, weight, bias)
 
     def plus(self, residual: Tensor) -> Lazy | None:
         """These features plus others; None if they cannot join."""
-        now = self.epilogue or Epilogue()
+        now = self.epilogue or NOTHING
         fits = residual.dtype == self.dtype and residual.shape == self.shape
         fits &= not (torch.is_grad_enabled() and residual.requires_grad)
         if self.done or not fits or now.residual is not None or now.slope is not None:
@@ -163,10 +178,11 @@ class Lazy:
 
         In place, whoever holds these features sees the new ones.
         """
-        now = self.epilogue or Epilogue()
-        if self.done or now.slope is not None:
+        norm, residual, before = self.epilogue or NOTHING
+        if self._value is not None or before is not None:
             return None
+        epilogue = Epilogue(norm, residual, slope)
         if inplace:
-            self.epilogue = now._replace(slope=slope)
+            self.epilogue = epilogue
             return self
-        return self._extended(now._replace(slope=slope))
+        return self._extended(epilogue)

@@ -434,7 +434,7 @@ def _range_tuple(value: Any) -> tuple[int, ...]:
 def pending(x: SparseTensor) -> Lazy | None:
     """The features of ``x``, if they are still to be computed."""
     feats = x._feats
-    return feats if type(feats) is Lazy and not feats.done else None
+    return feats if type(feats) is Lazy and feats._value is None else None
 
 
 def may_put_off() -> bool:
@@ -478,7 +478,7 @@ def wrap(
     Always a plain SparseTensor that shares the cache; ``__init__`` of a subclass is not called.
     """
     out = object.__new__(SparseTensor)
-    out.feats = feats
+    out._feats = feats
     out._caches = like._caches
     if coords is None:
         out.coords, out.stride, out.spatial_range = like.coords, like.stride, like.spatial_range

@@ -122,9 +122,7 @@ def record(arch: int = 90) -> Iterator[list[Compiled]]:
     done: dict[Any, Compiled] = {}
     found: list[Compiled] = []
 
-    def start(
-        kernel: Any, grid: Any, device: Any, args: Any, options: Any, memo: Any = None
-    ) -> None:
+    def start(kernel: Any, grid: Any, device: Any, args: Any, options: Any) -> None:
         fixed = {p.name for p in kernel.params if p.do_not_specialize}
         kinds = tuple(
             "i32" if name in fixed else _kind(arg) for name, arg in zip(kernel.arg_names, args)

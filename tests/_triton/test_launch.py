@@ -12,7 +12,7 @@ import torch
 import triton
 
 from torchsparse._triton import launch as module
-from torchsparse._triton.launch import cdiv, launch, next_power
+from torchsparse._triton.launch import Repeated, cdiv, compile_ahead, launch, next_power
 
 STREAM = 77
 KNOBS: Any = importlib.import_module("triton.knobs")
@@ -113,23 +113,63 @@ def test_none_and_floats(kernel: Kernel) -> None:
     assert [args[-2] for args in kernel.direct] == [0.75, None]
 
 
-def test_a_memo_speaks_for_numbers_and_dtypes(kernel: Kernel) -> None:
-    """Where the caller knows what determines a kernel; but for the alignment of its tensors."""
-    found: dict[Any, Any] = {}
-    x = torch.zeros(80)
-    for key, tensor in (("a", x), ("a", x), ("b", x), ("a", x[4:]), ("a", x[1:]), ("a", x[1:])):
-        launch(kernel, (1,), x, tensor, 100, memo=(found, key), BLOCK=1)
-    assert set(found) == {"a", "b"}
-    assert kernel.ways == (4, 2)
-    assert [args[-3] for args in kernel.direct] == [x.data_ptr(), x[4:].data_ptr()]
+def repeated(kernel: Kernel, x: torch.Tensor) -> Any:
+    """A function that makes ``kernel[3, 2](y, x, 0.5, 7)`` again for any ``y``."""
+    kernel.arg_names = ("y", "x", "eps", "n", "BLOCK")
+    step = Repeated(kernel, (3, 2), (x,), (7,), {"BLOCK": 64})
+
+    def make(y: torch.Tensor) -> bool:
+        bits = y.data_ptr()
+        done = step.again(y.get_device(), (bits,), (0.5,), bits)
+        if not done:
+            step.learn(launch(kernel, (3, 2), y, y, x, 0.5, 7, BLOCK=64), bits)
+        return done
+
+    return make
 
 
-def test_an_unaligned_first_launch_leaves_no_memo(kernel: Kernel) -> None:
-    """What was compiled for it must not serve aligned tensors, nor the other way round."""
-    found: dict[Any, Any] = {}
-    x = torch.zeros(80)
-    launch(kernel, (1,), x, x[1:], 100, memo=(found, "a"), BLOCK=1)
-    assert not found and kernel.ways == (1, 0)
+def test_a_repeated_launch_remembers_all_but_addresses(kernel: Kernel) -> None:
+    x, y = torch.zeros(8), torch.zeros(80)
+    make = repeated(kernel, x)
+    # The first is public, the second finds what it compiled, the others need not look.
+    assert [make(y), make(y), make(y), make(y[4:])] == [False, False, True, True]
+    assert kernel.ways == (1, 3)
+    same = (3, 2, 1, STREAM, 5, False, False, None, None, ("packed",), None, None, None)
+    addresses = (y.data_ptr(), y.data_ptr(), y[4:].data_ptr())
+    assert kernel.direct == [(*same, at, x.data_ptr(), 0.5, 7, 64) for at in addresses]
+
+
+def test_unaligned_tensors_have_a_kernel_of_their_own(kernel: Kernel) -> None:
+    """What was compiled for them must not serve aligned ones, nor the other way round."""
+    y = torch.zeros(80)
+    make = repeated(kernel, torch.zeros(8))
+    assert not any(make(y[1:]) for _ in range(3))
+    assert kernel.ways == (1, 2)  # but it is launched directly
+    assert [make(y), make(y), make(y), make(y[1:])] == [False, False, True, False]
+    assert kernel.ways == (2, 5)
+    make = repeated(kernel, y[1:])
+    assert not any(make(y) for _ in range(3))
+
+
+def test_whoever_watches_sees_repeated_launches(kernel: Kernel) -> None:
+    y = torch.zeros(80)
+    make = repeated(kernel, torch.zeros(8))
+    for _ in range(3):
+        make(y)
+    chain = KNOBS.runtime.launch_enter_hook
+
+    def listen(metadata: Any) -> None:
+        raise AssertionError("the fake kernel calls no hooks")
+
+    chain.add(listen)
+    try:
+        assert not make(y)
+    finally:
+        chain.remove(listen)
+    assert kernel.ways == (2, 2)
+    assert compile_ahead([lambda: make(y)]) == 1
+    assert kernel.ways == (2, 2)
+    assert make(y)
 
 
 def test_the_grid_is_no_part_of_what_is_compiled(kernel: Kernel) -> None:

@@ -88,14 +88,19 @@ def _forward(
     planned = kmap.plan(recipe, weight.shape[2], transposed)
     dtype = recipe.compute
     out = gather_gemm(
-        feats if feats.dtype is dtype else feats.to(dtype),
-        weight if weight.dtype is dtype else weight.to(dtype),
-        bias if bias is None or bias.dtype is dtype else bias.to(dtype),
+        _cast(feats, dtype),
+        _cast(weight, dtype),
+        None if bias is None else _cast(bias, dtype),
         planned,
         recipe.precision,
         epilogue,
     )
-    return out if dtype is recipe.dtype else out.to(recipe.dtype)
+    return _cast(out, recipe.dtype)
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """``tensor.to(dtype)``, which takes a microsecond also where there is nothing to do."""
+    return tensor if tensor.dtype is dtype else tensor.to(dtype)
 
 
 class _SparseConv(torch.autograd.Function):
@@ -109,9 +114,11 @@ class _SparseConv(torch.autograd.Function):
         transposed: bool,
         recipe: ConvRecipe,
     ) -> Tensor:
+        ctx.dtypes = feats.dtype, weight.dtype, None if bias is None else bias.dtype
+        # Cast once for both passes, as autocast does with the weights of dense layers.
+        feats, weight = _cast(feats, recipe.compute), _cast(weight, recipe.compute)
         ctx.save_for_backward(feats, weight)
         ctx.kmap, ctx.transposed, ctx.recipe = kmap, transposed, recipe
-        ctx.bias_dtype = None if bias is None else bias.dtype
         return _forward(feats, weight, bias, kmap, transposed, recipe)
 
     @staticmethod
@@ -122,19 +129,18 @@ class _SparseConv(torch.autograd.Function):
         feats, weight = ctx.saved_tensors
         kmap, transposed, recipe = ctx.kmap, ctx.transposed, ctx.recipe
         dtype, precision = recipe.compute, recipe.precision
-        grad = grads[0].to(dtype)
+        grad = _cast(grads[0], dtype)
         grad_feats = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
             planned = kmap.plan(recipe, weight.shape[1], not transposed, backward=True)
-            swapped = weight.to(dtype).transpose(1, 2)
-            grad_feats = gather_gemm(grad, swapped, None, planned, precision).to(feats.dtype)
+            found = gather_gemm(grad, weight.transpose(1, 2), None, planned, precision)
+            grad_feats = _cast(found, ctx.dtypes[0])
         if ctx.needs_input_grad[1]:
             pairs = kmap.pairs(recipe, weight.shape[2], transposed)
-            found = weight_grad(feats.to(dtype), grad, pairs, precision)
-            grad_weight = found.to(weight.dtype)
+            grad_weight = _cast(weight_grad(feats, grad, pairs, precision), ctx.dtypes[1])
         if ctx.needs_input_grad[2]:
             total = grad.sum(0, dtype=sum_dtype(dtype))
-            grad_bias = total.to(ctx.bias_dtype)
+            grad_bias = _cast(total, ctx.dtypes[2])
         return grad_feats, grad_weight, grad_bias, None, None, None
 
 
@@ -148,9 +154,13 @@ def pointwise(feats: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.d
         dtype: Of the result.
     """
     # Half products on a CPU are computed in float32 and rounded once; a GPU does so by itself.
-    compute = sum_dtype(dtype) if feats.device.type == "cpu" else dtype
-    with torch.autocast(feats.device.type, enabled=False):
-        feats, weight = feats.to(dtype).to(compute), weight.to(dtype).to(compute)
-        if bias is None:
-            return torch.mm(feats, weight).to(dtype)
-        return torch.addmm(bias.to(dtype).to(compute), feats, weight).to(dtype)
+    device = "cuda" if feats.is_cuda else feats.device.type
+    if torch.is_autocast_enabled(device):
+        with torch.autocast(device, enabled=False):
+            return pointwise(feats, weight, bias, dtype)
+    operands = [feats, weight] if bias is None else [bias, feats, weight]
+    operands = [_cast(t, dtype) for t in operands]
+    compute = sum_dtype(dtype) if device == "cpu" else dtype
+    operands = [_cast(t, compute) for t in operands]
+    out = torch.mm(*operands) if bias is None else torch.addmm(*operands)
+    return _cast(out, dtype)

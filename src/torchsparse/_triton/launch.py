@@ -1,9 +1,13 @@
 """Launching: the device of the tensors, the current stream, nothing for an empty grid.
 
-``kernel[grid](...)`` binds, specialises and looks up its arguments anew in every call (12.6 us on
-the host of an H100). Here the compiled kernel is resolved once per kind of arguments and its
-launcher called directly. That launcher is no public interface of Triton, so whatever is not as
-in the versions it was tried with goes the public way.
+Every launch is one of these:
+
+1. `launch` finds the kernel that was compiled for such arguments and calls its launcher directly
+   with addresses and numbers. That launcher is no public interface of Triton, so whatever is not
+   as in the versions it was tried with goes the public way, ``kernel[grid](...)``, which binds,
+   specialises and looks up its arguments anew in every call (12.6 us on the host of an H100).
+   So do the first launch of a kind, and all while a profiler listens.
+2. A `Repeated` launch remembers what `launch` found, and all arguments but a few tensors.
 """
 
 from __future__ import annotations
@@ -17,7 +21,7 @@ import torch
 import triton
 from torch import Tensor
 
-__all__ = ["cdiv", "compile_ahead", "launch", "next_power"]
+__all__ = ["Repeated", "Resolved", "cdiv", "compile_ahead", "launch", "next_power", "number_kind"]
 
 _knobs: Any = getattr(triton, "knobs", None)
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
@@ -32,7 +36,7 @@ def next_power(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
-class _Resolved(NamedTuple):
+class Resolved(NamedTuple):
     """A compiled kernel on one device."""
 
     start: Any  # the launcher's C function
@@ -41,6 +45,7 @@ class _Resolved(NamedTuple):
     dependent: bool
     packed: Any
     constants: tuple[Any, ...]  # of the constexpr parameters, which stand last
+    kernel: Any  # so that its id stays its own
 
 
 class _Launch(NamedTuple):
@@ -54,18 +59,14 @@ class _Launch(NamedTuple):
 
 
 _noted: list[_Launch] | None = None  # a list while `compile_ahead` looks
-_resolved: dict[Any, _Resolved | None] = {}
-_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+_resolved: dict[Any, Resolved | None] = {}
+_stream: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+_current: Any = getattr(torch._C, "_cuda_getDevice", lambda: -1)  # -1: the device of CPU tensors
 
 
 def launch(
-    kernel: Any,
-    grid: tuple[int, ...],
-    like: Tensor,
-    *args: Any,
-    memo: Any = None,
-    **options: Any,
-) -> None:
+    kernel: Any, grid: tuple[int, ...], like: Tensor, *args: Any, **options: Any
+) -> Resolved | None:
     """Run ``kernel`` over ``grid`` on the device of ``like``, in its current stream.
 
     Args:
@@ -73,57 +74,59 @@ def launch(
         grid: One to three extents.
         like: A tensor on the device.
         *args: All parameters that are not constexpr: tensors, ints, floats or None.
-        memo: None, or a dictionary and a key in it that determine the kernel, the device, the
-            options, all numbers and the dtypes of all tensors: these are then not looked at.
         **options: The constexpr parameters, num_warps, num_stages.
+
+    Returns:
+        What the kernel is on this device for such arguments; None if it went the public way.
     """
     if 0 in grid:
-        return
-    device = like.device
+        return None
     if _noted is not None:
-        _noted.append(_Launch(kernel, grid, device, tuple(map(_light, args)), options))
-    elif INTERPRETED:
+        _noted.append(_Launch(kernel, grid, like.device, tuple(map(_light, args)), options))
+        return None
+    if INTERPRETED:
         kernel[grid](*args, **options)
-    elif device.type == "cuda" and device.index != torch.cuda.current_device():
-        with torch.cuda.device(device):
-            _start(kernel, grid, device.index, args, options, memo)
-    else:
-        _start(kernel, grid, device.index, args, options, memo)
+        return None
+    device = like.get_device()
+    if device < 0 or device == _current():
+        return _start(kernel, grid, device, args, options)
+    with torch.cuda.device(device):
+        return _start(kernel, grid, device, args, options)
 
 
 def _start(
-    kernel: Any,
-    grid: tuple[int, ...],
-    device: int | None,
-    args: tuple[Any, ...],
-    options: dict[str, Any],
-    memo: tuple[dict[Any, Any], Any] | None = None,
-) -> None:
+    kernel: Any, grid: tuple[int, ...], device: int, args: tuple[Any, ...], options: dict[str, Any]
+) -> Resolved | None:
+    """Find the kernel by what its compilation depends on, and start it on the current device."""
     values: list[Any] = []
-    pointers = 0
+    kinds: list[Any] = [id(kernel), device]  # a kernel's own hash takes a microsecond
+    give, add = values.append, kinds.append
     for arg in args:
-        if isinstance(arg, Tensor):
+        if type(arg) is int:
+            give(arg)
+            add(2 + (arg & 15 == 0) if 1 < arg <= 2147483647 else number_kind(arg))
+        elif isinstance(arg, Tensor):
             pointer = arg.data_ptr()
-            pointers |= pointer
-            values.append(pointer)
+            give(pointer)
+            add(arg.dtype)
+            if pointer & 15:
+                add("unaligned")
         else:
-            values.append(arg)
-    where, key = _resolved, None
-    if memo is None:
-        key = _kinds(kernel, device, args, options)
-    elif pointers & 15 == 0:  # a kernel by memo is compiled for aligned tensors
-        where, key = memo
-    known = None if key is None else where.get(key)
-    if known is None or _hooked():
+            give(arg)
+            add(None if arg is None else type(arg))
+    key = (*kinds, *options, *options.values())
+    known = _resolved.get(key)
+    if known is None or watched():
         compiled = kernel[grid](*args, **options)
-        if key is not None and key not in where:
-            where[key] = _resolve(kernel, compiled, len(args), options)
-        return
+        if key not in _resolved:
+            _resolved[key] = _resolve(kernel, compiled, len(args), options)
+        return None
+    extents = len(grid)
     known.start(
         grid[0],
-        grid[1] if len(grid) > 1 else 1,
-        grid[2] if len(grid) > 2 else 1,
-        _stream(device),  # pyright: ignore[reportOptionalCall]  # checked by _resolve
+        grid[1] if extents > 1 else 1,
+        grid[2] if extents > 2 else 1,
+        _stream(device),
         known.function,
         known.cooperative,
         known.dependent,
@@ -136,35 +139,92 @@ def _start(
         *values,
         *known.constants,
     )
+    return known
 
 
-def _kinds(
-    kernel: Any, device: int | None, args: tuple[Any, ...], options: dict[str, Any]
-) -> tuple[Any, ...]:
-    """What a compiled kernel depends on: dtypes, alignment, and the kind of each number."""
-    kinds: list[Any] = [kernel, device]
-    add = kinds.append
-    for arg in args:
-        kind = type(arg)
-        if kind is int:
-            wide = not -2147483648 <= arg <= 2147483647
-            add(1 if arg == 1 else 2 + (arg & 15 == 0) + 2 * wide)
-        elif isinstance(arg, Tensor):
-            add(arg.dtype)
-            add(arg.data_ptr() & 15 == 0)
+def number_kind(value: int) -> int:
+    """What a compilation knows of a number: 1 is a constant, multiples of 16 are known as such,
+    and so is what needs more than 32 bits."""
+    wide = not -2147483648 <= value <= 2147483647
+    return 1 if value == 1 else 2 + (value & 15 == 0) + 2 * wide
+
+
+class Repeated:
+    """A launch that is made again and again with other tensors in two places, all else equal::
+
+        kernel[grid](*first, *middle, *then, *last, **options)
+
+    The caller sees to it that dtypes and whatever is no tensor in ``first`` and ``then`` stay, and
+    that somebody keeps the tensors of ``middle``.
+    """
+
+    __slots__ = ("_again", "_aligned", "grid", "kernel", "last", "middle", "options")
+
+    def __init__(
+        self,
+        kernel: Any,
+        grid: tuple[int, int],
+        middle: tuple[Tensor | None, ...],
+        last: tuple[int, ...],
+        options: dict[str, Any],
+        known: Resolved | None = None,
+    ) -> None:
+        """``known`` is what `learn` was given for another launch that differs in its grid, its
+        ``middle`` and numbers of one kind (`number_kind`) alone."""
+        self.kernel, self.grid, self.options = kernel, grid, options
+        self.middle, self.last = middle, last
+        self._again: Callable[[int, Any, Any], None] | None = None
+        self._aligned = True
+        for tensor in middle:
+            if tensor is not None and tensor.data_ptr() & 15:
+                self._aligned = False
+        self.learn(known, 0)
+
+    def again(self, device: int, first: Iterable[int], then: Iterable[Any], bits: int) -> bool:
+        """Launch with these addresses and numbers, if the kernel is known for them.
+
+        Args:
+            device: Index of the tensors' device.
+            first, then: Addresses; in ``then`` also numbers and None.
+            bits: All addresses, or-ed.
+        """
+        if self._again is None or bits & 15 or watched():
+            return False
+        if device < 0 or device == _current():
+            self._again(device, first, then)
         else:
-            add(None if arg is None else kind)
-    kinds.extend(options.items())
-    return tuple(kinds)
+            with torch.cuda.device(device):
+                self._again(device, first, then)
+        return True
+
+    def learn(self, known: Resolved | None, bits: int) -> bool:
+        """Remember what `launch` found for tensors whose addresses or-ed are ``bits``."""
+        if known is None or bits & 15 or not self._aligned:
+            return False
+        x, y = self.grid
+        start, function, cooperative, dependent, packed, constants, _ = known
+        middle = [None if t is None else t.data_ptr() for t in self.middle]
+        last = (*self.last, *constants)
+
+        def run(device: int, first: Iterable[int], then: Iterable[Any]) -> None:
+            start(
+                x, y, 1, _stream(device), function, cooperative, dependent, None, None, packed,
+                None, None, None, *first, *middle, *then, *last,
+            )  # fmt: skip
+
+        self._again = run
+        return True
 
 
-def _hooked() -> bool:
-    """Whether a profiler wants to see launches."""
+def watched() -> bool:
+    """Whether somebody wants to see every launch: `compile_ahead`, or a profiler."""
     runtime = _knobs.runtime
-    return bool(runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls)
+    return bool(
+        _noted is not None or runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls
+    )
 
 
-def _resolve(kernel: Any, compiled: Any, given: int, options: dict[str, Any]) -> _Resolved | None:
+def _resolve(kernel: Any, compiled: Any, given: int, options: dict[str, Any]) -> Resolved | None:
     """What a direct launch needs; None where this Triton is built differently."""
     if _stream is None or not triton.__version__.startswith("3.6."):
         return None
@@ -179,13 +239,14 @@ def _resolve(kernel: Any, compiled: Any, given: int, options: dict[str, Any]) ->
     names = kernel.arg_names[given:]
     if any(name not in options for name in names):
         return None
-    return _Resolved(
+    return Resolved(
         run.launch,
         compiled.function,
         run.launch_cooperative_grid,
         run.launch_pdl,
         compiled.packed_metadata,
         tuple(options[name] for name in names),
+        kernel,
     )
 
 

@@ -113,10 +113,20 @@ def gemm_tile(
         swapped: The weight lies with its input channels innermost, as in an input gradient.
         device: Whose measurements may count; None: the shipped rows alone.
     """
+    rows = _alike(rows, 1 << 16)
     # The last argument makes remembered answers go out of date.
     return _gemm_tile(
         rows, c_in, c_out, volume, dtype, precision, swapped, device, _tuned.generation()
     )
+
+
+def _alike(rows: int, plenty: int) -> int:
+    """A number of rows for which everything is chosen as for ``rows``: each cloud has another,
+    and shall find the answers of those before it. From ``plenty`` on, the power of two decides.
+    """
+    if rows & (rows - 1) == 0:
+        return rows
+    return 1 << (rows.bit_length() - 1) if rows >= plenty else (rows - 1) // 64 * 64 + 1
 
 
 @lru_cache(maxsize=4096)
@@ -164,7 +174,6 @@ def shipped_gemm_tile(
     return GemmTile(bm, bn, bk, stages, warps, splits)
 
 
-@lru_cache(maxsize=4096)
 def narrow_tile(rows: int, c_in: int, c_out: int, volume: int) -> NarrowTile | None:
     """The tile for few input channels, or None where the masked GEMM is better."""
     if c_in > NARROW_CHANNELS or volume * c_in > NARROW_VOLUME or volume == 1:
@@ -191,6 +200,8 @@ def grad_tile(
     device: torch.device | None = None,
 ) -> GradTile:
     """The tile for a weight gradient over at most ``pairs`` pairs of ``volume`` taps."""
+    if pairs >= 1 << 20:  # enough for every target: see `shipped_grad_tile`
+        pairs = _alike(pairs, 1 << 20)
     return _grad_tile(pairs, c_in, c_out, dtype, precision, volume, device, _tuned.generation())
 
 

@@ -83,8 +83,8 @@ def _add_taps(
 
 @triton.jit(do_not_specialize=["M", "T"])
 def gemm_kernel(
-    x, w, out, table, order, masks, bias, mean, var, gamma, beta, eps, residual, slope,
-    limit, M, T, w_tap, w_in, w_out,
+    x, w, out, table, order, masks, limit, bias, mean, var, gamma, beta, eps, residual, slope,
+    M, T, w_tap, w_in, w_out,
     K: tl.constexpr, CI: tl.constexpr, CO: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLITS: tl.constexpr,
     SORTED: tl.constexpr, REVERSE: tl.constexpr, PRECISION: tl.constexpr,
@@ -142,7 +142,7 @@ def gemm_kernel(
 
 @triton.jit(do_not_specialize=["M"])
 def sum_kernel(
-    partial, out, bias, mean, var, gamma, beta, eps, residual, slope, limit, M,
+    partial, out, limit, bias, mean, var, gamma, beta, eps, residual, slope, M,
     CO: tl.constexpr, PARTS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     BIAS: tl.constexpr, NORM: tl.constexpr, RESIDUAL: tl.constexpr, ACT: tl.constexpr,
 ):  # fmt: skip
@@ -165,8 +165,8 @@ def sum_kernel(
 
 @triton.jit(do_not_specialize=["M", "n_row", "n_tap"])
 def narrow_kernel(
-    x, w, out, neighbors, bias, mean, var, gamma, beta, eps, residual, slope,
-    limit, M, n_row, n_tap, w_tap, w_in, w_out,
+    x, w, out, neighbors, limit, bias, mean, var, gamma, beta, eps, residual, slope,
+    M, n_row, n_tap, w_tap, w_in, w_out,
     K: tl.constexpr, CI: tl.constexpr, CO: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     REVERSE: tl.constexpr, PRECISION: tl.constexpr,

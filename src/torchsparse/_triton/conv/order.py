@@ -16,7 +16,7 @@ ascending order, and a tap that it lacks adds an exact zero.
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -66,7 +66,6 @@ class Tiles(NamedTuple):
     order: Tensor | None  # [M] int32, the output row at each place; None: they are equal
     table: Tensor  # [K, M] int32, input row under tap k at place m, -1 = none
     masks: Tensor  # [ceil(K / 32), ceil(M / 64)] int32, bit k: some row of the tile has the tap
-    memo: dict[Any, Any]  # of launches over this table
     limit: Tensor | None = None  # [1] int64, how many places are real; None: all (`_capacity`)
 
 
@@ -219,7 +218,7 @@ def _sort(found: SortKeys, limit: Tensor | None) -> Tensor:
     m = found.keys.shape[0]
     starts = torch.empty_like(found.counts)
     bins = starts.shape[0]
-    order = torch.empty(m, dtype=torch.int32, device=starts.device)
+    order = starts.new_empty(m)
     launch(
         start_kernel, (1,), starts, found.counts, starts, BINS=bins,
         num_warps=16 if bins >= 4096 else 4,
@@ -240,14 +239,12 @@ def make_tiles(neighbors: Tensor, keys: SortKeys | None, limit: Tensor | None = 
         limit: [1] int64, how many of its rows are real; the others have no neighbours.
     """
     volume, m = neighbors.shape
-    device = neighbors.device
     tiles, words = cdiv(m, TILE_ROWS), cdiv(volume, 32)
     order = None if keys is None else _sort(keys, limit)
-    table = torch.empty((volume, m), dtype=torch.int32, device=device)
-    masks = torch.empty((words, tiles), dtype=torch.int32, device=device)
+    table, masks = neighbors.new_empty(volume, m), neighbors.new_empty(words, tiles)
     launch(
         tile_kernel, (tiles, words), neighbors, neighbors, order, table, masks, limit, m, tiles,
         neighbors.stride(1), neighbors.stride(0),
         K=volume, BR=TILE_ROWS, SORTED=order is not None,
     )  # fmt: skip
-    return Tiles(order, table, masks, {}, limit)
+    return Tiles(order, table, masks, limit)

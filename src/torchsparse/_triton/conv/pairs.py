@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -29,6 +29,7 @@ class Pairs(NamedTuple):
     volume: int  # K
     lists: int  # L: taps beyond the list read list K - 1 - k from its other end
     swap: bool  # inputs and outputs are exchanged
+    memo: dict[Any, Any]  # how weight gradients over these pairs are launched
 
 
 @triton.jit(do_not_specialize=["M", "blocks", "n_row", "n_tap"])
@@ -93,4 +94,4 @@ def list_pairs(neighbors: Tensor, symmetric: bool, most: int) -> Pairs:
         list_kernel, (blocks, words), neighbors, neighbors, ends, inputs, outputs, m, blocks,
         *strides, L=lists, BR=BLOCK_ROWS, num_warps=1,
     )  # fmt: skip
-    return Pairs(inputs, outputs, ends, volume, lists, False)
+    return Pairs(inputs, outputs, ends, volume, lists, False, {})

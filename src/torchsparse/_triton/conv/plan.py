@@ -56,12 +56,12 @@ def make_plan(
     """
     kind, sort, splits = layout
     if kind == "fetch":
-        return Plan(neighbors, (), make_pairs(neighbors, geometry))
+        return Plan(neighbors, (), {}, make_pairs(neighbors, geometry))
     if splits == 1:
         if sort and keys is None:
             keys = row_sort_keys(neighbors, key_bits(geometry, neighbors.device))
         tiles = make_tiles(neighbors, keys if sort else None, limit)
-        return Plan(neighbors, (Share(0, geometry.volume, tiles),), limit=limit)
+        return Plan(neighbors, (Share(0, geometry.volume, tiles),), {}, limit=limit)
     bounds = [geometry.volume * part // splits for part in range(splits + 1)]
     shares = []
     for first, last in itertools.pairwise(bounds):
@@ -71,7 +71,7 @@ def make_plan(
             bits = key_bits(geometry, neighbors.device, first, last)
             part_keys = row_sort_keys(part, bits)
         shares.append(Share(first, last, make_tiles(part, part_keys, limit)))
-    return Plan(neighbors, tuple(shares), limit=limit)
+    return Plan(neighbors, tuple(shares), {}, limit=limit)
 
 
 def make_pairs(neighbors: Tensor, geometry: Geometry) -> Pairs:

@@ -13,7 +13,13 @@ from torchsparse._triton.conv.gemm import gemm_kernel, narrow_kernel, sum_kernel
 from torchsparse._triton.conv.order import Tiles
 from torchsparse._triton.conv.pairs import Pairs
 from torchsparse._triton.conv.wgrad import sum_chunks_kernel, wgrad_kernel
-from torchsparse._triton.launch import cdiv, launch, next_power
+from torchsparse._triton.launch import (
+    Repeated,
+    Resolved,
+    cdiv,
+    launch,
+    next_power,
+)
 from torchsparse._triton.tiles import (
     GemmTile,
     NarrowTile,
@@ -22,6 +28,7 @@ from torchsparse._triton.tiles import (
     loop_step,
     narrow_tile,
 )
+from torchsparse._tuned import generation
 
 __all__ = ["Plan", "Share", "finish", "gather_gemm", "weight_grad"]
 
@@ -39,6 +46,7 @@ class Plan(NamedTuple):
 
     neighbors: Tensor  # [K, M] int32, natural row order, any strides
     shares: tuple[Share, ...]  # for the implicit GEMM
+    memo: dict[Any, _Product]  # how products over this table are launched
     pairs: Pairs | None = None  # for the fetch-on-demand dataflow, in place of shares
     reverse: bool = False  # tap k of the table multiplies weight K - 1 - k
     limit: Tensor | None = None  # [1] int64, how many rows are real; None: all (`_capacity`)
@@ -58,34 +66,49 @@ class _End(NamedTuple):
     """An epilogue as the kernels want it."""
 
     tensors: tuple[Any, ...]  # bias, mean, var, gamma, beta, eps, residual, slope
-    flags: dict[str, Any]
-    kind: tuple[Any, ...]  # dtypes and flags
+    given: tuple[Any, ...]  # the same with addresses
+    bits: int  # all addresses, or-ed
+    kind: tuple[Any, ...]  # dtypes and activation: equal kinds have equal flags
 
-
-def _contiguous(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.contiguous()
+    @property
+    def flags(self) -> dict[str, Any]:
+        """Options of the kernels."""
+        bias, mean, gamma, residual, act = (self.kind[place] for place in (0, 1, 3, 5, 6))
+        norm = 0 if mean is None else 1 if gamma is None else 2
+        return {"BIAS": bias is not None, "NORM": norm, "RESIDUAL": residual is not None,
+                "ACT": act}  # fmt: skip
 
 
 def _end(bias: Tensor | None, epilogue: Epilogue | None) -> _End:
+    # Written out: this runs for every convolution.
+    a = r = m = v = p = q = 0
+    bias_type = mean_type = var_type = gamma_type = beta_type = residual_type = None
+    mean = var = gamma = beta = None
+    eps = 0.0
     norm, residual, slope = epilogue or NOTHING
+    if bias is not None:
+        bias = bias.contiguous()
+        a, bias_type = bias.data_ptr(), bias.dtype
+    if norm is not None:
+        mean, var, gamma, beta, eps = norm
+        eps = float(eps)
+        mean, var = mean.contiguous(), var.contiguous()
+        m, v, mean_type, var_type = mean.data_ptr(), var.data_ptr(), mean.dtype, var.dtype
+        if gamma is not None and beta is not None:
+            gamma, beta = gamma.contiguous(), beta.contiguous()
+            p, q, gamma_type, beta_type = (
+                gamma.data_ptr(), beta.data_ptr(), gamma.dtype, beta.dtype
+            )  # fmt: skip
+    if residual is not None:
+        residual = residual.contiguous()
+        r, residual_type = residual.data_ptr(), residual.dtype
     act = 0 if slope is None else 1 if slope == 0 else 2
-    bias, residual = _contiguous(bias), _contiguous(residual)
-    if norm is None:
-        mean = var = gamma = beta = None
-        eps, kind, norm_dtypes = 0.0, 0, None
-    else:
-        mean, var, gamma, beta = map(_contiguous, norm[:4])
-        eps, kind = float(norm.eps), 1 if gamma is None else 2
-        norm_dtypes = tuple(t if t is None else t.dtype for t in norm[:4])
+    slope = float(slope or 0.0)
     return _End(
-        (bias, mean, var, gamma, beta, eps, residual, float(slope or 0.0)),
-        {"BIAS": bias is not None, "NORM": kind, "RESIDUAL": residual is not None, "ACT": act},
-        (
-            None if bias is None else bias.dtype,
-            norm_dtypes,
-            None if residual is None else residual.dtype,
-            act,
-        ),
+        (bias, mean, var, gamma, beta, eps, residual, slope),
+        (a or None, m or None, v or None, p or None, q or None, eps, r or None, slope),
+        a | m | v | p | q | r,
+        (bias_type, mean_type, var_type, gamma_type, beta_type, residual_type, act),
     )
 
 
@@ -96,17 +119,59 @@ NO_END = _end(None, None)
 def finish(feats: Tensor, epilogue: Epilogue) -> Tensor:
     """Apply an epilogue to features in one pass.  [M, C] -> [M, C] in the same dtype."""
     out = torch.empty_like(feats, memory_format=torch.contiguous_format)
-    _sum(feats.contiguous(), 1, out, _end(None, epilogue))
+    m, channels = out.shape
+    if m and channels:
+        end = _end(None, epilogue)
+        name = ("finish", feats.get_device(), feats.dtype, channels, end.kind)
+        step = _sum(m, channels, 1, end, known=_known.get(name))
+        _run(step, feats.contiguous(), None, out, end, name)
     return out
 
 
-def _sum(partial: Tensor, parts: int, out: Tensor, end: _End, limit: Tensor | None = None) -> None:
-    m, channels = out.shape
+_known: dict[Any, Resolved] = {}  # kernels by name: another cloud need not look for them
+
+
+def _run(
+    step: Repeated, x: Tensor, w: Tensor | None, out: Tensor, end: _End, name: Any = None
+) -> None:
+    """Launch a kernel whose parameters are ``x, [w,] out, ..., *end, ...``; what it is found to
+    be is remembered under ``name``."""
+    if w is None:
+        first, pointers = (x, out), (x.data_ptr(), out.data_ptr())
+        bits = end.bits | pointers[0] | pointers[1]
+    else:
+        first, pointers = (x, w, out), (x.data_ptr(), w.data_ptr(), out.data_ptr())
+        bits = end.bits | pointers[0] | pointers[1] | pointers[2]
+    if not step.again(x.get_device(), pointers, end.given, bits):
+        known = launch(
+            step.kernel, step.grid, x, *first, *step.middle, *end.tensors, *step.last,
+            **step.options,
+        )  # fmt: skip
+        if known is not None and step.learn(known, bits) and name is not None:
+            _known[name] = known
+
+
+def _sum(
+    m: int, channels: int, parts: int, end: _End, limit: Tensor | None = None,
+    known: Resolved | None = None,
+) -> Repeated:  # fmt: skip
     width = min(max(next_power(channels), 16), 128)
-    launch(
-        sum_kernel, (cdiv(m, 32), cdiv(channels, width)), out, partial, out, *end.tensors,
-        limit, m, CO=channels, PARTS=parts, BM=32, BN=width, **end.flags,
-    )  # fmt: skip
+    options = {"CO": channels, "PARTS": parts, "BM": 32, "BN": width, **end.flags}
+    grid = cdiv(m, 32), cdiv(channels, width)
+    return Repeated(sum_kernel, grid, (limit,), (m,), options, known)
+
+
+class _Product(NamedTuple):
+    """The launches of one kind of product over one plan."""
+
+    rows: int  # of the result
+    channels: int
+    pad: bool  # channels to 16 bytes
+    turn: bool  # the weight, so that its summed axis is innermost
+    splits: int
+    gemm: Repeated
+    add: Repeated | None  # up the shares of the taps
+    name: Any = None  # what determines the kernel of ``gemm``, and after "sum" that of ``add``
 
 
 def gather_gemm(
@@ -130,79 +195,140 @@ def gather_gemm(
     Returns:
         [M, C_out] in the dtype of feats, summed in float32 and rounded once.
     """
-    volume, c_in, c_out = weight.shape
-    m = plan.neighbors.shape[1]
+    end = _end(bias, epilogue)
+    key = (
+        feats.dtype, weight.shape, weight.stride(), precision, plan.reverse, generation(), end.kind
+    )  # fmt: skip
+    known = plan.memo.get(key)
+    if known is not None:
+        return _multiply(known, feats.contiguous(), weight, end)
+    m, (_, c_in, c_out) = plan.neighbors.shape[1], weight.shape
     out = feats.new_empty((m, c_out))
     if out.numel() == 0:
         return out
     if feats.shape[0] == 0 or c_in == 0:
         out.zero_() if bias is None else out.copy_(bias.expand_as(out))
         return out if epilogue is None else finish(out, epilogue)
-    end = _end(bias, epilogue)
     feats = feats.contiguous()
     precision = precision if feats.dtype == torch.float32 else "ieee"
     if plan.pairs is not None:
         feats, weight = _aligned(feats, weight)
         _fetch(feats, weight, end, plan.pairs, plan.reverse, precision, out)
-        return out
-    narrow = narrow_tile(m, c_in, c_out, volume)
-    if narrow is not None:
-        _narrow(feats, weight, end, plan, narrow, precision, out)
-        return out
-    feats, weight = _aligned(feats, weight)
-    c_in = feats.shape[1]
-    if feats.dtype == torch.float32 and weight.stride(1) != 1 and precision != "ieee":
-        # The tensor cores take float32 operands only with the summed axis innermost.
-        weight = weight.transpose(1, 2).contiguous().transpose(1, 2)
-    swapped = weight.stride(1) == 1 and weight.stride(2) != 1
-    tile = gemm_tile(m, c_in, c_out, volume, feats.dtype, precision, swapped, feats.device)
-    if len(plan.shares) > 1:
-        tile = tile._replace(splits=1)
-    parts = len(plan.shares) * tile.splits
-    target = out if parts == 1 else feats.new_empty((parts, m, c_out), dtype=torch.float32)
-    for number, (first, last, tiles) in enumerate(plan.shares):
-        taps = slice(volume - last, volume - first) if plan.reverse else slice(first, last)
-        part = target if parts == 1 else target[number * tile.splits]
-        own_end = end if parts == 1 else NO_END
-        _gemm(feats, weight[taps], own_end, tiles, plan.reverse, tile, precision, part)
-    if parts > 1:
-        _sum(target, parts, out, end, plan.limit)
+    elif len(plan.shares) > 1:
+        _by_shares(feats, weight, end, plan, precision, out)
+    else:
+        known = plan.memo[key] = _plan_product(feats, weight, end, plan, precision, key)
+        return _multiply(known, feats, weight, end)
     return out
 
 
-def _gemm(
-    feats: Tensor, weight: Tensor, end: _End, tiles: Tiles, reverse: bool,
-    tile: GemmTile, precision: str, out: Tensor,
-) -> None:  # fmt: skip
+def _multiply(known: _Product, feats: Tensor, weight: Tensor, end: _End) -> Tensor:
+    out = feats.new_empty(known.rows, known.channels)  # a tuple would take longer
+    if known.pad:
+        feats, weight = _aligned(feats, weight)
+    if known.turn:
+        weight = _turned(weight)
+    if known.add is None:
+        _run(known.gemm, feats, weight, out, end, known.name)
+    else:
+        parts = feats.new_empty((known.splits, *out.shape), dtype=torch.float32)
+        _run(known.gemm, feats, weight, parts, NO_END, known.name)
+        _run(known.add, parts, None, out, end, ("sum", *known.name))
+    return out
+
+
+def _turned(weight: Tensor) -> Tensor:
+    """The same weight with its summed axis innermost."""
+    return weight.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def _must_turn(weight: Tensor, precision: str) -> bool:
+    """The tensor cores take float32 operands only with the summed axis innermost."""
+    return weight.dtype == torch.float32 and weight.stride(1) != 1 and precision != "ieee"
+
+
+def _tile(feats: Tensor, weight: Tensor, m: int, precision: str) -> GemmTile:
     volume, c_in, c_out = weight.shape
-    strides = weight.stride()
+    swapped = weight.stride(1) == 1 and weight.stride(2) != 1
+    return gemm_tile(m, c_in, c_out, volume, feats.dtype, precision, swapped, feats.device)
+
+
+def _plan_product(
+    feats: Tensor, weight: Tensor, end: _End, plan: Plan, precision: str, key: Any
+) -> _Product:
+    """Choose tiles for a plan of one share. ``key`` is that of `Plan.memo`."""
+    m = plan.neighbors.shape[1]
+    volume, c_in, c_out = weight.shape
+    narrow = narrow_tile(m, c_in, c_out, volume)
+    if narrow is not None:
+        step = _narrow(feats.dtype, weight, end, plan, narrow, precision)
+        return _Product(m, c_out, False, False, 1, step, None)
+    padded, weight = _aligned(feats, weight)
+    turn = _must_turn(weight, precision)
+    if turn:
+        weight = _turned(weight)
+    tile = _tile(feats, weight, m, precision)
+    own_end = end if tile.splits == 1 else NO_END
+    tiles = plan.shares[0].tiles
+    name = (feats.get_device(), tile, tiles.order is None, tiles.limit is None, *key)
+    known = _known.get(name)
+    step = _gemm(weight, own_end, tiles, plan.reverse, tile, precision, known)
+    add = None
+    if tile.splits > 1:
+        add = _sum(m, c_out, tile.splits, end, tiles.limit, _known.get(("sum", *name)))
+    return _Product(m, c_out, padded is not feats, turn, tile.splits, step, add, name)
+
+
+def _by_shares(
+    feats: Tensor, weight: Tensor, end: _End, plan: Plan, precision: str, out: Tensor
+) -> None:
+    """Shares of the taps one after another, then their sum."""
+    feats, weight = _aligned(feats, weight)
+    if _must_turn(weight, precision):
+        weight = _turned(weight)
+    volume, (m, c_out) = weight.shape[0], out.shape
+    tile = _tile(feats, weight, m, precision)._replace(splits=1)
+    parts = feats.new_empty((len(plan.shares), m, c_out), dtype=torch.float32)
+    for part, (first, last, tiles) in zip(parts, plan.shares):
+        taps = slice(volume - last, volume - first) if plan.reverse else slice(first, last)
+        step = _gemm(weight[taps], NO_END, tiles, plan.reverse, tile, precision)
+        _run(step, feats, weight[taps], part, NO_END)
+    _run(_sum(m, c_out, len(plan.shares), end, plan.limit), parts, None, out, end)
+
+
+def _gemm(
+    weight: Tensor, end: _End, tiles: Tiles, reverse: bool, tile: GemmTile, precision: str,
+    known: Resolved | None = None,
+) -> Repeated:  # fmt: skip
+    volume, c_in, c_out = weight.shape
     m = tiles.table.shape[1]
     grid = (cdiv(m, tile.BM) * cdiv(c_out, tile.BN), tile.splits)
-    kind = (feats.dtype, out.dtype, c_in, c_out, strides, tile, reverse, precision, end.kind)
-    launch(
-        gemm_kernel, grid, feats, feats, weight, out, tiles.table, tiles.order, tiles.masks,
-        *end.tensors, tiles.limit, m, tiles.masks.shape[1], *strides, memo=(tiles.memo, kind),
-        K=volume, CI=c_in, CO=c_out, BM=tile.BM, BN=tile.BN, BK=tile.BK, SPLITS=tile.splits,
-        SORTED=tiles.order is not None, REVERSE=reverse, PRECISION=precision, **end.flags,
-        num_warps=tile.warps, num_stages=tile.stages,
-    )  # fmt: skip
+    options = {
+        "K": volume, "CI": c_in, "CO": c_out,
+        "BM": tile.BM, "BN": tile.BN, "BK": tile.BK, "SPLITS": tile.splits,
+        "SORTED": tiles.order is not None, "REVERSE": reverse, "PRECISION": precision,
+        **end.flags, "num_warps": tile.warps, "num_stages": tile.stages,
+    }  # fmt: skip
+    middle = (tiles.table, tiles.order, tiles.masks, tiles.limit)
+    last = (m, tiles.masks.shape[1], *weight.stride())
+    return Repeated(gemm_kernel, grid, middle, last, options, known)
 
 
 def _narrow(
-    feats: Tensor, weight: Tensor, end: _End, plan: Plan, tile: NarrowTile, precision: str,
-    out: Tensor,
-) -> None:  # fmt: skip
+    dtype: torch.dtype, weight: Tensor, end: _End, plan: Plan, tile: NarrowTile, precision: str
+) -> Repeated:
     volume, c_in, c_out = weight.shape
-    m = out.shape[0]
     table = plan.neighbors
-    launch(
-        narrow_kernel, (cdiv(m, tile.BM), cdiv(c_out, tile.BN)), feats, feats, weight, out, table,
-        *end.tensors, plan.limit, m, table.stride(1), table.stride(0), *weight.stride(),
-        K=volume, CI=c_in, CO=c_out, BM=tile.BM, BN=tile.BN,
-        BK=loop_step(tile.BK, feats.dtype, precision),
-        REVERSE=plan.reverse, PRECISION=precision, **end.flags,
-        num_warps=tile.warps, num_stages=3,
-    )  # fmt: skip
+    m = table.shape[1]
+    options = {
+        "K": volume, "CI": c_in, "CO": c_out, "BM": tile.BM, "BN": tile.BN,
+        "BK": loop_step(tile.BK, dtype, precision), "REVERSE": plan.reverse,
+        "PRECISION": precision, **end.flags, "num_warps": tile.warps, "num_stages": 3,
+    }  # fmt: skip
+    last = (m, table.stride(1), table.stride(0), *weight.stride())
+    return Repeated(
+        narrow_kernel, (cdiv(m, tile.BM), cdiv(c_out, tile.BN)), (table, plan.limit), last, options
+    )
 
 
 def _fetch(
@@ -226,7 +352,7 @@ def _fetch(
             SWAP=pairs.swap != (tap >= pairs.lists), PRECISION=precision,
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
-    _sum(total, 1, out, end)
+    _run(_sum(m, c_out, 1, end), total, None, out, end)
 
 
 def weight_grad(feats: Tensor, grad: Tensor, pairs: Pairs, precision: str = "ieee") -> Tensor:
@@ -241,27 +367,66 @@ def weight_grad(feats: Tensor, grad: Tensor, pairs: Pairs, precision: str = "iee
     Returns:
         [K, C_in, C_out] float32, summed in a fixed order.
     """
+    key = (
+        feats.dtype, feats.shape[1], grad.shape[1], precision, pairs.swap, generation()
+    )  # fmt: skip
+    known = pairs.memo.get(key)
     c_in, c_out, volume = feats.shape[1], grad.shape[1], pairs.volume
     out = feats.new_empty((volume, c_in, c_out), dtype=torch.float32)
-    if out.numel() == 0 or pairs.inputs.shape[0] == 0:
-        return out.zero_()
-    feats, grad = feats.contiguous(), grad.contiguous()
+    if known is None:
+        if out.numel() == 0 or pairs.inputs.shape[0] == 0:
+            return out.zero_()
+        known = pairs.memo[key] = _plan_grad(feats, grad, pairs, precision, key)
+    partial = out.new_empty(known.chunks, c_in, c_out)
+    _run(known.chunk, feats.contiguous(), grad.contiguous(), partial, NO_REST, known.name)
+    _run(known.add, partial, None, out, NO_REST, ("sum", *known.name))
+    return out
+
+
+NO_REST = _End((), (), 0, ())
+
+
+class _Grad(NamedTuple):
+    """The launches of one kind of weight gradient over one list of pairs."""
+
+    chunks: int  # how many there may be
+    chunk: Repeated
+    add: Repeated
+    name: Any  # what determines the kernel of ``chunk``, and after "sum" that of ``add``
+
+
+def _plan_grad(feats: Tensor, grad: Tensor, pairs: Pairs, precision: str, key: Any) -> _Grad:
+    c_in, c_out, volume = feats.shape[1], grad.shape[1], pairs.volume
     precision = precision if feats.dtype == torch.float32 else "ieee"
     listed = pairs.inputs.shape[0]
     tile = grad_tile(listed, c_in, c_out, feats.dtype, precision, volume, feats.device)
     blocks, taps = pairs.ends.shape[1], next_power(volume)
     most = tile.target + volume  # every tap may end with a short chunk
-    partial = feats.new_empty((most, c_in, c_out), dtype=torch.float32)
-    launch(
-        wgrad_kernel, (most, cdiv(c_in, tile.BM) * cdiv(c_out, tile.BN)), feats, feats, grad,
-        partial, pairs.inputs, pairs.outputs, pairs.ends, blocks, pairs.lists, tile.target,
-        K=volume, KP=taps, CI=c_in, CO=c_out, BM=tile.BM, BN=tile.BN, BK=tile.BK,
-        SWAP=pairs.swap, PRECISION=precision, num_warps=tile.warps, num_stages=tile.stages,
+    numbers = (blocks, pairs.lists, tile.target)
+    name = (
+        "grad", feats.get_device(), tile, volume, pairs.lists, pairs.ends.dtype, *key,
+    )  # fmt: skip
+    chunk = Repeated(
+        wgrad_kernel,
+        (most, cdiv(c_in, tile.BM) * cdiv(c_out, tile.BN)),
+        (pairs.inputs, pairs.outputs, pairs.ends),
+        numbers,
+        {
+            "K": volume, "KP": taps, "CI": c_in, "CO": c_out,
+            "BM": tile.BM, "BN": tile.BN, "BK": tile.BK,
+            "SWAP": pairs.swap, "PRECISION": precision,
+            "num_warps": tile.warps, "num_stages": tile.stages,
+        },
+        _known.get(name),
     )  # fmt: skip
     size = c_in * c_out
     rows, width = (4, 1024) if size >= 1 << 14 else (16, 128)
-    launch(
-        sum_chunks_kernel, (volume, cdiv(size, width)), feats, partial, out, pairs.ends, blocks,
-        pairs.lists, tile.target, size, K=volume, KP=taps, BK=tile.BK, ROWS=rows, BLOCK=width,
-    )  # fmt: skip
-    return out
+    add = Repeated(
+        sum_chunks_kernel,
+        (volume, cdiv(size, width)),
+        (pairs.ends,),
+        (*numbers, size),
+        {"K": volume, "KP": taps, "BK": tile.BK, "ROWS": rows, "BLOCK": width},
+        _known.get(("sum", *name)),
+    )
+    return _Grad(most, chunk, add, name)

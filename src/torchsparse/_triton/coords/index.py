@@ -171,7 +171,7 @@ def find_taps(
     m, ndim, volume = coords.shape[0], geometry.ndim, geometry.volume
     width = cdiv(volume, 4) * 4  # rows of 16 bytes
     device = coords.device
-    table = torch.empty((m, width), dtype=torch.int32, device=device)
+    table = coords.new_empty(m, width)
     keys = new_sort_keys(m, volume, device)
     taps, relation = _relation(geometry, device)
     taps_each = min(max(next_power(volume), 8), 32)
@@ -307,7 +307,7 @@ def _unpack(
         rows, D=ndim, BLOCK=1024,
     )  # fmt: skip
     keys = torch.sort(keys).values
-    sites = torch.empty((rows, 1 + ndim), dtype=torch.int32, device=keys.device)
+    sites = found.coords.new_empty(rows, 1 + ndim)
     launch(
         unpack_kernel, (cdiv(rows, 128),), keys, keys, sites, found.layout, found.keys,
         found.values, limit, rows, *found.probe, D=ndim, BR=128,

@@ -41,7 +41,10 @@ class BatchNorm(nn.BatchNorm1d):
         if mean is None or var is None or "weight" not in parameters:
             return None
         chain = pending(input) or put_off(input)
-        if chain is None or chain.shape[0] == 0 or chain.shape[1] != self.num_features:
+        if chain is None:
+            return None
+        rows, channels = chain.shape
+        if rows == 0 or channels != self.num_features:
             return None
         weight, bias = parameters["weight"], parameters["bias"]
         joined = chain.normalised(Norm(mean, var, weight, bias, self.eps))

@@ -30,10 +30,11 @@ def fapply(
     Raises:
         ValueError: ``fn`` changed the number of rows.
     """
-    feats = fn(input.feats, *args, **kwargs)
-    if feats.shape[:1] != input.feats.shape[:1]:
+    given = input.feats
+    feats = fn(given, *args, **kwargs)
+    if feats.shape != given.shape and feats.shape[:1] != given.shape[:1]:
         raise ValueError(
             f"the function must keep the number of rows, "
-            f"got {list(input.feats.shape)} -> {list(feats.shape)}"
+            f"got {list(given.shape)} -> {list(feats.shape)}"
         )
     return wrap(feats, input)

@@ -231,20 +231,25 @@ class _Path(NamedTuple):
     it goes with them."""
 
     start: Stamp
-    ends: tuple[Stamp, Stamp]
+    ends: tuple[Stamp, ...]  # of the map, where they are other tensors
     kmap: KernelMap
     level: Level
 
+    @staticmethod
+    def of(coords: Tensor, kmap: KernelMap, level: Level) -> _Path:
+        ends = {id(end): end for end in (kmap.in_coords, kmap.out_coords) if end is not coords}
+        return _Path(Stamp(coords), tuple(map(Stamp, ends.values())), kmap, level)
+
     def holds(self, x: SparseTensor) -> bool:
         """Whether ``x`` starts there, nothing was written to, and the cache knows both levels."""
+        start, ends, _, level = self
         cmaps = x._caches.cmaps
-        return (
-            self.start.fits(x.coords)
-            and self.ends[0].unchanged()
-            and self.ends[1].unchanged()
-            and x.stride in cmaps
-            and self.level.stride in cmaps
-        )
+        if not start.fits(x.coords) or x.stride not in cmaps or level.stride not in cmaps:
+            return False
+        for end in ends:
+            if not end.unchanged():
+                return False
+        return True
 
 
 def run_layer(
@@ -256,16 +261,18 @@ def run_layer(
     coordinates: SparseTensor | Tensor | None = None,
 ) -> SparseTensor:
     """Convolve ``x``: check, resolve, find the map, one call, wrap."""
-    if not _fits(layer, x, weight, bias):
+    feats: Any = x.feats if isinstance(x, SparseTensor) else None
+    if not _fits(layer, feats, x, weight, bias):
         weight = _check_operands(layer, x, weight, bias)
-    recipe = resolve(config, x.feats, weight, bias)
+        feats = x.feats
+    recipe = resolve(config, feats, weight, bias)
     if layer.pointwise and coordinates is None:
         matrix = weight if weight.dim() == 2 else weight[0]
         if layer.groups == 1:
             product = deferred_pointwise if may_put_off() else pointwise
-            feats = product(x.feats, matrix, bias, recipe.dtype)
+            feats = product(feats, matrix, bias, recipe.dtype)
         else:
-            feats = grouped_pointwise(x.feats, matrix, bias, recipe.dtype, layer.groups)
+            feats = grouped_pointwise(feats, matrix, bias, recipe.dtype, layer.groups)
         coords = int32_coords(x._caches, x.coords)
         return wrap(feats, x, coords, x.stride, x.spatial_range)
     key = (
@@ -279,7 +286,7 @@ def run_layer(
     paths = x._caches.kmaps.setdefault("paths", {})
     path = paths.get(key) if coordinates is None else None
     if path is not None and path.holds(x):
-        feats = _product(layer, x.feats, weight, bias, path.kmap, recipe)
+        feats = _product(layer, feats, weight, bias, path.kmap, recipe)
         if not layer.generative:
             return wrap(feats, x, *path.level)
         return on_level(feats, x, path.level, True)
@@ -290,9 +297,8 @@ def run_layer(
     if weight.dim() == 2:
         weight = weight[None]
     if coordinates is None:
-        ends = Stamp(kmap.in_coords), Stamp(kmap.out_coords)
-        paths[key] = _Path(Stamp(x.coords), ends, kmap, level)
-    feats = _product(layer, x.feats, weight, bias, kmap, recipe)
+        paths[key] = _Path.of(x.coords, kmap, level)
+    feats = _product(layer, feats, weight, bias, kmap, recipe)
     return on_level(feats, x, level, layer.generative)
 
 
@@ -311,29 +317,40 @@ def _product(
     return sparse_conv(feats, weight, bias, kmap, layer.transposed, recipe)
 
 
-def _fits(layer: Layer, x: SparseTensor, weight: Tensor, bias: Tensor | None) -> bool:
+def _fits(layer: Layer, feats: Any, x: SparseTensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether everything is as usual; if not, `_check_operands` says what is wrong."""
-    if not isinstance(x, SparseTensor):
-        return False
-    feats, coords = x.feats, x.coords
-    if not (isinstance(feats, Tensor) and isinstance(coords, Tensor)):
+    if not isinstance(feats, Tensor) or not isinstance(coords := x.coords, Tensor):
         return False
     shape, sites, kernel = feats.shape, coords.shape, weight.shape
-    device = feats.device
+    if len(shape) != 2 or len(sites) != 2:
+        return False
+    if len(kernel) == 3:
+        volume, c_in, c_out = kernel
+    elif len(kernel) == 2 and layer.pointwise:
+        volume, (c_in, c_out) = 1, kernel
+    else:
+        return False
+    groups = layer.groups
     return (
-        len(shape) == len(sites) == 2
-        and (kernel[:-2] == (layer.volume,) or (layer.pointwise and len(kernel) == 2))
+        volume == layer.volume
         and shape[0] == sites[0]
         and sites[1] == 1 + layer.ndim
-        and kernel[-2] * layer.groups == shape[1]
-        and kernel[-1] % layer.groups == 0
+        and c_in * groups == shape[1]
+        and (groups == 1 or c_out % groups == 0)
         and coords.dtype is torch.int32
         and feats.dtype.is_floating_point
         and weight.dtype.is_floating_point
-        and weight.device == device
-        and coords.device == device
-        and (bias is None or (bias.shape == kernel[-1:] and bias.device == device))
+        and _together(feats, coords, weight)
+        and (bias is None or (bias.shape == kernel[-1:] and _together(bias, feats, weight)))
     )
+
+
+def _together(a: Tensor, b: Tensor, c: Tensor) -> bool:
+    """Whether tensors are on one device. Numbers of GPUs are read faster than devices."""
+    index = a.get_device()
+    if index >= 0:
+        return b.get_device() == index and c.get_device() == index
+    return a.device == b.device == c.device
 
 
 def find_map(
@@ -589,7 +606,7 @@ def compute_dtype(feats: Tensor, weight: Tensor, bias: Tensor | None) -> torch.d
     Raises:
         TypeError: float16 meets bfloat16 outside autocast.
     """
-    device = feats.device.type
+    device = "cuda" if feats.is_cuda else feats.device.type
     autocast = torch.is_autocast_enabled(device)
     if not autocast and bias is None and feats.dtype is weight.dtype:
         return feats.dtype
