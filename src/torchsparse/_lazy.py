@@ -124,7 +124,10 @@ class Lazy:
     def _compute(self) -> Tensor:
         if torch.is_grad_enabled():
             with torch.no_grad():
-                return self._compute()
+                return self._in_stream()
+        return self._in_stream()
+
+    def _in_stream(self) -> Tensor:
         if _stream(self.device) == self._stream:
             return self.make(self.epilogue)
         # Asked for from another stream: computed where it was called, and waited for.

@@ -5,9 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from torchsparse._recipe import Norm
+from torchsparse._autograd.late_norm import late_batch_norm
+from torchsparse._ops.dispatch import is_served
+from torchsparse._recipe import Norm, sum_dtype
+from torchsparse._settings import settings
 from torchsparse.nn.functional.norm import group_norm, instance_norm
 from torchsparse.nn.utils.apply import fapply
 from torchsparse.tensor import SparseTensor, pending, put_off, wrap
@@ -21,14 +24,18 @@ __all__ = ["BatchNorm", "GroupNorm", "InstanceNorm", "SyncBatchNorm", "convert_s
 class BatchNorm(nn.BatchNorm1d):
     """``torch.nn.BatchNorm1d`` over the rows of all samples; same arguments.
 
-    Without rows, features come back as they are and the running statistics stay.
+    Without rows, features come back as they are and the running statistics stay. In training on a
+    GPU, a sum and an activation that follow join its pass over the features.
     """
 
     def forward(self, input: SparseTensor) -> SparseTensor:
-        if not self.training and not torch.is_grad_enabled():
+        joined = None
+        if self.training:
+            joined = self._by_batch(input)
+        elif not torch.is_grad_enabled():
             joined = self._join(input)
-            if joined is not None:
-                return joined
+        if joined is not None:
+            return joined
         if input.feats.shape[0] == 0:
             return wrap(input.feats, input)
         return fapply(input, super().forward)
@@ -46,6 +53,38 @@ class BatchNorm(nn.BatchNorm1d):
         weight, bias = parameters["weight"], parameters["bias"]
         joined = chain.normalised(Norm(mean, var, weight, bias, self.eps))
         return None if joined is None else wrap(joined, input)
+
+    def _by_batch(self, input: SparseTensor) -> SparseTensor | None:
+        """Normalisation by the statistics of these rows, which are taken and recorded now."""
+        feats = input.feats
+        if not settings.fuse or torch.compiler.is_compiling() or not isinstance(feats, Tensor):
+            return None
+        if not is_served("batch_norm", feats) or feats.dim() != 2 or not feats.is_floating_point():
+            return None
+        buffers, parameters = self._buffers, self._parameters
+        if feats.shape[0] < 2 or feats.shape[1] != self.num_features or self.num_features == 0:
+            return None
+        if "weight" not in parameters or "bias" not in parameters:
+            return None
+        weight, bias = parameters["weight"], parameters["bias"]
+        mean = var = batches = None
+        if self.track_running_stats:
+            mean, var = buffers.get("running_mean"), buffers.get("running_var")
+            batches = buffers.get("num_batches_tracked")
+            if mean is None or var is None or batches is None:
+                return None
+            if not (
+                mean.is_contiguous() and var.is_contiguous() and batches.device == feats.device
+            ):
+                return None
+        allowed = (feats.dtype, sum_dtype(feats.dtype))
+        for own in (weight, bias, mean, var):
+            if own is not None and (own.dtype not in allowed or own.device != feats.device):
+                return None
+        return wrap(
+            late_batch_norm(feats, weight, bias, mean, var, batches, self.momentum, self.eps),
+            input,
+        )
 
 
 class GroupNorm(nn.GroupNorm):

@@ -1,0 +1,395 @@
+"""Batch normalisation in training, over all rows, as kernels.
+
+Three passes over the rows: statistics; normalisation with what follows it; two for the gradients.
+Sums over all rows are made in chunks whose size depends on shape and dtype alone, and the chunks
+are put together by one program in their order: the same input gives the same bits in every run.
+"""
+
+# Triton is optional, and its language is Python by syntax only.
+# pyright: reportMissingImports=false, reportGeneralTypeIssues=false, reportInvalidTypeForm=false
+# pyright: reportOperatorIssue=false, reportOptionalOperand=false
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from torchsparse._triton.launch import cdiv, launch, next_power
+from torchsparse._triton.rows import Tile, divide, row_tile
+
+__all__ = ["batch_moments_", "grad_rows", "grad_sums", "normalise"]
+
+CHUNKS = 512  # at most: one program puts them together, all at once
+PROGRAMS = 1024  # of a reduction, about 8 on each multiprocessor of an H100
+FEW = 8  # channels that such a program has: 32 bytes of every chunk
+
+_known: dict[Any, Any] = {}  # kernels by what they depend on, see `launch`
+
+
+class _Cut(NamedTuple):
+    """How [N, C] is shared out."""
+
+    tile: Tile  # for reductions
+    chunk: int  # rows of a program
+    chunks: int  # ceil(N / chunk)
+    grid: tuple[int, int]  # chunks, blocks of channels
+    few: tuple[int]  # programs that put chunks together
+    together: int  # chunks, rounded up to a power of two
+    wide: Tile  # for passes without sums
+    wide_grid: tuple[int, int]
+
+
+@lru_cache(maxsize=4096)
+def _cut(n: int, channels: int, itemsize: int) -> _Cut:
+    # The width that wastes the least of its last block: 96 channels are three times 32.
+    cols = min((64, 32), key=lambda width: cdiv(channels, width) * width)
+    tile = row_tile(channels, itemsize, 2048, cols)
+    wide = row_tile(channels, itemsize, 4096, cols)
+    blocks = cdiv(channels, tile.cols)
+    most = min(max(PROGRAMS // blocks, 1), CHUNKS)
+    chunk = max(cdiv(cdiv(n, most), tile.rows), 1) * tile.rows
+    chunks = cdiv(n, chunk)
+    return _Cut(
+        tile, chunk, chunks, (chunks, blocks), (cdiv(channels, FEW),),
+        max(next_power(chunks), 2), wide, wide.grid(n),
+    )  # fmt: skip
+
+
+def _dtype(tensor: Tensor | None) -> torch.dtype | None:
+    return None if tensor is None else tensor.dtype
+
+
+def _rows(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
+def _kind(slope: float | None) -> int:
+    """0 = no activation, 1 = ReLU, 2 = with a slope below 0."""
+    return 0 if slope is None else 1 if slope == 0 else 2
+
+
+# ------------------------------------------------------------------ forward
+def batch_moments_(
+    feats: Tensor,
+    eps: float,
+    mean: Tensor | None,
+    var: Tensor | None,
+    batches: Tensor | None,
+    momentum: float | None,
+) -> Tensor:
+    """Mean and 1 / sqrt(var + eps) of each channel; running statistics follow.  -> [2, C]."""
+    n, channels = feats.shape
+    feats, device, dtype = feats.contiguous(), feats.device, feats.dtype
+    cut = _cut(n, channels, feats.element_size())
+    partial = torch.empty((2, cut.chunks, channels), dtype=torch.float32, device=device)
+    moments = torch.empty((2, channels), dtype=torch.float32, device=device)
+    tile, counted = cut.tile, batches is not None
+    launch(
+        _moments_kernel, cut.grid, feats, feats, partial, batches, n, cut.chunk, tile.units,
+        memo=(_known, (0, device.index, dtype, tile.unit, tile.cols, counted)), **tile.constants,
+    )  # fmt: skip
+    averaged = momentum is None
+    key = (1, device.index, _dtype(mean), _dtype(var), counted, averaged, cut.together)
+    launch(
+        _moments_end_kernel, cut.few, feats, partial, moments, mean, var, batches,
+        n, cut.chunk, cut.chunks, channels, float(eps), 0.0 if averaged else float(momentum),
+        memo=(_known, key), AVERAGED=averaged, CHUNKS=cut.together, COLS=FEW,
+    )  # fmt: skip
+    return moments
+
+
+@triton.jit(do_not_specialize=["n", "chunk", "units"])
+def _moments_kernel(
+    feats, partial, batches, n, chunk, units,
+    UNIT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    """partial[0, c], [1, c]: mean of chunk c, and the sum of squared distances from it.
+
+    Each lane follows its own mean (Welford), so nothing cancels. In step i every lane adds its
+    (i + 1)-th row, but for those that the last step has no row for.
+    """
+    width = units * UNIT
+    part = tl.program_id(0)
+    lane = tl.arange(0, ROWS)
+    col = tl.program_id(1) * COLS + tl.arange(0, COLS)
+    inside = col < width
+    begin = part.to(tl.int64) * chunk
+    rows = tl.minimum(n - begin, chunk).to(tl.int32)
+    mean = tl.zeros([ROWS, COLS], tl.float32)
+    spread = tl.zeros([ROWS, COLS], tl.float32)
+    for start in range(0, rows, ROWS):
+        row = start + lane
+        mask = (row < rows)[:, None] & inside[None, :]
+        at = (begin + row)[:, None] * width + col[None, :]
+        value = tl.load(feats + at, mask=mask, other=0).to(tl.float32)
+        apart = tl.where(mask, value - mean, 0)
+        mean += apart * (1.0 / (start // ROWS + 1))
+        spread += apart * (value - mean)
+    seen = ((rows - lane + ROWS - 1) // ROWS).to(tl.float32)[:, None]
+    middle = divide(tl.sum(mean * seen, 0), rows.to(tl.float32))
+    off = mean - middle[None, :]
+    spread += off * off * seen
+    at = part.to(tl.int64) * width + col
+    tl.store(partial + at, middle, mask=inside)
+    tl.store(partial + tl.num_programs(0).to(tl.int64) * width + at, tl.sum(spread, 0), inside)
+    if batches is not None:
+        if (part == 0) & (tl.program_id(1) == 0):
+            tl.store(batches, tl.load(batches) + 1)
+
+
+@triton.jit(do_not_specialize=["n", "chunk", "chunks", "width"])
+def _moments_end_kernel(
+    partial, moments, mean, var, batches, n, chunk, chunks, width, eps, momentum,
+    AVERAGED: tl.constexpr, CHUNKS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    """Moments of all chunks from those of each (Chan, Golub and LeVeque)."""
+    col = tl.program_id(0) * COLS + tl.arange(0, COLS)
+    part = tl.arange(0, CHUNKS)
+    inside = col < width
+    mask = (part < chunks)[:, None] & inside[None, :]
+    at = part[:, None] * width + col[None, :]
+    middle = tl.load(partial + at, mask=mask, other=0)
+    spread = tl.load(partial + chunks * width + at, mask=mask, other=0)
+    rows = tl.minimum(n - part.to(tl.int64) * chunk, chunk)
+    rows = tl.maximum(rows, 0).to(tl.float32)[:, None]
+    every = n.to(tl.float32)
+    centre = divide(tl.sum(middle * rows, 0), every)
+    off = tl.where(mask, middle - centre[None, :], 0)
+    squares = tl.sum(spread + off * off * rows, 0)
+    tl.store(moments + col, centre, mask=inside)
+    deviation = tl.sqrt_rn(divide(squares, every) + eps)
+    tl.store(moments + width + col, divide(tl.full([COLS], 1.0, tl.float32), deviation), inside)
+    if mean is not None:
+        share = momentum
+        if AVERAGED:
+            share = 1.0 / tl.load(batches).to(tl.float32)
+        old = tl.load(mean + col, mask=inside, other=0).to(tl.float32)
+        new = old * (1 - share) + centre * share
+        tl.store(mean + col, new.to(mean.dtype.element_ty), mask=inside)
+        old = tl.load(var + col, mask=inside, other=0).to(tl.float32)
+        new = old * (1 - share) + divide(squares, tl.maximum(every - 1, 1)) * share
+        tl.store(var + col, new.to(var.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _columns(moments, weight, bias, col, width):
+    """What turns channels x into (x - mean) * scale + shift."""
+    inside = col < width
+    mean = tl.load(moments + col, mask=inside, other=0)
+    scale = tl.load(moments + width + col, mask=inside, other=0)
+    shift = tl.zeros_like(mean)
+    if weight is not None:
+        scale *= tl.load(weight + col, mask=inside, other=0).to(tl.float32)
+    if bias is not None:
+        shift = tl.load(bias + col, mask=inside, other=0).to(tl.float32)
+    return mean, scale, shift
+
+
+def normalise(
+    feats: Tensor,
+    moments: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    slope: float | None,
+) -> Tensor:
+    """``act((feats - mean) * invstd * weight + bias + residual)``.  -> [N, C]."""
+    n, channels = feats.shape
+    feats, residual = feats.contiguous(), _rows(residual)
+    out = torch.empty_like(feats)
+    cut, act = _cut(n, channels, feats.element_size()), _kind(slope)
+    tile = cut.wide
+    key = (
+        2, feats.device.index, feats.dtype, _dtype(weight), _dtype(bias), residual is None, act,
+        tile.unit, tile.cols,
+    )  # fmt: skip
+    launch(
+        _normalise_kernel, cut.wide_grid, feats,
+        feats, moments, _rows(weight), _rows(bias), residual, out, slope or 0.0, n, tile.units,
+        memo=(_known, key), ACT=act, **tile.constants,
+    )  # fmt: skip
+    return out
+
+
+@triton.jit(do_not_specialize=["n", "units"])
+def _normalise_kernel(
+    feats, moments, weight, bias, residual, out, slope, n, units,
+    ACT: tl.constexpr, UNIT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    width = units * UNIT
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    col = tl.program_id(1) * COLS + tl.arange(0, COLS)
+    mask = (row < n)[:, None] & (col < width)[None, :]
+    at = row[:, None] * width + col[None, :]
+    value = tl.load(feats + at, mask=mask, other=0).to(tl.float32)
+    mean, scale, shift = _columns(moments, weight, bias, col, width)
+    value = (value - mean[None, :]) * scale[None, :] + shift[None, :]
+    if residual is not None:
+        value += tl.load(residual + at, mask=mask, other=0).to(tl.float32)
+    if ACT == 1:  # NaN stays NaN, -inf becomes 0
+        value = tl.where(value < 0, 0.0, value)
+    if ACT == 2:
+        value = tl.where(value < 0, value * slope, value)
+    tl.store(out + at, value.to(out.dtype.element_ty), mask=mask)
+
+
+# ------------------------------------------------------------------ backward
+def grad_sums(
+    grad: Tensor,
+    feats: Tensor,
+    moments: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    out: Tensor | None,
+    slope: float | None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Means [2, C] for `grad_rows`, gradients of weight and bias."""
+    n, channels = feats.shape
+    feats, grad, out = feats.contiguous(), grad.contiguous(), _rows(out)
+    cut, act, index = _cut(n, channels, feats.element_size()), _kind(slope), feats.device.index
+    tile = cut.tile
+    partial = torch.empty((2, cut.chunks, channels), dtype=torch.float32, device=feats.device)
+    key = (
+        3, index, feats.dtype, grad.dtype, _dtype(weight), _dtype(bias), _dtype(out), act,
+        tile.unit, tile.cols,
+    )  # fmt: skip
+    launch(
+        _sums_kernel, cut.grid, feats, grad, feats, moments, _rows(weight), _rows(bias), out,
+        partial, slope or 0.0, n, cut.chunk, tile.units,
+        memo=(_known, key), ACT=act, **tile.constants,
+    )  # fmt: skip
+    means = torch.empty_like(moments)
+    grad_weight = None if weight is None else torch.empty_like(weight)
+    grad_bias = None if bias is None else torch.empty_like(bias)
+    launch(
+        _sums_end_kernel, cut.few, feats, partial, moments, means, grad_weight, grad_bias,
+        n, cut.chunks, channels,
+        memo=(_known, (4, index, _dtype(weight), _dtype(bias), cut.together)),
+        CHUNKS=cut.together, COLS=FEW,
+    )  # fmt: skip
+    return means, grad_weight, grad_bias
+
+
+@triton.jit
+def _passed(grad, value, out, at, mask, mean, scale, shift, slope, ACT: tl.constexpr):
+    """The gradient behind the activation; without ``out``, its sign is found as in forward."""
+    if ACT > 0:
+        if out is not None:
+            after = tl.load(out + at, mask=mask, other=0).to(tl.float32)
+        else:
+            after = (value - mean[None, :]) * scale[None, :] + shift[None, :]
+        if ACT == 1:
+            grad = tl.where(after <= 0, 0.0, grad)
+        else:
+            grad = tl.where(after <= 0, grad * slope, grad)
+    return grad
+
+
+@triton.jit(do_not_specialize=["n", "chunk", "units"])
+def _sums_kernel(
+    grad, feats, moments, weight, bias, out, partial, slope, n, chunk, units,
+    ACT: tl.constexpr, UNIT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    """partial[0, c], [1, c]: sums of g and of g * (x - mean) over chunk c."""
+    width = units * UNIT
+    part = tl.program_id(0)
+    lane = tl.arange(0, ROWS)
+    col = tl.program_id(1) * COLS + tl.arange(0, COLS)
+    inside = col < width
+    begin = part.to(tl.int64) * chunk
+    rows = tl.minimum(n - begin, chunk).to(tl.int32)
+    mean, scale, shift = _columns(moments, weight, bias, col, width)
+    total = tl.zeros([ROWS, COLS], tl.float32)
+    along = tl.zeros([ROWS, COLS], tl.float32)
+    for start in range(0, rows, ROWS):
+        row = start + lane
+        mask = (row < rows)[:, None] & inside[None, :]
+        at = (begin + row)[:, None] * width + col[None, :]
+        g = tl.load(grad + at, mask=mask, other=0).to(tl.float32)
+        value = tl.load(feats + at, mask=mask, other=0).to(tl.float32)
+        g = _passed(g, value, out, at, mask, mean, scale, shift, slope, ACT)
+        total += g
+        along += g * (value - mean[None, :])
+    at = part.to(tl.int64) * width + col
+    tl.store(partial + at, tl.sum(total, 0), mask=inside)
+    tl.store(partial + tl.num_programs(0).to(tl.int64) * width + at, tl.sum(along, 0), inside)
+
+
+@triton.jit(do_not_specialize=["n", "chunks", "width"])
+def _sums_end_kernel(
+    partial, moments, means, grad_weight, grad_bias, n, chunks, width,
+    CHUNKS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    col = tl.program_id(0) * COLS + tl.arange(0, COLS)
+    part = tl.arange(0, CHUNKS)
+    inside = col < width
+    mask = (part < chunks)[:, None] & inside[None, :]
+    at = part[:, None] * width + col[None, :]
+    total = tl.sum(tl.load(partial + at, mask=mask, other=0), 0)
+    along = tl.sum(tl.load(partial + chunks * width + at, mask=mask, other=0), 0)
+    invstd = tl.load(moments + width + col, mask=inside, other=0)
+    along *= invstd
+    every = n.to(tl.float32)
+    tl.store(means + col, divide(total, every), mask=inside)
+    tl.store(means + width + col, divide(along * invstd, every), mask=inside)
+    if grad_weight is not None:
+        tl.store(grad_weight + col, along.to(grad_weight.dtype.element_ty), mask=inside)
+    if grad_bias is not None:
+        tl.store(grad_bias + col, total.to(grad_bias.dtype.element_ty), mask=inside)
+
+
+def grad_rows(
+    grad: Tensor,
+    feats: Tensor,
+    moments: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    out: Tensor | None,
+    slope: float | None,
+    means: Tensor | None,
+    residual: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of feats and residual."""
+    n, channels = feats.shape
+    feats, grad, out = feats.contiguous(), grad.contiguous(), _rows(out)
+    grad_feats = None if means is None else torch.empty_like(feats)
+    grad_residual = torch.empty_like(feats) if residual else None
+    cut, act = _cut(n, channels, feats.element_size()), _kind(slope)
+    tile = cut.wide
+    key = (
+        5, feats.device.index, feats.dtype, grad.dtype, _dtype(weight), _dtype(bias), _dtype(out),
+        act, means is None, residual, tile.unit, tile.cols,
+    )  # fmt: skip
+    launch(
+        _rows_kernel, cut.wide_grid, feats, grad, feats, moments, _rows(weight), _rows(bias), out,
+        means, grad_feats, grad_residual, slope or 0.0, n, tile.units,
+        memo=(_known, key), ACT=act, **tile.constants,
+    )  # fmt: skip
+    return grad_feats, grad_residual
+
+
+@triton.jit(do_not_specialize=["n", "units"])
+def _rows_kernel(
+    grad, feats, moments, weight, bias, out, means, grad_feats, grad_residual, slope, n, units,
+    ACT: tl.constexpr, UNIT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    width = units * UNIT
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    col = tl.program_id(1) * COLS + tl.arange(0, COLS)
+    mask = (row < n)[:, None] & (col < width)[None, :]
+    at = row[:, None] * width + col[None, :]
+    g = tl.load(grad + at, mask=mask, other=0).to(tl.float32)
+    value = tl.load(feats + at, mask=mask, other=0).to(tl.float32)
+    mean, scale, shift = _columns(moments, weight, bias, col, width)
+    g = _passed(g, value, out, at, mask, mean, scale, shift, slope, ACT)
+    if grad_residual is not None:
+        tl.store(grad_residual + at, g.to(grad_residual.dtype.element_ty), mask=mask)
+    if grad_feats is not None:
+        plain = tl.load(means + col, mask=col < width, other=0)
+        along = tl.load(means + width + col, mask=col < width, other=0)
+        value = scale[None, :] * (g - plain[None, :] - (value - mean[None, :]) * along[None, :])
+        tl.store(grad_feats + at, value.to(grad_feats.dtype.element_ty), mask=mask)
