@@ -62,7 +62,8 @@ class BatchNorm(nn.BatchNorm1d):
         if not is_served("batch_norm", feats) or feats.dim() != 2 or not feats.is_floating_point():
             return None
         buffers, parameters = self._buffers, self._parameters
-        if feats.shape[0] < 2 or feats.shape[1] != self.num_features or self.num_features == 0:
+        rows, channels = feats.shape
+        if rows < 2 or channels != self.num_features or channels == 0 or self.eps <= 0:
             return None
         if "weight" not in parameters or "bias" not in parameters:
             return None
