@@ -38,7 +38,8 @@ class _Cut(NamedTuple):
     chunks: int  # ceil(N / chunk)
     grid: tuple[int, int]  # chunks, blocks of channels
     few: tuple[int]  # programs that put chunks together
-    together: int  # chunks, rounded up to a power of two
+    end: tuple[int, int]  # what their kernels are made for: UNIT, CHUNKS
+    end_constants: dict[str, int]
     wide: Tile  # for passes without sums
     wide_grid: tuple[int, int]
 
@@ -53,9 +54,11 @@ def _cut(n: int, channels: int, itemsize: int) -> _Cut:
     most = min(max(PROGRAMS // blocks, 1), CHUNKS)
     chunk = max(cdiv(cdiv(n, most), tile.rows), 1) * tile.rows
     chunks = cdiv(n, chunk)
+    end = tile.unit, max(next_power(chunks), 2)
+    constants = {"UNIT": end[0], "CHUNKS": end[1], "COLS": FEW, "num_warps": 8}
     return _Cut(
-        tile, chunk, chunks, (chunks, blocks), (cdiv(channels, FEW),),
-        max(next_power(chunks), 2), wide, wide.grid(n),
+        tile, chunk, chunks, (chunks, blocks), (cdiv(channels, FEW),), end, constants,
+        wide, wide.grid(n),
     )  # fmt: skip
 
 
@@ -93,11 +96,11 @@ def batch_moments_(
         memo=(_known, (0, device.index, dtype, tile.unit, tile.cols, counted)), **tile.constants,
     )  # fmt: skip
     averaged = momentum is None
-    key = (1, device.index, _dtype(mean), _dtype(var), counted, averaged, cut.together)
+    key = (1, device.index, _dtype(mean), _dtype(var), counted, averaged, *cut.end)
     launch(
         _moments_end_kernel, cut.few, feats, partial, moments, mean, var, batches,
-        n, cut.chunk, cut.chunks, channels, float(eps), 0.0 if averaged else float(momentum),
-        memo=(_known, key), AVERAGED=averaged, CHUNKS=cut.together, COLS=FEW,
+        n, cut.chunk, cut.chunks, tile.units, float(eps), 0.0 if averaged else float(momentum),
+        memo=(_known, key), AVERAGED=averaged, **cut.end_constants,
     )  # fmt: skip
     return moments
 
@@ -141,12 +144,13 @@ def _moments_kernel(
             tl.store(batches, tl.load(batches) + 1)
 
 
-@triton.jit(do_not_specialize=["n", "chunk", "chunks", "width"])
+@triton.jit(do_not_specialize=["n", "chunk", "chunks", "units"])
 def _moments_end_kernel(
-    partial, moments, mean, var, batches, n, chunk, chunks, width, eps, momentum,
-    AVERAGED: tl.constexpr, CHUNKS: tl.constexpr, COLS: tl.constexpr,
+    partial, moments, mean, var, batches, n, chunk, chunks, units, eps, momentum,
+    AVERAGED: tl.constexpr, UNIT: tl.constexpr, CHUNKS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     """Moments of all chunks from those of each (Chan, Golub and LeVeque)."""
+    width = units * UNIT
     col = tl.program_id(0) * COLS + tl.arange(0, COLS)
     part = tl.arange(0, CHUNKS)
     inside = col < width
@@ -267,9 +271,8 @@ def grad_sums(
     grad_bias = None if bias is None else torch.empty_like(bias)
     launch(
         _sums_end_kernel, cut.few, feats, partial, moments, means, grad_weight, grad_bias,
-        n, cut.chunks, channels,
-        memo=(_known, (4, index, _dtype(weight), _dtype(bias), cut.together)),
-        CHUNKS=cut.together, COLS=FEW,
+        n, cut.chunks, tile.units,
+        memo=(_known, (4, index, _dtype(weight), _dtype(bias), *cut.end)), **cut.end_constants,
     )  # fmt: skip
     return means, grad_weight, grad_bias
 
@@ -319,11 +322,13 @@ def _sums_kernel(
     tl.store(partial + tl.num_programs(0).to(tl.int64) * width + at, tl.sum(along, 0), inside)
 
 
-@triton.jit(do_not_specialize=["n", "chunks", "width"])
+@triton.jit(do_not_specialize=["n", "chunks", "units"])
 def _sums_end_kernel(
-    partial, moments, means, grad_weight, grad_bias, n, chunks, width,
-    CHUNKS: tl.constexpr, COLS: tl.constexpr,
+    partial, moments, means, grad_weight, grad_bias, n, chunks, units,
+    UNIT: tl.constexpr, CHUNKS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
+    """Sums over all chunks, and what the gradients make of them."""
+    width = units * UNIT
     col = tl.program_id(0) * COLS + tl.arange(0, COLS)
     part = tl.arange(0, CHUNKS)
     inside = col < width
