@@ -44,8 +44,7 @@ def late_batch_norm(
     Returns:
         [N, C] in the dtype of feats, with gradients if they are enabled now.
     """
-    with torch.no_grad():
-        moments = batch_moments_(feats, eps, mean, var, batches, momentum)
+    moments = batch_moments_(feats, eps, mean, var, batches, momentum)
 
     def make(epilogue: Epilogue | None) -> Tensor:
         _, residual, slope = epilogue or NOTHING

@@ -40,7 +40,7 @@ def batch_moments_(
         momentum: Share of these rows in the running statistics; None: 1 / batches.
 
     Returns:
-        [2, C] float32 (float64 for float64): mean and 1 / sqrt(var + eps).
+        [2, C] float32 (float64 for float64): mean and 1 / sqrt(var + eps), without gradient.
     """
     return _choose(feats).batch_moments_(feats, eps, mean, var, batches, momentum)
 

@@ -10,6 +10,7 @@ from torchsparse._recipe import sum_dtype
 __all__ = ["batch_moments_", "grad_rows", "grad_sums", "normalise"]
 
 
+@torch.no_grad()
 def batch_moments_(
     feats: Tensor,
     eps: float,

@@ -34,6 +34,7 @@ class _Cut(NamedTuple):
     """How [N, C] is shared out."""
 
     tile: Tile  # for reductions
+    constants: dict[str, int]
     chunk: int  # rows of a program
     chunks: int  # ceil(N / chunk)
     grid: tuple[int, int]  # chunks, blocks of channels
@@ -41,6 +42,7 @@ class _Cut(NamedTuple):
     end: tuple[int, int]  # what their kernels are made for: UNIT, CHUNKS
     end_constants: dict[str, int]
     wide: Tile  # for passes without sums
+    wide_constants: dict[str, int]
     wide_grid: tuple[int, int]
 
 
@@ -55,10 +57,10 @@ def _cut(n: int, channels: int, itemsize: int) -> _Cut:
     chunk = max(cdiv(cdiv(n, most), tile.rows), 1) * tile.rows
     chunks = cdiv(n, chunk)
     end = tile.unit, max(next_power(chunks), 2)
-    constants = {"UNIT": end[0], "CHUNKS": end[1], "COLS": FEW, "num_warps": 8}
+    end_constants = {"UNIT": end[0], "CHUNKS": end[1], "COLS": FEW, "num_warps": 8}
     return _Cut(
-        tile, chunk, chunks, (chunks, blocks), (cdiv(channels, FEW),), end, constants,
-        wide, wide.grid(n),
+        tile, tile.constants, chunk, chunks, (chunks, blocks), (cdiv(channels, FEW),), end,
+        end_constants, wide, wide.constants, wide.grid(n),
     )  # fmt: skip
 
 
@@ -93,7 +95,7 @@ def batch_moments_(
     tile, counted = cut.tile, batches is not None
     launch(
         _moments_kernel, cut.grid, feats, feats, partial, batches, n, cut.chunk, tile.units,
-        memo=(_known, (0, device.index, dtype, tile.unit, tile.cols, counted)), **tile.constants,
+        memo=(_known, (0, device.index, dtype, tile.unit, tile.cols, counted)), **cut.constants,
     )  # fmt: skip
     averaged = momentum is None
     key = (1, device.index, _dtype(mean), _dtype(var), counted, averaged, *cut.end)
@@ -214,7 +216,7 @@ def normalise(
     launch(
         _normalise_kernel, cut.wide_grid, feats,
         feats, moments, _rows(weight), _rows(bias), residual, out, slope or 0.0, n, tile.units,
-        memo=(_known, key), ACT=act, **tile.constants,
+        memo=(_known, key), ACT=act, **cut.wide_constants,
     )  # fmt: skip
     return out
 
@@ -264,7 +266,7 @@ def grad_sums(
     launch(
         _sums_kernel, cut.grid, feats, grad, feats, moments, _rows(weight), _rows(bias), out,
         partial, slope or 0.0, n, cut.chunk, tile.units,
-        memo=(_known, key), ACT=act, **tile.constants,
+        memo=(_known, key), ACT=act, **cut.constants,
     )  # fmt: skip
     means = torch.empty_like(moments)
     grad_weight = None if weight is None else torch.empty_like(weight)
@@ -372,7 +374,7 @@ def grad_rows(
     launch(
         _rows_kernel, cut.wide_grid, feats, grad, feats, moments, _rows(weight), _rows(bias), out,
         means, grad_feats, grad_residual, slope or 0.0, n, tile.units,
-        memo=(_known, key), ACT=act, **tile.constants,
+        memo=(_known, key), ACT=act, **cut.wide_constants,
     )  # fmt: skip
     return grad_feats, grad_residual
 
