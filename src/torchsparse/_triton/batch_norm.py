@@ -37,13 +37,13 @@ class _Cut(NamedTuple):
     constants: dict[str, int]
     chunk: int  # rows of a program
     chunks: int  # ceil(N / chunk)
-    grid: tuple[int, int]  # chunks, blocks of channels
+    grid: tuple[int]  # chunks times blocks of channels
     few: tuple[int]  # programs that put chunks together
     end: tuple[int, int]  # what their kernels are made for: UNIT, CHUNKS
     end_constants: dict[str, int]
     wide: Tile  # for passes without sums
     wide_constants: dict[str, int]
-    wide_grid: tuple[int, int]
+    wide_grid: tuple[int]  # blocks of rows times blocks of channels
 
 
 @lru_cache(maxsize=4096)
@@ -59,8 +59,8 @@ def _cut(n: int, channels: int, itemsize: int) -> _Cut:
     end = tile.unit, max(next_power(chunks), 2)
     end_constants = {"UNIT": end[0], "CHUNKS": end[1], "COLS": FEW, "num_warps": 8}
     return _Cut(
-        tile, tile.constants, chunk, chunks, (chunks, blocks), (cdiv(channels, FEW),), end,
-        end_constants, wide, wide.constants, wide.grid(n),
+        tile, tile.constants, chunk, chunks, (chunks * blocks,), (cdiv(channels, FEW),), end,
+        end_constants, wide, wide.constants, (cdiv(n, wide.rows) * blocks,),
     )  # fmt: skip
 
 
@@ -107,6 +107,14 @@ def batch_moments_(
     return moments
 
 
+@triton.jit
+def _place(width, COLS: tl.constexpr):
+    """Which rows and which channels a program has; those of the same rows run side by side."""
+    blocks = (width + COLS - 1) // COLS
+    pid = tl.program_id(0)
+    return pid // blocks, (pid % blocks) * COLS + tl.arange(0, COLS), tl.num_programs(0) // blocks
+
+
 @triton.jit(do_not_specialize=["n", "chunk", "units"])
 def _moments_kernel(
     feats, partial, batches, n, chunk, units,
@@ -118,9 +126,8 @@ def _moments_kernel(
     (i + 1)-th row, but for those that the last step has no row for.
     """
     width = units * UNIT
-    part = tl.program_id(0)
+    part, col, parts = _place(width, COLS)
     lane = tl.arange(0, ROWS)
-    col = tl.program_id(1) * COLS + tl.arange(0, COLS)
     inside = col < width
     begin = part.to(tl.int64) * chunk
     rows = tl.minimum(n - begin, chunk).to(tl.int32)
@@ -140,9 +147,9 @@ def _moments_kernel(
     spread += off * off * seen
     at = part.to(tl.int64) * width + col
     tl.store(partial + at, middle, mask=inside)
-    tl.store(partial + tl.num_programs(0).to(tl.int64) * width + at, tl.sum(spread, 0), inside)
+    tl.store(partial + parts.to(tl.int64) * width + at, tl.sum(spread, 0), inside)
     if batches is not None:
-        if (part == 0) & (tl.program_id(1) == 0):
+        if tl.program_id(0) == 0:
             tl.store(batches, tl.load(batches) + 1)
 
 
@@ -227,8 +234,8 @@ def _normalise_kernel(
     ACT: tl.constexpr, UNIT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     width = units * UNIT
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    col = tl.program_id(1) * COLS + tl.arange(0, COLS)
+    block, col, _ = _place(width, COLS)
+    row = block.to(tl.int64) * ROWS + tl.arange(0, ROWS)
     mask = (row < n)[:, None] & (col < width)[None, :]
     at = row[:, None] * width + col[None, :]
     value = tl.load(feats + at, mask=mask, other=0).to(tl.float32)
@@ -301,9 +308,8 @@ def _sums_kernel(
 ):  # fmt: skip
     """partial[0, c], [1, c]: sums of g and of g * (x - mean) over chunk c."""
     width = units * UNIT
-    part = tl.program_id(0)
+    part, col, parts = _place(width, COLS)
     lane = tl.arange(0, ROWS)
-    col = tl.program_id(1) * COLS + tl.arange(0, COLS)
     inside = col < width
     begin = part.to(tl.int64) * chunk
     rows = tl.minimum(n - begin, chunk).to(tl.int32)
@@ -321,7 +327,7 @@ def _sums_kernel(
         along += g * (value - mean[None, :])
     at = part.to(tl.int64) * width + col
     tl.store(partial + at, tl.sum(total, 0), mask=inside)
-    tl.store(partial + tl.num_programs(0).to(tl.int64) * width + at, tl.sum(along, 0), inside)
+    tl.store(partial + parts.to(tl.int64) * width + at, tl.sum(along, 0), inside)
 
 
 @triton.jit(do_not_specialize=["n", "chunks", "units"])
@@ -385,8 +391,8 @@ def _rows_kernel(
     ACT: tl.constexpr, UNIT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     width = units * UNIT
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    col = tl.program_id(1) * COLS + tl.arange(0, COLS)
+    block, col, _ = _place(width, COLS)
+    row = block.to(tl.int64) * ROWS + tl.arange(0, ROWS)
     mask = (row < n)[:, None] & (col < width)[None, :]
     at = row[:, None] * width + col[None, :]
     g = tl.load(grad + at, mask=mask, other=0).to(tl.float32)
