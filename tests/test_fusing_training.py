@@ -392,13 +392,19 @@ def test_changed_inputs_are_noticed(device) -> None:
         y.feats.sum().backward()
 
 
-def test_a_second_derivative_is_refused(device) -> None:
-    norm = spnn.BatchNorm(3).to(device, F64)
-    x = sparse(device)
-    x.feats.requires_grad_()
-    (grad,) = torch.autograd.grad(norm(x).feats.square().sum(), x.feats, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.sum().backward()
+@pytest.mark.parametrize("added", [False, True])
+def test_second_derivatives(added, device) -> None:
+    """As in a penalty on gradients, through a module that is used twice."""
+
+    def run(net: Any, x: SparseTensor) -> list[Tensor]:
+        y = net[0](spnn.LeakyReLU(0.3)(net[0](x)))
+        y = spnn.LeakyReLU(0.2)(y + x if added else y).feats
+        grad, weight = torch.autograd.grad(
+            y.square().sum(), (x.feats, net[0].weight), create_graph=True
+        )
+        return [grad.square(), weight, y]
+
+    compare(randomised(nn.ModuleList([spnn.BatchNorm(3)]), device), device, run)
 
 
 def test_copies_and_detached_tensors(device) -> None:
@@ -465,13 +471,14 @@ def test_gradients_by_differences(device) -> None:
     def run(slope: Any, feats: Tensor, weight: Tensor, bias: Tensor, added: Tensor) -> Tensor:
         return late_norm.normalise_batch(
             feats, weight, bias, added, late_norm.batch_moments_(
-                feats.detach(), 1e-3, None, None, None, 0.1
-            ), slope,
+                feats, 1e-3, None, None, None, 0.1
+            ), slope, 1e-3,
         )  # fmt: skip
 
     for slope in (None, 0.0, 0.3):
         leaves = [t.clone().requires_grad_() for t in (feats, weight, bias, added)]
         assert torch.autograd.gradcheck(partial(run, slope), leaves)
+        assert torch.autograd.gradgradcheck(partial(run, slope), leaves)
         own = torch.nn.functional.batch_norm(
             leaves[0], None, None, leaves[1], leaves[2], True, 0.1, 1e-3
         )

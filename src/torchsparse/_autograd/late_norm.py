@@ -48,7 +48,7 @@ def late_batch_norm(
 
     def make(epilogue: Epilogue | None) -> Tensor:
         _, residual, slope = epilogue or NOTHING
-        return normalise_batch(feats, weight, bias, residual, moments, slope)
+        return normalise_batch(feats, weight, bias, residual, moments, slope, eps)
 
     inputs = tuple(t for t in (feats, weight, bias) if t is not None)
     return _LateNorm(
