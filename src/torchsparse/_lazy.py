@@ -5,6 +5,8 @@ activation. Each of these, if it is next, adds itself to the `Epilogue` of featu
 to be computed, and the convolution applies all of them while its sums are in registers. Whoever
 looks at the features before gets them as they would be without this.
 
+In training a batch norm begins such a chain, one node of the graph: see `_autograd.late_norm`.
+
 At most one chain is open per thread: looking at the features of any sparse tensor, and beginning
 another chain, closes it. So a chain never outlives the operations right behind its convolution.
 """
