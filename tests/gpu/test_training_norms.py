@@ -15,15 +15,14 @@ from torchsparse import SparseTensor
 from torchsparse.backbones import SparseResUNet42
 
 ROWS = 6000
-# Of the norm of what is compared, after 42 layers: rounding to 24 and to 11 bits.
-SHARE = {torch.float32: 1e-3, torch.float16: 6e-2}
+DTYPES = (torch.float32, torch.float16)
 
 
 class Step(NamedTuple):
     """What one step of training leaves behind."""
 
     out: Tensor
-    grads: list[Tensor]
+    grads: Tensor  # of all parameters, one after the other
     state: dict[str, Tensor]
     peak: int  # bytes
 
@@ -34,13 +33,15 @@ def step(net: nn.Module, device: torch.device, dtype: torch.dtype, fuse: bool) -
     coords = torch.from_numpy(surface(ROWS)).to(device)
     generator = torch.Generator().manual_seed(0)
     feats = torch.randn(len(coords), 4, generator=generator).to(device)
+    if dtype == torch.float64:
+        net, feats = net.double(), feats.double()
     torchsparse.backends.fuse = fuse
     torch.cuda.reset_peak_memory_stats(device)
-    with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
+    with torch.autocast("cuda", torch.float16, enabled=dtype == torch.float16):
         out = net(SparseTensor(feats, coords))[-1].feats
-    out.float().square().mean().mul(64).backward()
+    out.to(torch.promote_types(out.dtype, torch.float32)).square().mean().mul(64).backward()
     torchsparse.backends.fuse = True
-    grads = [p.grad for p in net.parameters() if p.grad is not None]
+    grads = torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None])
     state = dict(net.state_dict())
     return Step(out.detach(), grads, state, torch.cuda.max_memory_allocated(device))
 
@@ -55,30 +56,35 @@ def off(got: Tensor, want: Tensor) -> float:
     return float((got.double() - want.double()).norm() / want.double().norm().clamp(min=1e-12))
 
 
-@pytest.mark.parametrize("dtype", SHARE, ids=str)
-def test_a_network_learns_the_same(dtype: torch.dtype, gpu: torch.device) -> None:
-    """Output, gradients, running statistics; no more memory."""
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_network_learns_as_well(dtype: torch.dtype, gpu: torch.device) -> None:
+    """Output, gradients and running statistics are as near to those in float64 as without joining,
+    half as far again at most; no more memory is needed."""
     net = network(gpu)
-    got, want = (step(net, gpu, dtype, fuse) for fuse in (True, False))
-    assert got.out.dtype == want.out.dtype
-    assert off(got.out, want.out) < SHARE[dtype]
-    flat = [torch.cat([g.flatten() for g in one.grads]) for one in (got, want)]
-    assert off(*flat) < 5 * SHARE[dtype]
-    for name, value in want.state.items():
+    got, plain = (step(net, gpu, dtype, fuse) for fuse in (True, False))
+    exact = step(net, gpu, torch.float64, False)
+    assert got.out.dtype == plain.out.dtype
+    pairs = {
+        "out": (got.out, plain.out, exact.out),
+        "grads": (got.grads, plain.grads, exact.grads),
+    }
+    for name, value in exact.state.items():
         if "running" in name:
-            assert off(got.state[name], value) < SHARE[dtype], name
+            pairs[name] = (got.state[name], plain.state[name], value)
         else:
-            assert torch.equal(got.state[name], value), name
-    print(f"peak {got.peak >> 20} MiB, without joining {want.peak >> 20} MiB")
-    assert got.peak < 1.05 * want.peak
+            assert torch.equal(got.state[name], plain.state[name]), name
+    for name, (mine, theirs, right) in pairs.items():
+        print(f"{name}: {off(mine, right):.2e}, without joining {off(theirs, right):.2e}")
+        assert off(mine, right) < 1.5 * off(theirs, right) + 1e-6, name
+    print(f"peak {got.peak >> 20} MiB, without joining {plain.peak >> 20} MiB")
+    assert got.peak < 1.05 * plain.peak
 
 
-@pytest.mark.parametrize("dtype", SHARE, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_same_bits_every_time(dtype: torch.dtype, gpu: torch.device) -> None:
     net = network(gpu)
     first = step(net, gpu, dtype, True)
     for _ in range(5):
         again = step(net, gpu, dtype, True)
-        assert torch.equal(again.out, first.out)
-        assert all(torch.equal(a, b) for a, b in zip(again.grads, first.grads))
+        assert torch.equal(again.out, first.out) and torch.equal(again.grads, first.grads)
         assert all(torch.equal(again.state[name], value) for name, value in first.state.items())
