@@ -17,7 +17,7 @@ reference: Any = _reference
 batch_norm: Any = _batch_norm
 
 FLOATS = [torch.float16, torch.bfloat16, torch.float32]
-# Rows and channels: the least, odd ones, several chunks and blocks, a width of three blocks.
+# Rows and channels: the least, odd ones, several shares and blocks, a width of three blocks.
 SHAPES = [(2, 1), (3, 5), (65, 8), (300, 12), (70, 96), (50, 130)]
 SLOPES = [None, 0.0, 0.1]
 
@@ -64,11 +64,11 @@ def test_moments_of_equal_rows(device):
     torch.testing.assert_close(got, want, rtol=5e-6, atol=0)
 
 
-@pytest.mark.parametrize("chunks", [1, 3, 4])
+@pytest.mark.parametrize("shares", [1, 3, 4])
 @pytest.mark.parametrize("rows", [257, 1000])
-def test_few_chunks(rows, chunks, device, monkeypatch):
+def test_few_shares(rows, shares, device, monkeypatch):
     """Many steps each, the last one short, as in large scenes."""
-    monkeypatch.setattr(batch_norm, "CHUNKS", chunks)
+    monkeypatch.setattr(batch_norm, "SHARES", shares)
     batch_norm._cut.cache_clear()
     p = problem((rows, 20), torch.float32, device)
     want = reference.batch_moments_(p["feats"].double(), 1e-5, None, None, None, 0.1)

@@ -1,8 +1,11 @@
 """Batch normalisation in training, over all rows, as kernels.
 
-Three passes over the rows: statistics; normalisation with what follows it; two for the gradients.
-Sums over all rows are made in chunks whose size depends on shape and dtype alone, and the chunks
-are put together by one program in their order: the same input gives the same bits in every run.
+One pass over the rows for the statistics, one for normalisation with what follows it, two for the
+gradients. Sums over all rows are made by a number of programs that depends on shape and dtype
+alone, and put together by one program in their order: the same input gives the same bits.
+
+Programs that sum take turns, tile after tile, and the pass that follows begins at the end: what
+was read last is still in the L2 cache, even if not all of the features fit into it.
 """
 
 # Triton is optional, and its language is Python by syntax only.
@@ -23,9 +26,9 @@ from torchsparse._triton.rows import Tile, divide, row_tile
 
 __all__ = ["batch_moments_", "grad_rows", "grad_sums", "normalise"]
 
-CHUNKS = 512  # at most: one program puts them together, all at once
+SHARES = 512  # at most: one program puts them together, all at once
 PROGRAMS = 1024  # of a reduction, about 8 on each multiprocessor of an H100
-FEW = 8  # channels that such a program has: 32 bytes of every chunk
+FEW = 8  # channels of a program that puts shares together: 32 bytes of each
 
 _known: dict[Any, Any] = {}  # kernels by what they depend on, see `launch`
 
@@ -35,11 +38,10 @@ class _Cut(NamedTuple):
 
     tile: Tile  # for reductions
     constants: dict[str, int]
-    chunk: int  # rows of a program
-    chunks: int  # ceil(N / chunk)
-    grid: tuple[int]  # chunks times blocks of channels
-    few: tuple[int]  # programs that put chunks together
-    end: tuple[int, int]  # what their kernels are made for: UNIT, CHUNKS
+    shares: int  # share s has tiles s, s + shares, s + 2 shares, ... of the rows
+    grid: tuple[int]  # shares times blocks of channels
+    few: tuple[int]  # programs that put shares together
+    end: tuple[int, int]  # what their kernels are made for: UNIT, SHARES
     end_constants: dict[str, int]
     wide: Tile  # for passes without sums
     wide_constants: dict[str, int]
@@ -53,13 +55,11 @@ def _cut(n: int, channels: int, itemsize: int) -> _Cut:
     tile = row_tile(channels, itemsize, 2048, cols)
     wide = row_tile(channels, itemsize, 4096, cols)
     blocks = cdiv(channels, tile.cols)
-    most = min(max(PROGRAMS // blocks, 1), CHUNKS)
-    chunk = max(cdiv(cdiv(n, most), tile.rows), 1) * tile.rows
-    chunks = cdiv(n, chunk)
-    end = tile.unit, max(next_power(chunks), 2)
-    end_constants = {"UNIT": end[0], "CHUNKS": end[1], "COLS": FEW, "num_warps": 8}
+    shares = min(max(PROGRAMS // blocks, 1), SHARES, cdiv(n, tile.rows))
+    end = tile.unit, max(next_power(shares), 2)
+    end_constants = {"UNIT": end[0], "SHARES": end[1], "COLS": FEW, "num_warps": 8}
     return _Cut(
-        tile, tile.constants, chunk, chunks, (chunks * blocks,), (cdiv(channels, FEW),), end,
+        tile, tile.constants, shares, (shares * blocks,), (cdiv(channels, FEW),), end,
         end_constants, wide, wide.constants, (cdiv(n, wide.rows) * blocks,),
     )  # fmt: skip
 
@@ -90,18 +90,18 @@ def batch_moments_(
     n, channels = feats.shape
     feats, device, dtype = feats.contiguous(), feats.device, feats.dtype
     cut = _cut(n, channels, feats.element_size())
-    partial = torch.empty((2, cut.chunks, channels), dtype=torch.float32, device=device)
+    partial = torch.empty((2, cut.shares, channels), dtype=torch.float32, device=device)
     moments = torch.empty((2, channels), dtype=torch.float32, device=device)
     tile, counted = cut.tile, batches is not None
     launch(
-        _moments_kernel, cut.grid, feats, feats, partial, batches, n, cut.chunk, tile.units,
+        _moments_kernel, cut.grid, feats, feats, partial, batches, n, tile.units,
         memo=(_known, (0, device.index, dtype, tile.unit, tile.cols, counted)), **cut.constants,
     )  # fmt: skip
     averaged = momentum is None
     key = (1, device.index, _dtype(mean), _dtype(var), counted, averaged, *cut.end)
     launch(
         _moments_end_kernel, cut.few, feats, partial, moments, mean, var, batches,
-        n, cut.chunk, cut.chunks, tile.units, float(eps), 0.0 if averaged else float(momentum),
+        n, tile.rows, cut.shares, tile.units, float(eps), 0.0 if averaged else float(momentum),
         memo=(_known, key), AVERAGED=averaged, **cut.end_constants,
     )  # fmt: skip
     return moments
@@ -115,76 +115,85 @@ def _place(width, COLS: tl.constexpr):
     return pid // blocks, (pid % blocks) * COLS + tl.arange(0, COLS), tl.num_programs(0) // blocks
 
 
-@triton.jit(do_not_specialize=["n", "chunk", "units"])
+@triton.jit
+def _steps(n, share, shares, rows):
+    """Tiles that a share has."""
+    return ((n + rows - 1) // rows - share + shares - 1) // shares
+
+
+@triton.jit(do_not_specialize=["n", "units"])
 def _moments_kernel(
-    feats, partial, batches, n, chunk, units,
+    feats, partial, batches, n, units,
     UNIT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    """partial[0, c], [1, c]: mean of chunk c, and the sum of squared distances from it.
+    """partial[0, s], [1, s]: mean of share s, and the sum of squared distances from it.
 
-    Each lane follows its own mean (Welford), so nothing cancels. In step i every lane adds its
-    (i + 1)-th row, but for those that the last step has no row for.
+    Each lane follows its own mean (Welford), so nothing cancels: step i adds its (i + 1)-th row.
+    Only the last tile of all may be short.
     """
     width = units * UNIT
-    part, col, parts = _place(width, COLS)
-    lane = tl.arange(0, ROWS)
+    share, col, shares = _place(width, COLS)
     inside = col < width
-    begin = part.to(tl.int64) * chunk
-    rows = tl.minimum(n - begin, chunk).to(tl.int32)
+    row = share.to(tl.int64) * ROWS + tl.arange(0, ROWS)
     mean = tl.zeros([ROWS, COLS], tl.float32)
     spread = tl.zeros([ROWS, COLS], tl.float32)
-    for start in range(0, rows, ROWS):
-        row = start + lane
-        mask = (row < rows)[:, None] & inside[None, :]
-        at = (begin + row)[:, None] * width + col[None, :]
+    steps = _steps(n, share, shares, ROWS)
+    for step in range(steps):
+        mask = (row < n)[:, None] & inside[None, :]
+        at = row[:, None] * width + col[None, :]
         value = tl.load(feats + at, mask=mask, other=0).to(tl.float32)
         apart = tl.where(mask, value - mean, 0)
-        mean += apart * (1.0 / (start // ROWS + 1))
+        mean += apart * (1.0 / (step + 1))
         spread += apart * (value - mean)
-    seen = ((rows - lane + ROWS - 1) // ROWS).to(tl.float32)[:, None]
-    middle = divide(tl.sum(mean * seen, 0), rows.to(tl.float32))
+        row += shares * ROWS
+    seen = tl.where(row - shares * ROWS < n, steps, steps - 1).to(tl.float32)
+    middle = divide(tl.sum(mean * seen[:, None], 0), tl.sum(seen, 0))
     off = mean - middle[None, :]
-    spread += off * off * seen
-    at = part.to(tl.int64) * width + col
+    spread += off * off * seen[:, None]
+    at = share.to(tl.int64) * width + col
     tl.store(partial + at, middle, mask=inside)
-    tl.store(partial + parts.to(tl.int64) * width + at, tl.sum(spread, 0), inside)
+    tl.store(partial + shares.to(tl.int64) * width + at, tl.sum(spread, 0), mask=inside)
     if batches is not None:
         if tl.program_id(0) == 0:
             tl.store(batches, tl.load(batches) + 1)
 
 
-@triton.jit(do_not_specialize=["n", "chunk", "chunks", "units"])
+@triton.jit(do_not_specialize=["n", "step", "shares", "units"])
 def _moments_end_kernel(
-    partial, moments, mean, var, batches, n, chunk, chunks, units, eps, momentum,
-    AVERAGED: tl.constexpr, UNIT: tl.constexpr, CHUNKS: tl.constexpr, COLS: tl.constexpr,
+    partial, moments, mean, var, batches, n, step, shares, units, eps, momentum,
+    AVERAGED: tl.constexpr, UNIT: tl.constexpr, SHARES: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    """Moments of all chunks from those of each (Chan, Golub and LeVeque)."""
+    """Moments of all rows from those of each share (Chan, Golub, LeVeque); tiles of ``step``."""
     width = units * UNIT
     col = tl.program_id(0) * COLS + tl.arange(0, COLS)
-    part = tl.arange(0, CHUNKS)
+    share = tl.arange(0, SHARES)
     inside = col < width
-    mask = (part < chunks)[:, None] & inside[None, :]
-    at = part[:, None] * width + col[None, :]
+    mask = (share < shares)[:, None] & inside[None, :]
+    at = share[:, None] * width + col[None, :]
     middle = tl.load(partial + at, mask=mask, other=0)
-    spread = tl.load(partial + chunks * width + at, mask=mask, other=0)
-    rows = tl.minimum(n - part.to(tl.int64) * chunk, chunk)
-    rows = tl.maximum(rows, 0).to(tl.float32)[:, None]
+    spread = tl.load(partial + shares * width + at, mask=mask, other=0)
+    tiles = (n + step - 1) // step
+    rows = _steps(n, share, shares, step) * step
+    rows -= tl.where(share == (tiles - 1) % shares, tiles * step - n, 0)
+    rows = tl.where(share < shares, rows, 0).to(tl.float32)[:, None]
     every = n.to(tl.float32)
     centre = divide(tl.sum(middle * rows, 0), every)
     off = tl.where(mask, middle - centre[None, :], 0)
     squares = tl.sum(spread + off * off * rows, 0)
     tl.store(moments + col, centre, mask=inside)
     deviation = tl.sqrt_rn(divide(squares, every) + eps)
-    tl.store(moments + width + col, divide(tl.full([COLS], 1.0, tl.float32), deviation), inside)
+    one = tl.full([COLS], 1.0, tl.float32)
+    tl.store(moments + width + col, divide(one, deviation), mask=inside)
     if mean is not None:
-        share = momentum
+        new_share = momentum
         if AVERAGED:
-            share = 1.0 / tl.load(batches).to(tl.float32)
+            new_share = 1.0 / tl.load(batches).to(tl.float32)
         old = tl.load(mean + col, mask=inside, other=0).to(tl.float32)
-        new = old * (1 - share) + centre * share
+        new = old * (1 - new_share) + centre * new_share
         tl.store(mean + col, new.to(mean.dtype.element_ty), mask=inside)
         old = tl.load(var + col, mask=inside, other=0).to(tl.float32)
-        new = old * (1 - share) + divide(squares, tl.maximum(every - 1, 1)) * share
+        unbiased = divide(squares, tl.maximum(every - 1, 1))
+        new = old * (1 - new_share) + unbiased * new_share
         tl.store(var + col, new.to(var.dtype.element_ty), mask=inside)
 
 
@@ -234,8 +243,8 @@ def _normalise_kernel(
     ACT: tl.constexpr, UNIT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     width = units * UNIT
-    block, col, _ = _place(width, COLS)
-    row = block.to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    block, col, blocks = _place(width, COLS)
+    row = (blocks - 1 - block).to(tl.int64) * ROWS + tl.arange(0, ROWS)  # from the end
     mask = (row < n)[:, None] & (col < width)[None, :]
     at = row[:, None] * width + col[None, :]
     value = tl.load(feats + at, mask=mask, other=0).to(tl.float32)
@@ -265,14 +274,14 @@ def grad_sums(
     feats, grad, out = feats.contiguous(), grad.contiguous(), _rows(out)
     cut, act, index = _cut(n, channels, feats.element_size()), _kind(slope), feats.device.index
     tile = cut.tile
-    partial = torch.empty((2, cut.chunks, channels), dtype=torch.float32, device=feats.device)
+    partial = torch.empty((2, cut.shares, channels), dtype=torch.float32, device=feats.device)
     key = (
         3, index, feats.dtype, grad.dtype, _dtype(weight), _dtype(bias), _dtype(out), act,
         tile.unit, tile.cols,
     )  # fmt: skip
     launch(
         _sums_kernel, cut.grid, feats, grad, feats, moments, _rows(weight), _rows(bias), out,
-        partial, slope or 0.0, n, cut.chunk, tile.units,
+        partial, slope or 0.0, n, tile.units,
         memo=(_known, key), ACT=act, **cut.constants,
     )  # fmt: skip
     means = torch.empty_like(moments)
@@ -280,7 +289,7 @@ def grad_sums(
     grad_bias = None if bias is None else torch.empty_like(bias)
     launch(
         _sums_end_kernel, cut.few, feats, partial, moments, means, grad_weight, grad_bias,
-        n, cut.chunks, tile.units,
+        n, cut.shares, tile.units,
         memo=(_known, (4, index, _dtype(weight), _dtype(bias), *cut.end)), **cut.end_constants,
     )  # fmt: skip
     return means, grad_weight, grad_bias
@@ -301,49 +310,47 @@ def _passed(grad, value, out, at, mask, mean, scale, shift, slope, ACT: tl.const
     return grad
 
 
-@triton.jit(do_not_specialize=["n", "chunk", "units"])
+@triton.jit(do_not_specialize=["n", "units"])
 def _sums_kernel(
-    grad, feats, moments, weight, bias, out, partial, slope, n, chunk, units,
+    grad, feats, moments, weight, bias, out, partial, slope, n, units,
     ACT: tl.constexpr, UNIT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    """partial[0, c], [1, c]: sums of g and of g * (x - mean) over chunk c."""
+    """partial[0, s], [1, s]: sums of g and of g * (x - mean) over share s."""
     width = units * UNIT
-    part, col, parts = _place(width, COLS)
-    lane = tl.arange(0, ROWS)
+    share, col, shares = _place(width, COLS)
     inside = col < width
-    begin = part.to(tl.int64) * chunk
-    rows = tl.minimum(n - begin, chunk).to(tl.int32)
+    row = share.to(tl.int64) * ROWS + tl.arange(0, ROWS)
     mean, scale, shift = _columns(moments, weight, bias, col, width)
     total = tl.zeros([ROWS, COLS], tl.float32)
     along = tl.zeros([ROWS, COLS], tl.float32)
-    for start in range(0, rows, ROWS):
-        row = start + lane
-        mask = (row < rows)[:, None] & inside[None, :]
-        at = (begin + row)[:, None] * width + col[None, :]
+    for _ in range(_steps(n, share, shares, ROWS)):
+        mask = (row < n)[:, None] & inside[None, :]
+        at = row[:, None] * width + col[None, :]
         g = tl.load(grad + at, mask=mask, other=0).to(tl.float32)
         value = tl.load(feats + at, mask=mask, other=0).to(tl.float32)
         g = _passed(g, value, out, at, mask, mean, scale, shift, slope, ACT)
         total += g
         along += g * (value - mean[None, :])
-    at = part.to(tl.int64) * width + col
+        row += shares * ROWS
+    at = share.to(tl.int64) * width + col
     tl.store(partial + at, tl.sum(total, 0), mask=inside)
-    tl.store(partial + parts.to(tl.int64) * width + at, tl.sum(along, 0), inside)
+    tl.store(partial + shares.to(tl.int64) * width + at, tl.sum(along, 0), mask=inside)
 
 
-@triton.jit(do_not_specialize=["n", "chunks", "units"])
+@triton.jit(do_not_specialize=["n", "shares", "units"])
 def _sums_end_kernel(
-    partial, moments, means, grad_weight, grad_bias, n, chunks, units,
-    UNIT: tl.constexpr, CHUNKS: tl.constexpr, COLS: tl.constexpr,
+    partial, moments, means, grad_weight, grad_bias, n, shares, units,
+    UNIT: tl.constexpr, SHARES: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    """Sums over all chunks, and what the gradients make of them."""
+    """Sums over all shares, and what the gradients make of them."""
     width = units * UNIT
     col = tl.program_id(0) * COLS + tl.arange(0, COLS)
-    part = tl.arange(0, CHUNKS)
+    share = tl.arange(0, SHARES)
     inside = col < width
-    mask = (part < chunks)[:, None] & inside[None, :]
-    at = part[:, None] * width + col[None, :]
+    mask = (share < shares)[:, None] & inside[None, :]
+    at = share[:, None] * width + col[None, :]
     total = tl.sum(tl.load(partial + at, mask=mask, other=0), 0)
-    along = tl.sum(tl.load(partial + chunks * width + at, mask=mask, other=0), 0)
+    along = tl.sum(tl.load(partial + shares * width + at, mask=mask, other=0), 0)
     invstd = tl.load(moments + width + col, mask=inside, other=0)
     along *= invstd
     every = n.to(tl.float32)
@@ -391,8 +398,8 @@ def _rows_kernel(
     ACT: tl.constexpr, UNIT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     width = units * UNIT
-    block, col, _ = _place(width, COLS)
-    row = block.to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    block, col, blocks = _place(width, COLS)
+    row = (blocks - 1 - block).to(tl.int64) * ROWS + tl.arange(0, ROWS)  # from the end
     mask = (row < n)[:, None] & (col < width)[None, :]
     at = row[:, None] * width + col[None, :]
     g = tl.load(grad + at, mask=mask, other=0).to(tl.float32)
