@@ -146,7 +146,8 @@ class Lazy:
 
     def _extended(self, epilogue: Epilogue, *more: Tensor | None) -> Lazy:
         inputs = (*self.inputs, *(t for t in more if t is not None))
-        return Lazy(self.make, self.shape, self.dtype, self.device, inputs, epilogue, parent=self)
+        new = type(self)
+        return new(self.make, self.shape, self.dtype, self.device, inputs, epilogue, parent=self)
 
     def normalised(self, norm: Norm) -> Lazy | None:
         """These features, normalised; None if something else came before."""

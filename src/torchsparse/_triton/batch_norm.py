@@ -14,7 +14,7 @@ was read last is still in the L2 cache, even if not all of the features fit into
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -30,8 +30,6 @@ SHARES = 512  # at most: one program puts them together, all at once
 PROGRAMS = 1024  # of a reduction, about 8 on each multiprocessor of an H100
 FEW = 8  # channels of a program that puts shares together: 32 bytes of each
 
-_known: dict[Any, Any] = {}  # kernels by what they depend on, see `launch`
-
 
 class _Cut(NamedTuple):
     """How [N, C] is shared out."""
@@ -41,8 +39,7 @@ class _Cut(NamedTuple):
     shares: int  # share s has tiles s, s + shares, s + 2 shares, ... of the rows
     grid: tuple[int]  # shares times blocks of channels
     few: tuple[int]  # programs that put shares together
-    end: tuple[int, int]  # what their kernels are made for: UNIT, SHARES
-    end_constants: dict[str, int]
+    end: dict[str, int]  # their constants
     wide: Tile  # for passes without sums
     wide_constants: dict[str, int]
     wide_grid: tuple[int]  # blocks of rows times blocks of channels
@@ -56,16 +53,11 @@ def _cut(n: int, channels: int, itemsize: int) -> _Cut:
     wide = row_tile(channels, itemsize, 4096, cols)
     blocks = cdiv(channels, tile.cols)
     shares = min(max(PROGRAMS // blocks, 1), SHARES, cdiv(n, tile.rows))
-    end = tile.unit, max(next_power(shares), 2)
-    end_constants = {"UNIT": end[0], "SHARES": end[1], "COLS": FEW, "num_warps": 8}
+    end = {"UNIT": tile.unit, "SHARES": max(next_power(shares), 2), "COLS": FEW, "num_warps": 8}
     return _Cut(
         tile, tile.constants, shares, (shares * blocks,), (cdiv(channels, FEW),), end,
-        end_constants, wide, wide.constants, (cdiv(n, wide.rows) * blocks,),
+        wide, wide.constants, (cdiv(n, wide.rows) * blocks,),
     )  # fmt: skip
-
-
-def _dtype(tensor: Tensor | None) -> torch.dtype | None:
-    return None if tensor is None else tensor.dtype
 
 
 def _rows(tensor: Tensor | None) -> Tensor | None:
@@ -88,21 +80,19 @@ def batch_moments_(
 ) -> Tensor:
     """Mean and 1 / sqrt(var + eps) of each channel; running statistics follow.  -> [2, C]."""
     n, channels = feats.shape
-    feats, device, dtype = feats.contiguous(), feats.device, feats.dtype
+    feats, device = feats.contiguous(), feats.device
     cut = _cut(n, channels, feats.element_size())
     partial = torch.empty((2, cut.shares, channels), dtype=torch.float32, device=device)
     moments = torch.empty((2, channels), dtype=torch.float32, device=device)
-    tile, counted = cut.tile, batches is not None
+    tile = cut.tile
     launch(
         _moments_kernel, cut.grid, feats, feats, partial, batches, n, tile.units,
-        memo=(_known, (0, device.index, dtype, tile.unit, tile.cols, counted)), **cut.constants,
+        **cut.constants,
     )  # fmt: skip
-    averaged = momentum is None
-    key = (1, device.index, _dtype(mean), _dtype(var), counted, averaged, *cut.end)
     launch(
         _moments_end_kernel, cut.few, feats, partial, moments, mean, var, batches,
-        n, tile.rows, cut.shares, tile.units, float(eps), 0.0 if averaged else float(momentum),
-        memo=(_known, key), AVERAGED=averaged, **cut.end_constants,
+        n, tile.rows, cut.shares, tile.units, float(eps), float(momentum or 0),
+        AVERAGED=momentum is None, **cut.end,
     )  # fmt: skip
     return moments
 
@@ -225,14 +215,10 @@ def normalise(
     out = torch.empty_like(feats)
     cut, act = _cut(n, channels, feats.element_size()), _kind(slope)
     tile = cut.wide
-    key = (
-        2, feats.device.index, feats.dtype, _dtype(weight), _dtype(bias), residual is None, act,
-        tile.unit, tile.cols,
-    )  # fmt: skip
     launch(
         _normalise_kernel, cut.wide_grid, feats,
         feats, moments, _rows(weight), _rows(bias), residual, out, slope or 0.0, n, tile.units,
-        memo=(_known, key), ACT=act, **cut.wide_constants,
+        ACT=act, **cut.wide_constants,
     )  # fmt: skip
     return out
 
@@ -272,17 +258,13 @@ def grad_sums(
     """Means [2, C] for `grad_rows`, gradients of weight and bias."""
     n, channels = feats.shape
     feats, grad, out = feats.contiguous(), grad.contiguous(), _rows(out)
-    cut, act, index = _cut(n, channels, feats.element_size()), _kind(slope), feats.device.index
+    cut, act = _cut(n, channels, feats.element_size()), _kind(slope)
     tile = cut.tile
     partial = torch.empty((2, cut.shares, channels), dtype=torch.float32, device=feats.device)
-    key = (
-        3, index, feats.dtype, grad.dtype, _dtype(weight), _dtype(bias), _dtype(out), act,
-        tile.unit, tile.cols,
-    )  # fmt: skip
     launch(
         _sums_kernel, cut.grid, feats, grad, feats, moments, _rows(weight), _rows(bias), out,
         partial, slope or 0.0, n, tile.units,
-        memo=(_known, key), ACT=act, **cut.constants,
+        ACT=act, **cut.constants,
     )  # fmt: skip
     means = torch.empty_like(moments)
     grad_weight = None if weight is None else torch.empty_like(weight)
@@ -290,7 +272,7 @@ def grad_sums(
     launch(
         _sums_end_kernel, cut.few, feats, partial, moments, means, grad_weight, grad_bias,
         n, cut.shares, tile.units,
-        memo=(_known, (4, index, _dtype(weight), _dtype(bias), *cut.end)), **cut.end_constants,
+        **cut.end,
     )  # fmt: skip
     return means, grad_weight, grad_bias
 
@@ -380,14 +362,10 @@ def grad_rows(
     grad_residual = torch.empty_like(feats) if residual else None
     cut, act = _cut(n, channels, feats.element_size()), _kind(slope)
     tile = cut.wide
-    key = (
-        5, feats.device.index, feats.dtype, grad.dtype, _dtype(weight), _dtype(bias), _dtype(out),
-        act, means is None, residual, tile.unit, tile.cols,
-    )  # fmt: skip
     launch(
         _rows_kernel, cut.wide_grid, feats, grad, feats, moments, _rows(weight), _rows(bias), out,
         means, grad_feats, grad_residual, slope or 0.0, n, tile.units,
-        memo=(_known, key), ACT=act, **cut.wide_constants,
+        ACT=act, **cut.wide_constants,
     )  # fmt: skip
     return grad_feats, grad_residual
 
