@@ -29,13 +29,14 @@ class BatchNorm(nn.BatchNorm1d):
     """
 
     def forward(self, input: SparseTensor) -> SparseTensor:
-        joined = None
         if self.training:
             joined = self._by_batch(input)
+            if joined is not None:
+                return joined
         elif not torch.is_grad_enabled():
             joined = self._join(input)
-        if joined is not None:
-            return joined
+            if joined is not None:
+                return joined
         if input.feats.shape[0] == 0:
             return wrap(input.feats, input)
         return fapply(input, super().forward)
@@ -56,10 +57,12 @@ class BatchNorm(nn.BatchNorm1d):
 
     def _by_batch(self, input: SparseTensor) -> SparseTensor | None:
         """Normalisation by the statistics of these rows, which are taken and recorded now."""
-        feats = input.feats
-        if not settings.fuse or torch.compiler.is_compiling() or not isinstance(feats, Tensor):
+        if not settings.fuse or torch.compiler.is_compiling():
             return None
-        if not is_served("batch_norm", feats) or feats.dim() != 2 or not feats.is_floating_point():
+        feats = input.feats
+        if not isinstance(feats, Tensor) or not is_served("batch_norm", feats):
+            return None
+        if feats.dim() != 2 or not feats.is_floating_point():
             return None
         buffers, parameters = self._buffers, self._parameters
         rows, channels = feats.shape
@@ -72,20 +75,24 @@ class BatchNorm(nn.BatchNorm1d):
         if self.track_running_stats:
             mean, var = buffers.get("running_mean"), buffers.get("running_var")
             batches = buffers.get("num_batches_tracked")
-            if mean is None or var is None or batches is None:
+            if mean is None or var is None or batches is None or batches.device != feats.device:
                 return None
-            if not (
-                mean.is_contiguous() and var.is_contiguous() and batches.device == feats.device
-            ):
-                return None
-        allowed = (feats.dtype, sum_dtype(feats.dtype))
-        for own in (weight, bias, mean, var):
-            if own is not None and (own.dtype not in allowed or own.device != feats.device):
-                return None
-        return wrap(
-            late_batch_norm(feats, weight, bias, mean, var, batches, self.momentum, self.eps),
-            input,
-        )
+        if not _fit(feats, weight, bias, mean, var):
+            return None
+        momentum, eps = self.momentum, self.eps
+        joined = late_batch_norm(feats, weight, bias, mean, var, batches, momentum, eps)
+        return wrap(joined, input)
+
+
+def _fit(feats: Tensor, *own: Tensor | None) -> bool:
+    """Whether kernels can use what a module owns beside these features."""
+    device, allowed = feats.device, (feats.dtype, sum_dtype(feats.dtype))
+    for tensor in own:
+        if tensor is not None and (
+            tensor.dtype not in allowed or tensor.device != device or not tensor.is_contiguous()
+        ):
+            return False
+    return True
 
 
 class GroupNorm(nn.GroupNorm):
