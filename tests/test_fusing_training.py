@@ -161,6 +161,23 @@ def test_kernels_agree_with_unfused(dtype, device) -> None:
         compare(net, device, run, dtype=dtype, atol=2e-5 if dtype == F32 else 1e-2)
 
 
+@pytest.mark.filterwarnings("ignore:Conversion of an array")
+@pytest.mark.filterwarnings("ignore:overflow encountered")
+def test_a_norm_without_bias(device) -> None:
+    """In training and in evaluation, by kernels."""
+    net: Any = randomised(nn.Sequential(spnn.Conv3d(3, 4, 1), spnn.BatchNorm(4)), device, F32)
+    net[1].bias = None
+    nn.init.normal_(net[1].weight)
+    with forced("_triton"):
+        compare(net, device, dtype=F32, atol=1e-4)
+        net.eval()
+        with torch.no_grad():
+            got = net(sparse(device, dtype=F32)).feats
+    torchsparse.backends.fuse = False
+    with torch.no_grad():
+        torch.testing.assert_close(got, net(sparse(device, dtype=F32)).feats, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["empty", "single"])
 def test_too_few_rows(name, device) -> None:
     """None pass through; of one PyTorch says that it has no variance."""

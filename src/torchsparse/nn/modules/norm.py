@@ -52,6 +52,8 @@ class BatchNorm(nn.BatchNorm1d):
         if chain is None or chain.shape[0] == 0 or chain.shape[1] != self.num_features:
             return None
         weight, bias = parameters["weight"], parameters["bias"]
+        if (weight is None) != (bias is None):
+            return None  # a convolution's epilogue has both or neither
         joined = chain.normalised(Norm(mean, var, weight, bias, self.eps))
         return None if joined is None else wrap(joined, input)
 
