@@ -5,6 +5,8 @@ activation. Each of these, if it is next, adds itself to the `Epilogue` of featu
 to be computed, and the convolution applies all of them while its sums are in registers. Whoever
 looks at the features before gets them as they would be without this.
 
+In training a batch norm begins such a chain, one node of the graph: see `_autograd.late_norm`.
+
 At most one chain is open per thread: looking at the features of any sparse tensor, and beginning
 another chain, closes it. So a chain never outlives the operations right behind its convolution.
 """
@@ -127,7 +129,10 @@ class Lazy:
     def _compute(self) -> Tensor:
         if torch.is_grad_enabled():
             with torch.no_grad():
-                return self._compute()
+                return self._in_stream()
+        return self._in_stream()
+
+    def _in_stream(self) -> Tensor:
         if _stream(self.inputs[0]) == self._stream:
             return self.make(self.epilogue)
         # Asked for from another stream: computed where it was called, and waited for.
@@ -147,7 +152,7 @@ class Lazy:
         now = _open.chain
         if now is not None and now() is not self:
             close_chain()
-        new: Lazy = object.__new__(Lazy)
+        new: Lazy = object.__new__(type(self))
         new.make, new.shape, new.dtype, new.device = self.make, self.shape, self.dtype, self.device
         new.inputs, new.epilogue = self.inputs + more, epilogue
         new._writes = self._writes + _writes(more) if more else self._writes

@@ -177,7 +177,7 @@ class SparseTensor(OldNames, _OnDevice):
         """The features; those of a convolution that was put off are computed now."""
         close_chain()
         feats = self._feats
-        if type(feats) is Lazy:
+        if isinstance(feats, Lazy):
             feats = self._feats = feats.value()
         return feats
 
@@ -434,7 +434,7 @@ def _range_tuple(value: Any) -> tuple[int, ...]:
 def pending(x: SparseTensor) -> Lazy | None:
     """The features of ``x``, if they are still to be computed."""
     feats = x._feats
-    return feats if type(feats) is Lazy and feats._value is None else None
+    return feats if isinstance(feats, Lazy) and feats._value is None else None
 
 
 def may_put_off() -> bool:
@@ -460,7 +460,7 @@ def _joined(a: SparseTensor, b: SparseTensor) -> Lazy | None:
     for one, other in ((a, b), (b, a)):
         chain = pending(one)
         if chain is not None and pending(other) is None:
-            feats = other._feats.value() if type(other._feats) is Lazy else other._feats
+            feats = other._feats.value() if isinstance(other._feats, Lazy) else other._feats
             if isinstance(feats, Tensor):
                 return chain.plus(feats)
     return None

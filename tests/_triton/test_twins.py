@@ -5,7 +5,7 @@ import inspect
 
 import pytest
 
-FAMILIES = ("norm", "points", "reduce", "table")
+FAMILIES = ("batch_norm", "norm", "points", "reduce", "table")
 
 
 @pytest.mark.parametrize("family", FAMILIES)

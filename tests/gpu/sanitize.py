@@ -155,7 +155,9 @@ def rows_of_samples(gpu: torch.device) -> None:
         for module in (spnn.GroupNorm(2, 8), spnn.InstanceNorm(8), spnn.ReLU(), *bev):
             back(module.to(gpu, dtype)(fresh()))
         if rows > 1:
-            back(spnn.BatchNorm(8).to(gpu, dtype)(fresh()))
+            norm = spnn.BatchNorm(8, momentum=None).to(gpu, dtype)
+            back(norm(fresh()))
+            back(spnn.ReLU(True)(norm(fresh()) + fresh()))
         back(torchsparse.cat([fresh(), fresh()]))
         back(fresh() + fresh())
         back(F.spcrop(fresh(), (0, 0, 0), (40, 40, 40)))

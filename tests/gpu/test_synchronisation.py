@@ -116,3 +116,18 @@ def test_waits_per_u_net(training: bool, gpu: torch.device) -> None:
     if training:
         with forbidden():
             y.sum().backward()
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_training_norms_wait_for_nothing(momentum: float | None, gpu: torch.device) -> None:
+    """The cumulative average, too: PyTorch's waits for the number of batches."""
+    norm, relu = spnn.BatchNorm(16, momentum=momentum).to(gpu), spnn.ReLU(True)
+    x = cloud(gpu)
+    x.feats.requires_grad_()
+
+    def step() -> None:
+        relu(norm(x) + x).feats.sum().backward()
+
+    warm(step)
+    with forbidden():
+        step()

@@ -12,12 +12,14 @@ from contextlib import contextmanager
 from functools import cache
 from types import ModuleType
 
-from torch import Tensor
+from torch import Tensor, float64
 
-__all__ = ["forced", "has_triton", "reference", "twin"]
+__all__ = ["forced", "has_triton", "is_served", "reference", "twin"]
 
 # Families with Triton kernels.
-KERNELS = frozenset({"conv", "coords", "depthwise", "norm", "points", "reduce", "table"})
+KERNELS = frozenset(
+    {"batch_norm", "conv", "coords", "depthwise", "norm", "points", "reduce", "table"}
+)
 _forced: list[str] = []
 
 
@@ -49,6 +51,16 @@ def forced(package: str) -> Iterator[None]:
         yield
     finally:
         _forced.pop()
+
+
+def is_served(family: str, tensor: Tensor) -> bool:
+    """Whether kernels implement ``family`` for this tensor, or a test chose who does.
+
+    For what PyTorch has too, and does faster than the reference.
+    """
+    if _forced:
+        return True
+    return tensor.is_cuda and tensor.dtype != float64 and family in KERNELS and has_triton()
 
 
 def reference(family: str) -> ModuleType:

@@ -5,9 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from torchsparse._recipe import Norm
+from torchsparse._autograd.late_norm import late_batch_norm
+from torchsparse._ops.dispatch import is_served
+from torchsparse._recipe import Norm, sum_dtype
+from torchsparse._settings import settings
 from torchsparse.nn.functional.norm import group_norm, instance_norm
 from torchsparse.nn.utils.apply import fapply
 from torchsparse.tensor import SparseTensor, pending, put_off, wrap
@@ -21,11 +24,16 @@ __all__ = ["BatchNorm", "GroupNorm", "InstanceNorm", "SyncBatchNorm", "convert_s
 class BatchNorm(nn.BatchNorm1d):
     """``torch.nn.BatchNorm1d`` over the rows of all samples; same arguments.
 
-    Without rows, features come back as they are and the running statistics stay.
+    Without rows, features come back as they are and the running statistics stay. In training on a
+    GPU, a sum and an activation that follow join its pass over the features.
     """
 
     def forward(self, input: SparseTensor) -> SparseTensor:
-        if not self.training and not torch.is_grad_enabled():
+        if self.training:
+            joined = self._by_batch(input)
+            if joined is not None:
+                return joined
+        elif not torch.is_grad_enabled():
             joined = self._join(input)
             if joined is not None:
                 return joined
@@ -47,8 +55,49 @@ class BatchNorm(nn.BatchNorm1d):
         if rows == 0 or channels != self.num_features:
             return None
         weight, bias = parameters["weight"], parameters["bias"]
+        if (weight is None) != (bias is None):
+            return None  # a convolution's epilogue has both or neither
         joined = chain.normalised(Norm(mean, var, weight, bias, self.eps))
         return None if joined is None else wrap(joined, input)
+
+    def _by_batch(self, input: SparseTensor) -> SparseTensor | None:
+        """Normalisation by the statistics of these rows, which are taken and recorded now."""
+        if not settings.fuse or torch.compiler.is_compiling():
+            return None
+        feats = input.feats
+        if not isinstance(feats, Tensor) or not is_served("batch_norm", feats):
+            return None
+        if feats.dim() != 2 or not feats.is_floating_point():
+            return None
+        buffers, parameters = self._buffers, self._parameters
+        rows, channels = feats.shape
+        if rows < 2 or channels != self.num_features or channels == 0 or self.eps <= 0:
+            return None
+        if "weight" not in parameters or "bias" not in parameters:
+            return None
+        weight, bias = parameters["weight"], parameters["bias"]
+        mean = var = batches = None
+        if self.track_running_stats:
+            mean, var = buffers.get("running_mean"), buffers.get("running_var")
+            batches = buffers.get("num_batches_tracked")
+            if mean is None or var is None or batches is None or batches.device != feats.device:
+                return None
+        if not _fit(feats, weight, bias, mean, var):
+            return None
+        momentum, eps = self.momentum, self.eps
+        joined = late_batch_norm(feats, weight, bias, mean, var, batches, momentum, eps)
+        return wrap(joined, input)
+
+
+def _fit(feats: Tensor, *own: Tensor | None) -> bool:
+    """Whether kernels can use what a module owns beside these features."""
+    device, allowed = feats.device, (feats.dtype, sum_dtype(feats.dtype))
+    for tensor in own:
+        if tensor is not None and (
+            tensor.dtype not in allowed or tensor.device != device or not tensor.is_contiguous()
+        ):
+            return False
+    return True
 
 
 class GroupNorm(nn.GroupNorm):

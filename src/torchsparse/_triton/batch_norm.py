@@ -1,0 +1,393 @@
+"""Batch normalisation in training, over all rows, as kernels.
+
+One pass over the rows for the statistics, one for normalisation with what follows it, two for the
+gradients. Sums over all rows are made by a number of programs that depends on shape and dtype
+alone, and put together by one program in their order: the same input gives the same bits.
+
+Programs that sum take turns, tile after tile, and the pass that follows begins at the end: what
+was read last is still in the L2 cache, even if not all of the features fit into it.
+"""
+
+# Triton is optional, and its language is Python by syntax only.
+# pyright: reportMissingImports=false, reportGeneralTypeIssues=false, reportInvalidTypeForm=false
+# pyright: reportOperatorIssue=false, reportOptionalOperand=false
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from torchsparse._triton.launch import cdiv, launch, next_power
+from torchsparse._triton.rows import Tile, divide, row_tile
+
+__all__ = ["batch_moments_", "grad_rows", "grad_sums", "normalise"]
+
+SHARES = 512  # at most: one program puts them together, all at once
+PROGRAMS = 1024  # of a reduction, about 8 on each multiprocessor of an H100
+FEW = 8  # channels of a program that puts shares together: 32 bytes of each
+
+
+class _Cut(NamedTuple):
+    """How [N, C] is shared out."""
+
+    tile: Tile  # for reductions
+    constants: dict[str, int]
+    shares: int  # share s has tiles s, s + shares, s + 2 shares, ... of the rows
+    grid: tuple[int]  # shares times blocks of channels
+    few: tuple[int]  # programs that put shares together
+    end: dict[str, int]  # their constants
+    wide: Tile  # for passes without sums
+    wide_constants: dict[str, int]
+    wide_grid: tuple[int]  # blocks of rows times blocks of channels
+
+
+@lru_cache(maxsize=4096)
+def _cut(n: int, channels: int, itemsize: int) -> _Cut:
+    # The width that wastes the least of its last block: 96 channels are three times 32.
+    cols = min((64, 32), key=lambda width: cdiv(channels, width) * width)
+    tile = row_tile(channels, itemsize, 2048, cols)
+    wide = row_tile(channels, itemsize, 4096, cols)
+    blocks = cdiv(channels, tile.cols)
+    shares = min(max(PROGRAMS // blocks, 1), SHARES, cdiv(n, tile.rows))
+    end = {"UNIT": tile.unit, "SHARES": max(next_power(shares), 2), "COLS": FEW, "num_warps": 8}
+    return _Cut(
+        tile, tile.constants, shares, (shares * blocks,), (cdiv(channels, FEW),), end,
+        wide, wide.constants, (cdiv(n, wide.rows) * blocks,),
+    )  # fmt: skip
+
+
+def _rows(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
+def _kind(slope: float | None) -> int:
+    """0 = no activation, 1 = ReLU, 2 = with a slope below 0."""
+    return 0 if slope is None else 1 if slope == 0 else 2
+
+
+# ------------------------------------------------------------------ forward
+def batch_moments_(
+    feats: Tensor,
+    eps: float,
+    mean: Tensor | None,
+    var: Tensor | None,
+    batches: Tensor | None,
+    momentum: float | None,
+) -> Tensor:
+    """Mean and 1 / sqrt(var + eps) of each channel; running statistics follow.  -> [2, C]."""
+    n, channels = feats.shape
+    feats, device = feats.contiguous(), feats.device
+    cut = _cut(n, channels, feats.element_size())
+    partial = torch.empty((2, cut.shares, channels), dtype=torch.float32, device=device)
+    moments = torch.empty((2, channels), dtype=torch.float32, device=device)
+    tile = cut.tile
+    launch(
+        _moments_kernel, cut.grid, feats, feats, partial, batches, n, tile.units,
+        **cut.constants,
+    )  # fmt: skip
+    launch(
+        _moments_end_kernel, cut.few, feats, partial, moments, mean, var, batches,
+        n, tile.rows, cut.shares, tile.units, float(eps), float(momentum or 0),
+        AVERAGED=momentum is None, **cut.end,
+    )  # fmt: skip
+    return moments
+
+
+@triton.jit
+def _place(width, COLS: tl.constexpr):
+    """Which rows and which channels a program has; those of the same rows run side by side."""
+    blocks = (width + COLS - 1) // COLS
+    pid = tl.program_id(0)
+    return pid // blocks, (pid % blocks) * COLS + tl.arange(0, COLS), tl.num_programs(0) // blocks
+
+
+@triton.jit
+def _steps(n, share, shares, rows):
+    """Tiles that a share has."""
+    return ((n + rows - 1) // rows - share + shares - 1) // shares
+
+
+@triton.jit(do_not_specialize=["n", "units"])
+def _moments_kernel(
+    feats, partial, batches, n, units,
+    UNIT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    """partial[0, s], [1, s]: mean of share s, and the sum of squared distances from it.
+
+    Each lane follows its own mean (Welford), so nothing cancels: step i adds its (i + 1)-th row.
+    Only the last tile of all may be short.
+    """
+    width = units * UNIT
+    share, col, shares = _place(width, COLS)
+    inside = col < width
+    row = share.to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    mean = tl.zeros([ROWS, COLS], tl.float32)
+    spread = tl.zeros([ROWS, COLS], tl.float32)
+    steps = _steps(n, share, shares, ROWS)
+    for step in range(steps):
+        mask = (row < n)[:, None] & inside[None, :]
+        at = row[:, None] * width + col[None, :]
+        value = tl.load(feats + at, mask=mask, other=0).to(tl.float32)
+        apart = tl.where(mask, value - mean, 0)
+        mean += apart * (1.0 / (step + 1))
+        spread += apart * (value - mean)
+        row += shares * ROWS
+    seen = tl.where(row - shares * ROWS < n, steps, steps - 1).to(tl.float32)
+    middle = divide(tl.sum(mean * seen[:, None], 0), tl.sum(seen, 0))
+    off = mean - middle[None, :]
+    spread += off * off * seen[:, None]
+    at = share.to(tl.int64) * width + col
+    tl.store(partial + at, middle, mask=inside)
+    tl.store(partial + shares.to(tl.int64) * width + at, tl.sum(spread, 0), mask=inside)
+    if batches is not None:
+        if tl.program_id(0) == 0:
+            tl.store(batches, tl.load(batches) + 1)
+
+
+@triton.jit(do_not_specialize=["n", "step", "shares", "units"])
+def _moments_end_kernel(
+    partial, moments, mean, var, batches, n, step, shares, units, eps, momentum,
+    AVERAGED: tl.constexpr, UNIT: tl.constexpr, SHARES: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    """Moments of all rows from those of each share (Chan, Golub, LeVeque); tiles of ``step``."""
+    width = units * UNIT
+    col = tl.program_id(0) * COLS + tl.arange(0, COLS)
+    share = tl.arange(0, SHARES)
+    inside = col < width
+    mask = (share < shares)[:, None] & inside[None, :]
+    at = share[:, None] * width + col[None, :]
+    middle = tl.load(partial + at, mask=mask, other=0)
+    spread = tl.load(partial + shares * width + at, mask=mask, other=0)
+    tiles = (n + step - 1) // step
+    rows = _steps(n, share, shares, step) * step
+    rows -= tl.where(share == (tiles - 1) % shares, tiles * step - n, 0)
+    rows = tl.where(share < shares, rows, 0).to(tl.float32)[:, None]
+    every = n.to(tl.float32)
+    centre = divide(tl.sum(middle * rows, 0), every)
+    off = tl.where(mask, middle - centre[None, :], 0)
+    squares = tl.sum(spread + off * off * rows, 0)
+    tl.store(moments + col, centre, mask=inside)
+    deviation = tl.sqrt_rn(divide(squares, every) + eps)
+    one = tl.full([COLS], 1.0, tl.float32)
+    tl.store(moments + width + col, divide(one, deviation), mask=inside)
+    if mean is not None:
+        new_share = momentum
+        if AVERAGED:
+            new_share = 1.0 / tl.load(batches).to(tl.float32)
+        old = tl.load(mean + col, mask=inside, other=0).to(tl.float32)
+        new = old * (1 - new_share) + centre * new_share
+        tl.store(mean + col, new.to(mean.dtype.element_ty), mask=inside)
+        old = tl.load(var + col, mask=inside, other=0).to(tl.float32)
+        unbiased = divide(squares, tl.maximum(every - 1, 1))
+        new = old * (1 - new_share) + unbiased * new_share
+        tl.store(var + col, new.to(var.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _columns(moments, weight, bias, col, width):
+    """What turns channels x into (x - mean) * scale + shift."""
+    inside = col < width
+    mean = tl.load(moments + col, mask=inside, other=0)
+    scale = tl.load(moments + width + col, mask=inside, other=0)
+    shift = tl.zeros_like(mean)
+    if weight is not None:
+        scale *= tl.load(weight + col, mask=inside, other=0).to(tl.float32)
+    if bias is not None:
+        shift = tl.load(bias + col, mask=inside, other=0).to(tl.float32)
+    return mean, scale, shift
+
+
+def normalise(
+    feats: Tensor,
+    moments: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    slope: float | None,
+) -> Tensor:
+    """``act((feats - mean) * invstd * weight + bias + residual)``.  -> [N, C]."""
+    n, channels = feats.shape
+    feats, residual = feats.contiguous(), _rows(residual)
+    out = torch.empty_like(feats)
+    cut, act = _cut(n, channels, feats.element_size()), _kind(slope)
+    tile = cut.wide
+    launch(
+        _normalise_kernel, cut.wide_grid, feats,
+        feats, moments, _rows(weight), _rows(bias), residual, out, slope or 0.0, n, tile.units,
+        ACT=act, **cut.wide_constants,
+    )  # fmt: skip
+    return out
+
+
+@triton.jit(do_not_specialize=["n", "units"])
+def _normalise_kernel(
+    feats, moments, weight, bias, residual, out, slope, n, units,
+    ACT: tl.constexpr, UNIT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    width = units * UNIT
+    block, col, blocks = _place(width, COLS)
+    row = (blocks - 1 - block).to(tl.int64) * ROWS + tl.arange(0, ROWS)  # from the end
+    mask = (row < n)[:, None] & (col < width)[None, :]
+    at = row[:, None] * width + col[None, :]
+    value = tl.load(feats + at, mask=mask, other=0).to(tl.float32)
+    mean, scale, shift = _columns(moments, weight, bias, col, width)
+    value = (value - mean[None, :]) * scale[None, :] + shift[None, :]
+    if residual is not None:
+        value += tl.load(residual + at, mask=mask, other=0).to(tl.float32)
+    if ACT == 1:  # NaN stays NaN, -inf becomes 0
+        value = tl.where(value < 0, 0.0, value)
+    if ACT == 2:
+        value = tl.where(value < 0, value * slope, value)
+    tl.store(out + at, value.to(out.dtype.element_ty), mask=mask)
+
+
+# ------------------------------------------------------------------ backward
+def grad_sums(
+    grad: Tensor,
+    feats: Tensor,
+    moments: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    out: Tensor | None,
+    slope: float | None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Means [2, C] for `grad_rows`, gradients of weight and bias."""
+    n, channels = feats.shape
+    feats, grad, out = feats.contiguous(), grad.contiguous(), _rows(out)
+    cut, act = _cut(n, channels, feats.element_size()), _kind(slope)
+    tile = cut.tile
+    partial = torch.empty((2, cut.shares, channels), dtype=torch.float32, device=feats.device)
+    launch(
+        _sums_kernel, cut.grid, feats, grad, feats, moments, _rows(weight), _rows(bias), out,
+        partial, slope or 0.0, n, tile.units,
+        ACT=act, **cut.constants,
+    )  # fmt: skip
+    means = torch.empty_like(moments)
+    grad_weight = None if weight is None else torch.empty_like(weight)
+    grad_bias = None if bias is None else torch.empty_like(bias)
+    launch(
+        _sums_end_kernel, cut.few, feats, partial, moments, means, grad_weight, grad_bias,
+        n, cut.shares, tile.units,
+        **cut.end,
+    )  # fmt: skip
+    return means, grad_weight, grad_bias
+
+
+@triton.jit
+def _passed(grad, value, out, at, mask, mean, scale, shift, slope, ACT: tl.constexpr):
+    """The gradient behind the activation; without ``out``, its sign is found as in forward."""
+    if ACT > 0:
+        if out is not None:
+            after = tl.load(out + at, mask=mask, other=0).to(tl.float32)
+        else:
+            after = (value - mean[None, :]) * scale[None, :] + shift[None, :]
+        if ACT == 1:
+            grad = tl.where(after <= 0, 0.0, grad)
+        else:
+            grad = tl.where(after <= 0, grad * slope, grad)
+    return grad
+
+
+@triton.jit(do_not_specialize=["n", "units"])
+def _sums_kernel(
+    grad, feats, moments, weight, bias, out, partial, slope, n, units,
+    ACT: tl.constexpr, UNIT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    """partial[0, s], [1, s]: sums of g and of g * (x - mean) over share s."""
+    width = units * UNIT
+    share, col, shares = _place(width, COLS)
+    inside = col < width
+    row = share.to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    mean, scale, shift = _columns(moments, weight, bias, col, width)
+    total = tl.zeros([ROWS, COLS], tl.float32)
+    along = tl.zeros([ROWS, COLS], tl.float32)
+    for _ in range(_steps(n, share, shares, ROWS)):
+        mask = (row < n)[:, None] & inside[None, :]
+        at = row[:, None] * width + col[None, :]
+        g = tl.load(grad + at, mask=mask, other=0).to(tl.float32)
+        value = tl.load(feats + at, mask=mask, other=0).to(tl.float32)
+        g = _passed(g, value, out, at, mask, mean, scale, shift, slope, ACT)
+        total += g
+        along += g * (value - mean[None, :])
+        row += shares * ROWS
+    at = share.to(tl.int64) * width + col
+    tl.store(partial + at, tl.sum(total, 0), mask=inside)
+    tl.store(partial + shares.to(tl.int64) * width + at, tl.sum(along, 0), mask=inside)
+
+
+@triton.jit(do_not_specialize=["n", "shares", "units"])
+def _sums_end_kernel(
+    partial, moments, means, grad_weight, grad_bias, n, shares, units,
+    UNIT: tl.constexpr, SHARES: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    """Sums over all shares, and what the gradients make of them."""
+    width = units * UNIT
+    col = tl.program_id(0) * COLS + tl.arange(0, COLS)
+    share = tl.arange(0, SHARES)
+    inside = col < width
+    mask = (share < shares)[:, None] & inside[None, :]
+    at = share[:, None] * width + col[None, :]
+    total = tl.sum(tl.load(partial + at, mask=mask, other=0), 0)
+    along = tl.sum(tl.load(partial + shares * width + at, mask=mask, other=0), 0)
+    invstd = tl.load(moments + width + col, mask=inside, other=0)
+    along *= invstd
+    every = n.to(tl.float32)
+    tl.store(means + col, divide(total, every), mask=inside)
+    tl.store(means + width + col, divide(along * invstd, every), mask=inside)
+    if grad_weight is not None:
+        tl.store(grad_weight + col, along.to(grad_weight.dtype.element_ty), mask=inside)
+    if grad_bias is not None:
+        tl.store(grad_bias + col, total.to(grad_bias.dtype.element_ty), mask=inside)
+
+
+def grad_rows(
+    grad: Tensor,
+    feats: Tensor,
+    moments: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    out: Tensor | None,
+    slope: float | None,
+    means: Tensor | None,
+    residual: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of feats and residual."""
+    n, channels = feats.shape
+    feats, grad, out = feats.contiguous(), grad.contiguous(), _rows(out)
+    grad_feats = None if means is None else torch.empty_like(feats)
+    grad_residual = torch.empty_like(feats) if residual else None
+    cut, act = _cut(n, channels, feats.element_size()), _kind(slope)
+    tile = cut.wide
+    launch(
+        _rows_kernel, cut.wide_grid, feats, grad, feats, moments, _rows(weight), _rows(bias), out,
+        means, grad_feats, grad_residual, slope or 0.0, n, tile.units,
+        ACT=act, **cut.wide_constants,
+    )  # fmt: skip
+    return grad_feats, grad_residual
+
+
+@triton.jit(do_not_specialize=["n", "units"])
+def _rows_kernel(
+    grad, feats, moments, weight, bias, out, means, grad_feats, grad_residual, slope, n, units,
+    ACT: tl.constexpr, UNIT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    width = units * UNIT
+    block, col, blocks = _place(width, COLS)
+    row = (blocks - 1 - block).to(tl.int64) * ROWS + tl.arange(0, ROWS)  # from the end
+    mask = (row < n)[:, None] & (col < width)[None, :]
+    at = row[:, None] * width + col[None, :]
+    g = tl.load(grad + at, mask=mask, other=0).to(tl.float32)
+    value = tl.load(feats + at, mask=mask, other=0).to(tl.float32)
+    mean, scale, shift = _columns(moments, weight, bias, col, width)
+    g = _passed(g, value, out, at, mask, mean, scale, shift, slope, ACT)
+    if grad_residual is not None:
+        tl.store(grad_residual + at, g.to(grad_residual.dtype.element_ty), mask=mask)
+    if grad_feats is not None:
+        plain = tl.load(means + col, mask=col < width, other=0)
+        along = tl.load(means + width + col, mask=col < width, other=0)
+        value = scale[None, :] * (g - plain[None, :] - (value - mean[None, :]) * along[None, :])
+        tl.store(grad_feats + at, value.to(grad_feats.dtype.element_ty), mask=mask)
