@@ -86,7 +86,8 @@ def plan(volume: int = 3) -> Plan:
 
 def operands(c_in: int, c_out: int) -> tuple[Tensor, Tensor, Tensor, Epilogue]:
     torch.manual_seed(0)
-    norm = Norm(*torch.rand(4, c_out).unbind(), 1e-3)
+    mean, var, gamma, beta = torch.rand(4, c_out)
+    norm = Norm(mean, var, gamma, beta, 1e-3)
     x, w = torch.rand(ROWS, c_in), torch.rand(3, c_in, c_out)
     return x, w, torch.rand(c_out), Epilogue(norm, torch.rand(ROWS, c_out), 0.1)
 
