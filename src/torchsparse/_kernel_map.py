@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,8 +23,7 @@ from torchsparse._recipe import ConvRecipe
 __all__ = ["KernelMap", "KernelMapKey"]
 
 
-@dataclass(frozen=True)
-class KernelMapKey:
+class KernelMapKey(NamedTuple):
     """Everything that determines a map between two given levels, and its output sites."""
 
     stride: tuple[int, ...]  # tensor stride of the fine level (of the coarse one if generative)

@@ -13,7 +13,9 @@ __all__ = ["leaky_relu", "relu", "silu"]
 def _join(input: SparseTensor, slope: float, inplace: bool) -> SparseTensor | None:
     """The activation as the end of a convolution that is still to be computed, if it can be."""
     chain = pending(input)
-    joined = None if chain is None else chain.rectified(slope, inplace)
+    if chain is None:
+        return None
+    joined = chain.rectified(slope, inplace)
     return None if joined is None else wrap(joined, input)
 
 

@@ -608,8 +608,9 @@ def compute_dtype(feats: Tensor, weight: Tensor, bias: Tensor | None) -> torch.d
     """
     device = "cuda" if feats.is_cuda else feats.device.type
     autocast = torch.is_autocast_enabled(device)
-    if not autocast and bias is None and feats.dtype is weight.dtype:
-        return feats.dtype
+    dtype = feats.dtype
+    if not autocast and dtype is weight.dtype and (bias is None or dtype is bias.dtype):
+        return dtype
     operands = (feats, weight) if bias is None else (feats, weight, bias)
     found = {t.dtype for t in operands}
     if autocast and torch.float64 not in found:
