@@ -8,6 +8,7 @@ maps included, for levels with room to spare (`_capacity`), and then starts them
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -344,8 +345,11 @@ class Graphed:
 def _no_waiting() -> Iterator[None]:
     """Raise RuntimeError where PyTorch would wait for the device."""
     before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        with warnings.catch_warnings():
+            # Once per process PyTorch says that this is a prototype.
+            warnings.simplefilter("ignore")
+            torch.cuda.set_sync_debug_mode("error")
         yield
     finally:
         torch.cuda.set_sync_debug_mode(before)

@@ -28,10 +28,10 @@ def counted() -> Iterator[list[str]]:
     """One entry per operation that PyTorch knows to wait for the GPU."""
     found: list[str] = []
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("warn")
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
             yield found
             found += [f"{w.filename}:{w.lineno}" for w in caught if "synchroniz" in str(w.message)]
     finally:
@@ -41,8 +41,8 @@ def counted() -> Iterator[list[str]]:
 @contextmanager
 def forbidden() -> Iterator[None]:
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        torch.cuda.set_sync_debug_mode("error")
         yield
     finally:
         torch.cuda.set_sync_debug_mode("default")
