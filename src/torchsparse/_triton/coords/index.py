@@ -245,7 +245,7 @@ def _create(
     axes = zip(geometry.kernel_size, geometry.stride, geometry.dilation)
     # A fine site has about k / s coarse sites on an axis, a coarse one k fine sites.
     each = math.prod(k if generative else -(-k // (s // math.gcd(s, d))) for k, s, d in axes)
-    room = min(each, 2) * n
+    room = min(each, 8 if generative else 2) * n
     growing = growth()
     padded = growing is not None and growing.padded
     found, info = _fill(
