@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import cases, engines, floors, oracle, run, scenes, timing
+from benchmarks import cases, engines, floors, judging, oracle, run, scenes, timing
 from benchmarks.cases import CASES, LAYERS, counting, pairs, tensor
 from torchsparse import SparseTensor
 from torchsparse import nn as spnn
@@ -173,7 +173,7 @@ def test_a_wrong_result_is_not_timed(folder, tmp_path, capsys, monkeypatch) -> N
 
 def test_a_wrong_network_is_not_timed(folder, tmp_path, capsys, monkeypatch) -> None:
     """Each layer right, their sum wrong: the whole is judged, too."""
-    monkeypatch.setattr(run, "AGREE", {"fp32": 1e-9})
+    monkeypatch.setattr(judging, "AGREE", {"fp32": 1e-9})
     options = ["resnet21d", "--scene", "tiny", "--scenes", str(folder), "--out", str(tmp_path)]
     assert run.main([*options, "--seconds", "0"]) == 1
     assert "fp32 is off by" in capsys.readouterr().out.splitlines()[-1]
