@@ -98,11 +98,7 @@ class Subject:
                 with torch.inference_mode():
                     network(engine.start(self.feats, self.coords, maps))
                 return
-            network.zero_grad(set_to_none=True)
-            feats = self.feats.detach().requires_grad_()
-            with cast:
-                out = engine.features(network(engine.start(feats, self.coords, maps)))
-            out.float().square().mean().backward()
+            engines.training_step(engine, network, self.feats, self.coords, cast, maps)
 
         yield "new", lambda: call(None)
         if kept is not None:
