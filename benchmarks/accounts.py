@@ -75,7 +75,7 @@ def group(name: str) -> str:
 
 def account(spans: Iterable[Span]) -> dict[str, float]:
     """Milliseconds of each group; together those of all kernels."""
-    found = dict.fromkeys(GROUPS, 0.0)
+    found: dict[str, float] = dict.fromkeys(GROUPS, 0.0)
     for span in spans:
         found[group(span.name)] += span.ms
     return {f"{name}_ms": ms for name, ms in found.items()}

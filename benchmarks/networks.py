@@ -13,35 +13,30 @@ exit code is 1; another library that is wrong is left out.
 from __future__ import annotations
 
 import argparse
+import gc
 import itertools
 import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from torch import Tensor, nn
 
 import torchsparse
-from benchmarks import accounts, cold, engines, floors, judging, scenes, timing
-from benchmarks.cases import NETWORKS, Case, counting, tensor
+from benchmarks import accounts, cold, engines, floors, scenes, timing
+from benchmarks.cases import NETWORKS, Case
 from benchmarks.oracle import WrongResult
 from benchmarks.reports import machine, number, read, write
-from torchsparse.inference import graphed
+from benchmarks.tasks import VARIANTS, Inputs, Subject, Task, judge, tasks
 
 DEFAULT = ("minkunet", "centerpoint")
 MODES = ("infer", "train")
 WAYS = ("eager", "graphed", "nowait")
-VARIANTS = 3
-SCALE = {"fp16": 2.0**16}  # of the loss, as a gradient scaler has it: nothing vanishes
-# Of the input's gradient, as the length of the difference: wrong, not rounded. Where a rounding
-# turns a ReLU, the gradient jumps.
-ASTRAY = 0.5
 RESULTS = Path(__file__).parent / "results"
 COLUMNS = (
     "network", "scene", "mode", "dtype", "library", "way", "voxels", "gflop", "error",
@@ -100,160 +95,6 @@ def joined(table: list[dict[str, Any]]) -> Iterator[str]:
         yield f"{words(row)}{row['way']:<8}" + "".join(number(both, *f) for f in forms) + mark
 
 
-# ------------------------------------------------------------------ the work
-class Inputs(NamedTuple):
-    """What a step starts from, on the device."""
-
-    feats: Tensor  # [N, C]
-    coords: Tensor  # [N, 4] int32
-
-
-class Truth(NamedTuple):
-    """What this library gives in float64."""
-
-    answer: judging.Answer
-    gradient: Tensor | None  # [N, C] of the input, in its order; when training
-
-
-class Task(NamedTuple):
-    """A network on a scan, inferring or training."""
-
-    case: Case
-    scene: str
-    mode: str
-    network: nn.Module  # on the CPU, with batch statistics of the scan
-    judged: scenes.Scene
-    timed: list[scenes.Scene]
-    truth: Truth
-    works: list[floors.Work]  # of the first that is timed
-
-
-def tasks(
-    case: Case, name: str, scan: scenes.Scene, modes: list[str], device: torch.device
-) -> Iterator[Task]:
-    """One per mode: inference on one scan, training on two at a time."""
-    torchsparse.backends.allow_tf32 = False
-    floors.allow_tf32(False)
-    variants = [scenes.variant(scan, seed) for seed in range(VARIANTS)]
-    for mode in modes:
-        judged, timed = scan, variants
-        if mode == "train":
-            judged = scenes.together(scan, variants[0])
-            turned = variants[1:] + variants[:1]
-            timed = [scenes.together(*pair) for pair in zip(variants, turned)]
-        network = judging.calibrated(case, scan, device)
-        truth = _truth(case, network, judged, mode, device)
-        with torch.no_grad(), counting(network) as works:
-            network(tensor(timed[0], case.in_channels, device, torch.float32))
-        yield Task(case, name, mode, network.cpu(), judged, timed, truth, works)
-
-
-def _truth(
-    case: Case, network: nn.Module, scene: scenes.Scene, mode: str, device: torch.device
-) -> Truth:
-    if mode == "infer":
-        return Truth(judging.truth(case, network, scene, device), None)
-    ours = engines.Torchsparse()
-    exact = ours.adopt(network).double().train()
-    x = tensor(scene, case.in_channels, device, torch.float64)
-    no_cast = torch.autocast(device.type, enabled=False)
-    output, gradient = engines.training_step(ours, exact, x.feats, x.coords, no_cast)
-    answer = judging.by_site(ours.sites(output), ours.features(output))
-    return Truth(answer, None if gradient is None else gradient.cpu())
-
-
-class Subject:
-    """A task in one library, type and way.
-
-    Inference has weights of the type; training has float32 weights under autocast.
-    """
-
-    def __init__(self, task: Task, library: str, way: str, dtype: str, device: torch.device):
-        self.task, self.way, self.dtype, self.device = task, way, dtype, device
-        self.engine = engines.ENGINES[library]()
-        self.engine.allow_tf32(dtype == "tf32")
-        floors.allow_tf32(dtype == "tf32")
-        self.floating = floors.DTYPES[dtype]
-        self.training = task.mode == "train"
-        mixed = self.training and self.floating != torch.float32
-        network = self.engine.adopt(task.network)
-        network = network.to(device, torch.float32 if mixed else self.floating)
-        self.network: nn.Module = network.train(self.training)
-        self.cast = torch.autocast(device.type, self.floating if mixed else None, enabled=mixed)
-        self.scale = SCALE.get(dtype, 1.0) if mixed else 1.0
-        self.call: Callable[[Any], Any] = self.network
-        if way != "eager":
-            self.call = graphed(self.network, wait=way == "graphed")
-
-    def inputs(self, scene: scenes.Scene) -> Inputs:
-        x = tensor(scene, self.task.case.in_channels, self.device, self.floating)
-        return Inputs(x.feats, x.coords)
-
-    def step(self, x: Inputs) -> tuple[Any, Tensor | None]:
-        """What is timed; returns the output, and the gradient of the input."""
-        if self.training:
-            return engines.training_step(
-                self.engine, self.network, *x, self.cast, scale=self.scale
-            )
-        return self.infer(x, self.call), None
-
-    def infer(self, x: Inputs, call: Callable[[Any], Any]) -> Any:
-        with torch.no_grad():
-            output = call(self.engine.start(*x))
-        self.engine.features(output)  # computed when asked for
-        return output
-
-    def distance(self, output: Any, other: Any) -> float:
-        """Of two outputs, relative to the largest entry of the other."""
-        engine = self.engine
-        answer = judging.by_site(engine.sites(other), engine.features(other))
-        return judging.distance(engine, output, answer)
-
-    def same_bits(self, output: Any, other: Any) -> bool:
-        engine = self.engine
-        return all(
-            torch.equal(read(output), read(other)) for read in (engine.sites, engine.features)
-        )
-
-
-# ------------------------------------------------------------------ judging
-def judge(subject: Subject, timed: list[Inputs]) -> dict[str, Any]:
-    """Beside float64 on the scan, eager calls and a second round on the variants.
-
-    Raises:
-        WrongResult: Its times would mean nothing.
-    """
-    task, limit = subject.task, judging.AGREE[subject.dtype]
-    ours = subject.engine.name == "torchsparse"
-    whole = subject.inputs(task.judged)
-    # A graph is captured in the first call and replayed in the second.
-    (first, _), (output, gradient) = subject.step(whole), subject.step(whole)
-    error = judging.distance(subject.engine, output, task.truth.answer)
-    itself = subject.distance(output, first)
-    rounds = [[subject.step(x)[0] for x in timed] for _ in range(2)]
-    itself = max(itself, *(subject.distance(b, a) for a, b in zip(*rounds)))
-    row: dict[str, Any] = {"error": error, "to_itself": itself}
-    if ours and not all(subject.same_bits(a, b) for a, b in [(first, output), *zip(*rounds)]):
-        raise WrongResult(f"the same scan gave other bits, off by {itself:.1e}")
-    steady = itself <= limit
-    if not steady:
-        row["remarks"] = f"disagrees with itself by {itself:.1e}"
-    if not error <= limit and (ours or steady):
-        raise WrongResult(f"off by {error:.1e} of the largest entry")
-    if gradient is not None and task.truth.gradient is not None:
-        want = task.truth.gradient
-        away = (gradient.double().cpu() / subject.scale - want).norm() / want.norm()
-        row["gradient_error"] = away.item()
-        if not away <= ASTRAY and (ours or steady):
-            raise WrongResult(f"the gradient of the input is off by {away:.1e} of its length")
-    if subject.way != "eager":
-        eager = [subject.infer(x, subject.network) for x in timed]
-        row["to_eager"] = max(subject.distance(b, a) for a, b in zip(eager, rounds[1]))
-        if not row["to_eager"] <= limit:
-            raise WrongResult(f"off by {row['to_eager']:.1e} from eager calls")
-    return row
-
-
 # ------------------------------------------------------------------ measuring
 def measure(
     subject: Subject, timed: list[Inputs], seconds: float
@@ -279,16 +120,22 @@ def measure(
     if device.type == "cuda":
         row["reserved_mb"] = torch.cuda.max_memory_reserved(device) / 2**20
         spans = timing.spans(step, 2 * VARIANTS)
-        row["gpu_ms"] = sum(span.ms for span in spans)
-        row["launches"] = sum(span.calls for span in spans)
-        row["host_ms"] = max(row["wall_ms"] - row["gpu_ms"], 0.0)
-        row |= accounts.account(spans)
+        row |= of_spans(spans, row["wall_ms"]) if spans else {}
     if subject.engine.name == "torchsparse":
         torchsparse.backends.check_errors()
     again = getattr(graph, "captures", 0) - captures
     if again:
         row["remarks"] = f"captured anew {again} times while it was timed"
     return row, spans
+
+
+def of_spans(spans: list[timing.Span], wall_ms: float) -> dict[str, Any]:
+    """What a GPU did in a step, and how long it waited for the host."""
+    busy = sum(span.ms for span in spans)
+    return {
+        "gpu_ms": busy, "launches": sum(span.calls for span in spans),
+        "host_ms": max(wall_ms - busy, 0.0), **accounts.account(spans),
+    }  # fmt: skip
 
 
 def against_floor(
@@ -329,6 +176,9 @@ class Run:
         options = self.options
         device: torch.device = options.device
         rates = floors.measure_rates(device, options.dtypes) if options.floors else None
+        if rates is not None:
+            products = (f"{k} {v / 1e12:.3g} TFLOP/s" for k, v in rates.matmul.items())
+            print(f"copy {rates.copy / 1e9:.0f} GB/s, matmul {', '.join(products)}", flush=True)
         for case, name in options.pairs:
             scan = scenes.load(name, options.scenes)
             for task in tasks(case, Path(name).stem, scan, options.modes, device):
@@ -344,6 +194,7 @@ class Run:
             "network": task.case.name, "scene": task.scene, "mode": task.mode, "dtype": dtype,
             "library": library, "way": way, "voxels": len(task.timed[0].coords),
         }  # fmt: skip
+        gc.collect()  # what the last one left
         try:
             subject = Subject(task, library, way, dtype, options.device)
             timed = [subject.inputs(scene) for scene in task.timed]
@@ -364,7 +215,8 @@ class Run:
         kind = "" if isinstance(error, WrongResult) else f"{type(error).__name__}: "
         what = "not timed" if ours else "left out"
         text = f"{kind}{error}".split("\n")[0][:200]
-        print(f"  {what}: {words(row)}{row['library']} {row['way']}: {text}", flush=True)
+        names = " ".join(row[name] for name in (*CASE, "library", "way"))
+        print(f"  {what}: {names}: {text}", flush=True)
 
     def fresh(self) -> Iterator[dict[str, Any]]:
         """Each row from a process of its own, so that neither memory nor an algorithm chosen for
@@ -397,7 +249,7 @@ def ways(library: str, mode: str, wanted: list[str]) -> list[str]:
     return wanted if library == "torchsparse" and mode == "infer" else ["eager"]
 
 
-def pairs(names: list[str], given: list[str]) -> list[tuple[Case, str]]:
+def pairs(names: Sequence[str], given: list[str]) -> list[tuple[Case, str]]:
     """(network, scene): "network@scene" as it says, other networks on each of the given ones.
 
     Raises:
@@ -453,14 +305,13 @@ def main(argv: list[str] | None = None) -> int:
     # SpConv keeps every border site of its extent; so must this library beside it.
     torchsparse.backends.infer_spatial_range = False
     about = machine(options.device)
-    print(f"{about['device']}, {about['threads']} threads, torch {about['torch']}, triton "
-          f"{about['triton'] or '-'}")  # fmt: skip
+    print(f"{about['device']}, {about['threads']} threads, torch {about['torch']}")
     print(HEAD)
     run = Run(options)
     table: list[dict[str, Any]] = []
     path = options.out / f"{options.device.type}-networks.csv"
     for row in run.fresh() if options.fresh else run.rows():
-        table.append(about | row)
+        table.append(machine(options.device) | row)
         print(line(row), flush=True)
         write(path, COLUMNS, table)
     if table:

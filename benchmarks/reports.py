@@ -43,6 +43,8 @@ def read(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _value(text: str) -> Any:
+    if text.isdigit():
+        return int(text)
     try:
         return float(text)
     except ValueError:

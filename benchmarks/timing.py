@@ -94,7 +94,6 @@ class Span(NamedTuple):
 
 def spans(step: Step, runs: int = 5) -> list[Span]:
     """What a GPU did in a step, those inside the replays of CUDA graphs, too; longest first."""
-    from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
     step()
@@ -105,7 +104,7 @@ def spans(step: Step, runs: int = 5) -> list[Span]:
         torch.cuda.synchronize()
     found: dict[str, list[float]] = {}
     for event in profiled.events() or ():
-        if event.device_type == DeviceType.CUDA and event.device_time > 0:
+        if event.device_type.name == "CUDA" and event.device_time > 0:
             found.setdefault(event.name, []).append(event.device_time)
     totals = [Span(name, len(us) / runs, sum(us) / runs / 1e3) for name, us in found.items()]
     return sorted(totals, key=lambda span: -span.ms)

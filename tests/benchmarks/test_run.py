@@ -24,19 +24,6 @@ from torchsparse.nn import functional as F
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(scope="session")
-def folder(tmp_path_factory) -> Path:
-    """The tiny scene, simulated once."""
-    path = tmp_path_factory.mktemp("scenes")
-    scenes.main(["tiny", "--out", str(path)])
-    return path
-
-
-@pytest.fixture
-def small(folder) -> scenes.Scene:
-    return scenes.crop(scenes.load("tiny", folder))
-
-
 def rows_of(path: Path) -> list[dict[str, str]]:
     with path.open() as file:
         return list(csv.DictReader(file))
