@@ -78,8 +78,9 @@ def report(network: str, scene: str, options: argparse.Namespace) -> list[dict[s
                 found = json.loads(done.stdout.splitlines()[-1])
                 table.append({"warmup": warm, "kept": kept} | found)
                 texts.append(f"{found['first_s']:.2f} ({found['ready_s']:.2f})")
-        print(f"{'after warmup()' if warm else 'as it is':<18}{texts[0]:>24}{texts[1]:>24}",
-              flush=True)  # fmt: skip
+        note = f"  {table[-1]['compiled']} kernels compiled ahead" if warm and table else ""
+        name = "after warmup()" if warm else "as it is"
+        print(f"{name:<18}{texts[0]:>24}{texts[1]:>24}{note}", flush=True)
     return table
 
 

@@ -262,7 +262,7 @@ def importable() -> list[str]:
     for name, engine in ENGINES.items():
         try:
             engine()
-        except ImportError:
+        except Exception:  # not there, or not for this machine
             continue
         found.append(name)
     return found

@@ -32,7 +32,7 @@ from benchmarks import accounts, cold, engines, floors, scenes, timing
 from benchmarks.cases import NETWORKS, Case
 from benchmarks.oracle import WrongResult
 from benchmarks.reports import machine, number, read, write
-from benchmarks.tasks import VARIANTS, Inputs, Subject, Task, judge, tasks
+from benchmarks.tasks import VARIANTS, Inputs, Subject, Task, judge, prepare
 
 DEFAULT = ("minkunet", "centerpoint")
 MODES = ("infer", "train")
@@ -179,12 +179,17 @@ class Run:
         if rates is not None:
             products = (f"{k} {v / 1e12:.3g} TFLOP/s" for k, v in rates.matmul.items())
             print(f"copy {rates.copy / 1e9:.0f} GB/s, matmul {', '.join(products)}", flush=True)
-        for case, name in options.pairs:
+        for (case, name), mode in itertools.product(options.pairs, options.modes):
             scan = scenes.load(name, options.scenes)
-            for task in tasks(case, Path(name).stem, scan, options.modes, device):
-                for dtype, library in itertools.product(options.dtypes, options.libraries):
-                    for way in ways(library, task.mode, options.ways):
-                        yield from self.row(task, library, way, dtype, rates)
+            try:
+                task = prepare(case, Path(name).stem, scan, mode, device)
+            except Exception as error:  # the others may do
+                self.failed = True
+                print(f"  not prepared: {case.name} {name} {mode}: {told(error)}", flush=True)
+                continue
+            for dtype, library in itertools.product(options.dtypes, options.libraries):
+                for way in ways(library, mode, options.ways):
+                    yield from self.row(task, library, way, dtype, rates)
 
     def row(
         self, task: Task, library: str, way: str, dtype: str, rates: floors.Rates | None
@@ -212,18 +217,16 @@ class Run:
     def refuse(self, row: dict[str, Any], error: Exception) -> None:
         ours = row["library"] == "torchsparse"
         self.failed |= ours
-        kind = "" if isinstance(error, WrongResult) else f"{type(error).__name__}: "
         what = "not timed" if ours else "left out"
-        text = f"{kind}{error}".split("\n")[0][:200]
         names = " ".join(row[name] for name in (*CASE, "library", "way"))
-        print(f"  {what}: {names}: {text}", flush=True)
+        print(f"  {what}: {names}: {told(error)}", flush=True)
 
     def fresh(self) -> Iterator[dict[str, Any]]:
         """Each row from a process of its own, so that neither memory nor an algorithm chosen for
         another stays behind."""
         options = self.options
-        wanted = itertools.product(options.pairs, options.dtypes, options.modes, options.libraries)
-        for (case, scene), dtype, mode, library in wanted:
+        wanted = itertools.product(options.pairs, options.modes, options.dtypes, options.libraries)
+        for (case, scene), mode, dtype, library in wanted:
             for way in ways(library, mode, options.ways):
                 with tempfile.TemporaryDirectory() as folder:
                     command = [
@@ -242,6 +245,12 @@ class Run:
                     texts = texts or [f"  {library} {way}: {done.stderr.strip()[-300:]}"]
                 for text in texts:
                     print(text, flush=True)
+
+
+def told(error: Exception) -> str:
+    """An error on one line."""
+    kind = "" if isinstance(error, WrongResult) else f"{type(error).__name__}: "
+    return " ".join(f"{kind}{error}".split())[:200]
 
 
 def ways(library: str, mode: str, wanted: list[str]) -> list[str]:
@@ -284,6 +293,11 @@ def options_of(argv: list[str] | None) -> argparse.Namespace:
     gpu = options.device.type == "cuda"
     options.dtypes = options.dtypes or (["fp16", "tf32"] if gpu else ["fp32"])
     options.libraries = options.libraries or (engines.importable() if gpu else ["torchsparse"])
+    if set(options.libraries) != {"torchsparse"}:
+        there = engines.importable()
+        for name in set(options.libraries) - set(there):
+            print(f"  left out: {name} cannot be imported", flush=True)
+        options.libraries = [name for name in options.libraries if name in there]
     options.ways = options.ways or (list(WAYS) if gpu else ["eager"])
     if not gpu and options.ways != ["eager"]:
         parser.error("graphs need a GPU")

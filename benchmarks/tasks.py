@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -48,24 +48,19 @@ class Task(NamedTuple):
     works: list[floors.Work]  # of the first that is timed
 
 
-def tasks(
-    case: Case, name: str, scan: scenes.Scene, modes: list[str], device: torch.device
-) -> Iterator[Task]:
-    """One per mode: inference on one scan, training on two at a time."""
-    variants = [scenes.variant(scan, seed) for seed in range(VARIANTS)]
-    for mode in modes:
-        torchsparse.backends.allow_tf32 = False
-        floors.allow_tf32(False)
-        judged, timed = scan, variants
-        if mode == "train":
-            judged = scenes.together(scan, variants[0])
-            turned = variants[1:] + variants[:1]
-            timed = [scenes.together(*pair) for pair in zip(variants, turned)]
-        network = judging.calibrated(case, scan, device)
-        truth = _truth(case, network, judged, mode, device)
-        with torch.no_grad(), counting(network) as works:
-            network(tensor(timed[0], case.in_channels, device, torch.float32))
-        yield Task(case, name, mode, network.cpu(), judged, timed, truth, works)
+def prepare(case: Case, name: str, scan: scenes.Scene, mode: str, device: torch.device) -> Task:
+    """Inference on one scan, or training on two at a time."""
+    torchsparse.backends.allow_tf32 = False
+    floors.allow_tf32(False)
+    judged, timed = scan, [scenes.variant(scan, seed) for seed in range(VARIANTS)]
+    if mode == "train":
+        judged = scenes.together(scan, timed[0])
+        timed = [scenes.together(*pair) for pair in zip(timed, timed[1:] + timed[:1])]
+    network = judging.calibrated(case, scan, device)
+    truth = _truth(case, network, judged, mode, device)
+    with torch.no_grad(), counting(network) as works:
+        network(tensor(timed[0], case.in_channels, device, torch.float32))
+    return Task(case, name, mode, network.cpu(), judged, timed, truth, works)
 
 
 def _truth(

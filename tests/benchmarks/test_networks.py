@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,7 @@ def command(folder, tmp_path) -> list[str]:
 @pytest.fixture(scope="module")
 def task(folder) -> tasks.Task:
     scan = scenes.load("tiny", folder)
-    return next(tasks.tasks(NETWORKS["resnet21d"], "tiny", scan, ["infer"], CPU))
+    return tasks.prepare(NETWORKS["resnet21d"], "tiny", scan, "infer", CPU)
 
 
 def test_a_variant_is_most_of_a_scan_shuffled(small) -> None:
@@ -140,6 +141,20 @@ def test_another_library_may_be_wrong_or_disagree_with_itself(
     assert row["remarks"].startswith("disagrees with itself by ") and row["wall_ms"] > 0
 
 
+def test_what_cannot_run_is_said(command, tmp_path, capsys, monkeypatch) -> None:
+    def missing() -> Any:
+        raise ImportError
+
+    monkeypatch.setitem(engines.ENGINES, "missing", missing)
+    options = ["resnet21d@tiny", "--modes", "infer", "--libraries", "torchsparse", "missing"]
+    monkeypatch.setattr(networks, "prepare", lambda *_: missing())
+    assert networks.main([*options, "--no-floors", *command]) == 1
+    printed = capsys.readouterr().out
+    assert "  left out: missing cannot be imported" in printed
+    assert "  not prepared: resnet21d tiny infer: ImportError" in printed
+    assert list(tmp_path.glob("*.csv")) == []
+
+
 def test_other_bits_are_a_wrong_result(task, monkeypatch) -> None:
     subject = tasks.Subject(task, "torchsparse", "eager", "fp32", CPU)
     timed = [subject.inputs(scene) for scene in task.timed]
@@ -199,5 +214,6 @@ def test_first_results_are_timed_in_fresh_processes(command, capsys) -> None:
     lines = capsys.readouterr().out.splitlines()
     assert [line.split("  ")[0] for line in lines[-2:]] == ["as it is", "after warmup()"]
     for line in lines[-2:]:
-        first, ready = line.replace("(", "").replace(")", "").split()[-2:]
-        assert float(first) > float(ready) > 0
+        times = re.findall(r"([\d.]+) \(([\d.]+)\)", line)
+        assert len(times) == 2
+        assert all(float(first) > float(ready) > 0 for first, ready in times)
