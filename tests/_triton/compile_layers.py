@@ -95,6 +95,7 @@ def the_rest() -> None:
         (CUBE, ("gemm", False, 1), 4, FULL, "tf32x3"),
         (WIDE, ("gemm", True, 1), 64, HALF, "ieee"),
         (CUBE, ("gemm", True, 3), 20, HALF, "ieee"),
+        (CUBE, ("gemm", True, 1), 96, HALF, "ieee"),
         (CUBE, ("gemm", True, 1), 64, FULL, "ieee"),
         (CUBE, ("fetch", False, 1), 20, FULL, "ieee"),
         (CUBE, ("fetch", False, 1), 64, HALF, "ieee"),

@@ -259,9 +259,9 @@ def _plan_product(
     """Choose tiles for a plan of one share. ``key`` is that of `Plan.memo`."""
     m = plan.neighbors.shape[1]
     volume, c_in, c_out = weight.shape
-    narrow = narrow_tile(m, c_in, c_out, volume)
+    narrow = narrow_tile(c_in, c_out, volume, feats.dtype, precision)
     if narrow is not None:
-        step = _narrow(feats.dtype, weight, end, plan, narrow, precision)
+        step = _narrow(weight, end, plan, narrow, precision)
         return _Product(m, c_out, False, False, 1, step, None)
     padded, weight = _aligned(feats, weight)
     turn = _must_turn(weight, precision)
@@ -314,16 +314,14 @@ def _gemm(
     return Repeated(gemm_kernel, grid, middle, last, options, known)
 
 
-def _narrow(
-    dtype: torch.dtype, weight: Tensor, end: _End, plan: Plan, tile: NarrowTile, precision: str
-) -> Repeated:
+def _narrow(weight: Tensor, end: _End, plan: Plan, tile: NarrowTile, precision: str) -> Repeated:
     volume, c_in, c_out = weight.shape
     table = plan.neighbors
     m = table.shape[1]
     options = {
         "K": volume, "CI": c_in, "CO": c_out, "BM": tile.BM, "BN": tile.BN,
-        "BK": loop_step(tile.BK, dtype, precision), "REVERSE": plan.reverse,
-        "PRECISION": precision, **end.flags, "num_warps": tile.warps, "num_stages": 3,
+        "BK": tile.BK, "REVERSE": plan.reverse, "PRECISION": precision, **end.flags,
+        "num_warps": tile.warps, "num_stages": 3,
     }  # fmt: skip
     last = (m, table.stride(1), table.stride(0), *weight.stride())
     return Repeated(
