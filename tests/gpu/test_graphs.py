@@ -57,7 +57,7 @@ def test_graphs_follow_the_weights(gpu: torch.device) -> None:
 
 
 def test_a_replaced_layer_is_noticed(gpu: torch.device) -> None:
-    model = nn.Sequential(network(Dense, gpu), nn.Identity()).eval()
+    model = nn.Sequential(spnn.Conv3d(4, 8, 3), nn.Identity()).to(gpu).eval()
     net = graphed(model)
     x = scan(300, 1, gpu, ranged=True)
     net(again(x))
