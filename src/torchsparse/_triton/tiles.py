@@ -20,6 +20,7 @@ __all__ = [
     "GradTile",
     "Limits",
     "NarrowTile",
+    "dense_tile",
     "depthwise_grad_tile",
     "depthwise_tile",
     "gemm_tile",
@@ -202,6 +203,13 @@ def narrow_tile(
         return NarrowTile(64, bn, loop_step(64, dtype, precision), 4)
     # One turn, if that is wide enough: nothing to copy ahead, and 5 to 7 times as fast as two.
     return NarrowTile(64, bn, 128, 2)
+
+
+def dense_tile(rows: int, c_in: int, c_out: int) -> GemmTile:
+    """The tile for a product of rows with one matrix of a half type: bytes decide, not FLOPs."""
+    bn = min(max(next_power(c_out), 16), 128)
+    bm = 128 if cdiv(rows, 128) * cdiv(c_out, bn) >= 2 * PROCESSORS else 64
+    return GemmTile(bm, bn, _block_k(c_in, 64), 3, bm // 16, 1)
 
 
 def loop_step(block: int, dtype: torch.dtype, precision: str) -> int:
