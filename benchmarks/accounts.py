@@ -22,7 +22,8 @@ OURS = {
         "_hash_kernel", "_site_kernel", "_insert_kernel", "_find_kernel", "_lookup_kernel",
     ),
     "convolution": (
-        "dense_kernel", "gemm_kernel", "narrow_kernel", "sum_kernel", "wgrad_kernel", "sum_chunks_kernel",
+        "dense_kernel", "gemm_kernel", "narrow_kernel", "sum_kernel", "wgrad_kernel",
+        "sum_chunks_kernel",
         "fetch_kernel", "depthwise_kernel", "depthwise_grad_kernel",
     ),
     "elementwise": (
