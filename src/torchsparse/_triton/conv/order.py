@@ -34,6 +34,7 @@ __all__ = [
     "make_tiles",
     "new_sort_keys",
     "row_sort_keys",
+    "sort_bins",
     "sort_key",
 ]
 
@@ -49,11 +50,19 @@ class SortKeys(NamedTuple):
     counts: Tensor  # [bins] int32
 
 
-def new_sort_keys(rows: int, volume: int, device: torch.device) -> SortKeys:
-    """Room for the keys of so many rows over so many taps."""
+def sort_bins(volume: int) -> int:
+    """Number of keys that rows over so many taps may have."""
+    return 1 << min(volume, KEY_BITS)
+
+
+def new_sort_keys(
+    rows: int, volume: int, device: torch.device, counts: Tensor | None = None
+) -> SortKeys:
+    """Room for the keys of so many rows over so many taps; ``counts``, if given, are zeros."""
     keys = torch.empty(rows, dtype=torch.int16, device=device)
-    bins = 1 << min(volume, KEY_BITS)
-    return SortKeys(keys, torch.zeros(bins, dtype=torch.int32, device=device))
+    if counts is None:
+        counts = torch.zeros(sort_bins(volume), dtype=torch.int32, device=device)
+    return SortKeys(keys, counts)
 
 
 class Tiles(NamedTuple):
@@ -202,10 +211,11 @@ def tile_kernel(
     tl.store(masks + tl.program_id(1) * T + tile, mask)
 
 
-def row_sort_keys(neighbors: Tensor, bits: Tensor) -> SortKeys:
-    """The sort keys of the rows of a table [K, M] int32, any strides; bits of `key_bits`."""
+def row_sort_keys(neighbors: Tensor, bits: Tensor, counts: Tensor | None = None) -> SortKeys:
+    """The sort keys of the rows of a table [K, M] int32, any strides; bits of `key_bits`, counts
+    of `new_sort_keys`."""
     volume, m = neighbors.shape
-    found = new_sort_keys(m, volume, neighbors.device)
+    found = new_sort_keys(m, volume, neighbors.device, counts)
     launch(
         row_key_kernel, (cdiv(m, 64),), neighbors, neighbors, bits, *found, m,
         neighbors.stride(1), neighbors.stride(0), K=volume, BR=64,

@@ -13,9 +13,22 @@ from torch import Tensor
 from torchsparse._capacity import Growth, growth, mark_rows, row_count
 from torchsparse._flags import Complaint, pending_word, raise_found
 from torchsparse._geometry import Geometry, tap_list
-from torchsparse._triton.conv.order import SortKeys, key_bits, new_sort_keys, row_sort_keys
+from torchsparse._triton.conv.order import (
+    SortKeys,
+    key_bits,
+    new_sort_keys,
+    row_sort_keys,
+    sort_bins,
+)
+from torchsparse._triton.coords.bins import (
+    BIN_BLOCK,
+    bin_start_kernel,
+    bin_sum_kernel,
+    bucket_kernel,
+    rank_kernel,
+)
 from torchsparse._triton.coords.layout import bounds_kernel, check_kernel, fit_kernel, numbers
-from torchsparse._triton.coords.neighbors import find_kernel, invert_kernel
+from torchsparse._triton.coords.neighbors import blank_kernel, find_kernel, invert_kernel
 from torchsparse._triton.coords.sites import (
     assign_kernel,
     begin_kernel,
@@ -26,6 +39,7 @@ from torchsparse._triton.coords.sites import (
     unpack_kernel,
 )
 from torchsparse._triton.launch import cdiv, launch, next_power
+from torchsparse._triton.zeros import Zeros
 
 __all__ = [
     "CoordIndex",
@@ -42,6 +56,8 @@ USUAL_MARGIN = 8
 # Half as many slots double the longest probe sequence among the lanes of a warp.
 SLOTS_PER_KEY = 3
 MOST_STEPS = 512  # of an insertion, before the table counts as too small
+MOST_BINS = 1 << 20  # 4 MB of counts
+SUMMED_BINS = 1 << 14  # more are added up in two steps
 INT32 = torch.iinfo(torch.int32)
 Bounds = tuple[int | None, ...]
 
@@ -54,6 +70,7 @@ class CoordIndex(NamedTuple):
     values: Tensor  # [slots] int32, the row of the key in that slot
     layout: Tensor  # int64 on the device: see `layout.py`
     margin: tuple[int, ...]  # D ints: how far searches may leave the bounding box
+    zeros: Zeros  # for the searches
     rows: None = None  # positions are rows
 
     @property
@@ -86,21 +103,24 @@ def _backwards(geometry: Geometry, device: torch.device) -> Tensor:
         )
 
 
-def _empty_table(
-    slots: int, ndim: int, device: torch.device, none: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """An empty table of at least so many slots with values ``none``, bounds [2, 1 + D] and counts
-    [4]."""
-    slots = next_power(max(slots, 16))
-    table = torch.empty(slots, dtype=torch.int64, device=device)
-    values = torch.empty(slots, dtype=torch.int32, device=device)
-    bounds = torch.empty((2, ndim + 1), dtype=torch.int32, device=device)
-    info = torch.empty(4, dtype=torch.int64, device=device)
-    launch(
-        begin_kernel, (cdiv(slots, 1024),), table, table, values, bounds, info, slots,
-        COLUMNS=ndim + 1, NONE=none, BLOCK=1024,
-    )  # fmt: skip
-    return table, values, bounds, info
+class _Filled(NamedTuple):
+    """The sites that a layer creates, in the order of nothing."""
+
+    index: CoordIndex  # without its coordinates and values
+    info: Tensor  # [4] int64: see `create_kernel`
+    counts: Tensor  # [bins] int32, keys in each bin: see `bins.py`
+
+
+def _new_table(room: int, ndim: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Keys and values of a table of at least so many slots, and zeros for the sort keys of two
+    searches, with 3^D and with 2^D taps. All is still to be cleared."""
+    slots = next_power(max(room, 16))
+    zeros = sort_bins(3**ndim) + sort_bins(2**ndim)
+    return (
+        torch.empty(slots, dtype=torch.int64, device=device),
+        torch.empty(slots, dtype=torch.int32, device=device),
+        torch.empty(zeros, dtype=torch.int32, device=device),
+    )
 
 
 def build_index(coords: Tensor, reach: tuple[int, ...]) -> CoordIndex:
@@ -113,14 +133,20 @@ def build_index(coords: Tensor, reach: tuple[int, ...]) -> CoordIndex:
     n, ndim = coords.shape[0], coords.shape[1] - 1
     device = coords.device
     coords = coords.contiguous()
-    table, values, bounds, _ = _empty_table(SLOTS_PER_KEY * n, ndim, device, INT32.max)
+    table, values, zeros = _new_table(SLOTS_PER_KEY * n, ndim, device)
+    bounds = torch.empty((2, ndim + 1), dtype=torch.int32, device=device)
     limit = row_count(coords)
     layout = torch.empty(numbers(ndim), dtype=torch.int64, device=device)
     need = max(reach, default=0)
     usual = max(need, USUAL_MARGIN)
-    index = CoordIndex(coords, table, values, layout, (usual,) * ndim)
+    index = CoordIndex(coords, table, values, layout, (usual,) * ndim, Zeros(zeros))
     flags = pending_word(device)
     steps = max(cdiv(n, 264 * 256), 1)
+    slots, n_zeros = table.shape[0], zeros.shape[0]
+    launch(
+        begin_kernel, (cdiv(max(slots, n_zeros), 1024),), coords, table, values, zeros, bounds,
+        slots, n_zeros, COLUMNS=ndim + 1, BLOCK=1024,
+    )  # fmt: skip
     launch(
         bounds_kernel, (cdiv(n, steps * 256),), coords, coords, bounds, limit, n, steps,
         D=ndim, BR=256,
@@ -131,7 +157,7 @@ def build_index(coords: Tensor, reach: tuple[int, ...]) -> CoordIndex:
     )  # fmt: skip
     launch(
         insert_kernel, (cdiv(n, 128),), coords, coords, layout, table, flags, limit, n,
-        *index.probe, Complaint.DUPLICATE.bit, table.shape[0], D=ndim, BR=128, num_warps=1,
+        *index.probe, Complaint.DUPLICATE.bit, slots, D=ndim, BR=128, num_warps=1,
     )  # fmt: skip
     launch(
         assign_kernel, (cdiv(n, 128),), coords, coords, layout, table, values, limit, n,
@@ -172,7 +198,7 @@ def find_taps(
     width = cdiv(volume, 4) * 4  # rows of 16 bytes
     device = coords.device
     table = coords.new_empty(m, width)
-    keys = new_sort_keys(m, volume, device)
+    keys = new_sort_keys(m, volume, device, index.zeros.take(sort_bins(volume)))
     taps, relation = _relation(geometry, device)
     taps_each = min(max(next_power(volume), 8), 32)
     rows_each = 128 // taps_each  # one warp a program: nobody waits for another's long search
@@ -195,13 +221,18 @@ def invert_taps(
     """
     volume, m = neighbors.shape
     width = cdiv(volume, 4) * 4  # rows of 16 bytes
-    table = neighbors.new_full((num_inputs, width), -1)
+    table = neighbors.new_empty(num_inputs, width)
+    counts = neighbors.new_empty(sort_bins(volume))
+    size, bins = table.numel(), counts.shape[0]
+    launch(
+        blank_kernel, (cdiv(max(size, bins), 1024),), table, table, counts, size, bins, BLOCK=1024
+    )
     launch(
         invert_kernel, (cdiv(m, 64), cdiv(volume, 32)), neighbors, neighbors, table, m,
         neighbors.stride(1), neighbors.stride(0), K=volume, WIDTH=width, BR=64,
     )  # fmt: skip
     inverse = table[:, :volume].t()
-    return inverse, row_sort_keys(inverse, key_bits(geometry, neighbors.device))
+    return inverse, row_sort_keys(inverse, key_bits(geometry, neighbors.device), counts)
 
 
 def strided_sites(
@@ -248,71 +279,94 @@ def _create(
     room = min(each, 8 if generative else 2) * n
     growing = growth()
     padded = growing is not None and growing.padded
-    found, info = _fill(
+    filled = _fill(
         source, coords, geometry, lower, upper, generative, room, MOST_STEPS, not padded
     )
     if growing is not None and padded:
-        return _collect_padded(found, info, growing, each * n)
-    count, lost, flags, cells = info.tolist()  # the one synchronisation
+        return _unpack_padded(filled, growing, each * n)
+    count, lost, flags, cells = filled.info.tolist()  # the one synchronisation
     raise_found(flags, coords.device)
     if lost:  # more sites than expected, rare: a table that holds whatever may come
         room = each * n
-        found, info = _fill(
-            source, coords, geometry, lower, upper, generative, room, INT32.max, True
-        )
-        count, lost, flags, cells = info.tolist()
+        filled = _fill(source, coords, geometry, lower, upper, generative, room, INT32.max, True)
+        count, lost, flags, cells = filled.info.tolist()
         raise_found(flags, coords.device)
     if growing is not None:
         growing.note(count, cells, each)
-    keys = torch.empty(count, dtype=_key_dtype(cells), device=coords.device)
-    info.zero_()
-    return _unpack(found, info, keys, None)
+    return _unpack(filled, count, cells <= INT32.max, None)
 
 
-def _key_dtype(cells: int) -> torch.dtype:
-    """Of keys to be sorted: half as many bytes are sorted in half the time."""
-    return torch.int32 if cells <= INT32.max else torch.int64
-
-
-def _collect_padded(
-    found: CoordIndex, info: Tensor, growing: Growth, most: int
-) -> tuple[Tensor, CoordIndex]:
+def _unpack_padded(filled: _Filled, growing: Growth, most: int) -> tuple[Tensor, CoordIndex]:
     """The sites of a table in as many rows as `Growth` plans; nothing waits."""
-    room = growing.plan(info, most)
-    dtype = torch.int32 if room.narrow else torch.int64
-    last = torch.iinfo(dtype).max  # stands behind all keys
-    keys = torch.full((room.rows or 0,), last, dtype=dtype, device=info.device)
-    info[:1].zero_()
+    room = growing.plan(filled.info, most)
+    rows = room.rows or 0
     if growing.guess:
-        return _unpack(found, info, keys, None)
-    sites, index = _unpack(found, info, keys, info[:1])
-    mark_rows(sites, info[:1])
+        return _unpack(filled, rows, room.narrow, None)
+    count = filled.info[:1]
+    sites, index = _unpack(filled, rows, room.narrow, count)
+    mark_rows(sites, count)
     return sites, index
 
 
 def _unpack(
-    found: CoordIndex, info: Tensor, keys: Tensor, limit: Tensor | None
+    filled: _Filled, rows: int, narrow: bool, limit: Tensor | None
 ) -> tuple[Tensor, CoordIndex]:
     """Sorted coordinates of the keys in a table, and their index.
 
     Args:
-        found: The table.
-        info: Its first number, 0 at first, becomes their number.
-        keys: [M] int32 or int64, room for them.
-        limit: None if they fill it, else [1] int64, their number once they are collected.
+        filled: The table.
+        rows: Room for them.
+        narrow: Keys fit into 32 bits.
+        limit: None if they fill it, else [1] int64, their number.
     """
-    slots, rows, ndim = found.keys.shape[0], keys.shape[0], len(found.margin)
+    sites = filled.index.coords.new_empty(rows, len(filled.index.margin) + 1)
+    unpack = _by_bins if narrow else _by_sorting
+    unpack(filled, sites, limit)
+    return sites, filled.index._replace(coords=sites)
+
+
+def _by_bins(filled: _Filled, sites: Tensor, limit: Tensor | None) -> None:
+    """Write ``sites`` and values of narrow keys: see `bins.py`."""
+    index, _, counts = filled
+    rows, ndim = sites.shape[0], len(index.margin)
+    bins, slots = counts.shape[0], index.keys.shape[0]
+    blocks = cdiv(bins, BIN_BLOCK)
+    starts = torch.empty_like(counts)
+    before, grain = counts, 1
+    if bins > SUMMED_BINS:
+        before, grain = counts.new_empty(blocks), BIN_BLOCK
+        launch(bin_sum_kernel, (blocks,), counts, counts, before, BLOCK=BIN_BLOCK)
     launch(
-        collect_kernel, (cdiv(slots, 1024),), keys, found.keys, keys, info, found.layout, slots,
-        rows, D=ndim, BLOCK=1024,
+        bin_start_kernel, (blocks,), counts, counts, before, starts, grain,
+        BLOCK=BIN_BLOCK, STEP=4096,
+    )  # fmt: skip
+    bucketed = torch.empty(rows, dtype=torch.int64, device=sites.device)
+    launch(
+        bucket_kernel, (cdiv(slots, 512),), sites, index.keys, starts, index.layout, bucketed,
+        slots, bins, rows, D=ndim, BLOCK=512,
+    )  # fmt: skip
+    launch(
+        rank_kernel, (cdiv(rows, 128),), sites, bucketed, starts, sites, index.layout,
+        index.values, limit, rows, bins, slots - 1, D=ndim, BR=128,
+    )  # fmt: skip
+
+
+def _by_sorting(filled: _Filled, sites: Tensor, limit: Tensor | None) -> None:
+    """Write ``sites`` and values of any keys."""
+    index, info, _ = filled
+    rows, ndim, slots = sites.shape[0], len(index.margin), index.keys.shape[0]
+    keys = torch.empty(rows, dtype=torch.int64, device=sites.device)
+    if limit is not None:
+        keys.fill_(torch.iinfo(torch.int64).max)  # stands behind all keys
+    launch(
+        collect_kernel, (cdiv(slots, 1024),), sites, index.keys, keys, info[2:], index.layout,
+        slots, rows, D=ndim, BLOCK=1024,
     )  # fmt: skip
     keys = torch.sort(keys).values
-    sites = found.coords.new_empty(rows, 1 + ndim)
     launch(
-        unpack_kernel, (cdiv(rows, 128),), keys, keys, sites, found.layout, found.keys,
-        found.values, limit, rows, *found.probe, D=ndim, BR=128,
+        unpack_kernel, (cdiv(rows, 128),), sites, keys, sites, index.layout, index.keys,
+        index.values, limit, rows, *index.probe, D=ndim, BR=128,
     )  # fmt: skip
-    return sites, found._replace(coords=sites)
 
 
 def _fill(
@@ -325,16 +379,20 @@ def _fill(
     room: int,
     most: int,
     report: bool,
-) -> tuple[CoordIndex, Tensor]:
-    """A table of the sites that a layer creates, and its counts."""
+) -> _Filled:
+    """A table of the sites that a layer creates."""
     n, ndim = coords.shape[0], geometry.ndim
     device = coords.device
-    table, values, _, info = _empty_table(2 * room, ndim, device, -1)
+    table, values, zeros = _new_table(2 * room, ndim, device)
+    slots, n_zeros = table.shape[0], zeros.shape[0]
+    bins = min(max(slots // 4, BIN_BLOCK), MOST_BINS)  # for half as many keys as there is room
+    counts = torch.empty(bins, dtype=torch.int32, device=device)
+    info = torch.empty(4, dtype=torch.int64, device=device)
     layout = torch.empty_like(source.layout)
     # A generative layer looks for what it created; others look on their input's side.
     need = max(geometry.reach, default=0) if generative else 0
     usual = max(need, USUAL_MARGIN)
-    made = CoordIndex(coords, table, values, layout, (usual,) * ndim)
+    made = CoordIndex(coords, table, values, layout, (usual,) * ndim, Zeros(zeros))
     flags = pending_word(device)
     taps, relation = _relation(geometry, device)
     low = [INT32.min if v is None else v for v in lower]
@@ -342,9 +400,10 @@ def _fill(
     low += [0] * (4 - ndim)
     high += [0] * (4 - ndim)
     launch(
-        level_kernel, (1,), coords, source.layout, layout, relation, flags, *low, *high,
+        level_kernel, (cdiv(max(slots, n_zeros, bins), 1024),), coords, table, values, zeros,
+        counts, info, slots, n_zeros, bins, source.layout, layout, relation, flags, *low, *high,
         usual, need, Complaint.BOX.bit, Complaint.OVERFLOW.bit,
-        D=ndim, GENERATIVE=generative, INFER=upper is None, num_warps=1,
+        D=ndim, GENERATIVE=generative, INFER=upper is None, BLOCK=1024,
     )  # fmt: skip
     # Without dilation the sites that an input has on an axis are neighbours, k / s of them.
     near = not generative and all(d == 1 for d in geometry.dilation)
@@ -355,9 +414,9 @@ def _fill(
     rows_each = 128 // taps_each  # one warp a program, as in `find_taps`
     grid = (max(cdiv(n, rows_each), 1), cdiv(tried, taps_each))
     launch(
-        create_kernel, grid, coords, coords.contiguous(), layout, taps, relation, table, flags,
-        info, row_count(coords), n, *made.probe, most,
+        create_kernel, grid, coords, coords.contiguous(), layout, taps, relation, table, counts,
+        flags, info, row_count(coords), n, *made.probe, most, bins,
         D=ndim, K=tried, TAPS=taps_each, BR=rows_each,
         GENERATIVE=generative, NEAR=near, REPORT=report, num_warps=1,
     )  # fmt: skip
-    return made, info
+    return _Filled(made, info, counts)

@@ -17,11 +17,20 @@ import triton.language as tl
 
 from torchsparse._triton.primitives import real_rows
 
-__all__ = ["bounds_kernel", "check_kernel", "fit_kernel", "numbers"]
+__all__ = [
+    "bounds_kernel",
+    "check_kernel",
+    "fit_kernel",
+    "numbers",
+    "reset_upper",
+    "write_layout",
+    "write_sites",
+]
 
 INT_MAX = tl.constexpr(2147483647)
 INT_MIN = tl.constexpr(-2147483648)
 MOST_CELLS = tl.constexpr(1 << 62)
+MOST_NARROW = INT_MAX  # cells of a layout whose keys fit into 32 bits
 
 
 def numbers(ndim: int) -> int:
@@ -118,3 +127,30 @@ def check_kernel(
     for column in tl.static_range(D + 1):
         word |= tl.sum(tl.where(columns == column, found, 0), axis=0).to(tl.int64)
     tl.atomic_or(flags, word, sem="relaxed")
+
+
+@triton.jit
+def reset_upper(layout, D: tl.constexpr):
+    """Let the upper bounds, of what a layer may create, begin at the lower ones: `write_sites`
+    finds those of what it did create."""
+    columns = tl.arange(0, 8)
+    low = tl.load(layout + 2 * (D + 1) + columns, mask=columns <= D, other=0)
+    tl.store(layout + 3 * (D + 1) + columns, low, mask=columns <= D)
+
+
+@triton.jit
+def write_sites(key, live, rows, inside, coords, layout, D: tl.constexpr):
+    """The coordinates of keys (int32 or int64) at ``rows`` where ``inside``, PAD where not
+    ``live``; upper bounds grow to hold them."""
+    rest = key
+    for column in tl.static_range(D + 1):
+        weight = tl.maximum(tl.load(layout + (D + 1) + column).to(key.dtype), 1)
+        digit = rest // weight
+        rest -= digit * weight
+        c = digit.to(tl.int64) + tl.load(layout + column)
+        c = tl.where(live, c, INT_MIN)
+        tl.store(coords + rows.to(tl.int64) * (D + 1) + column, c.to(tl.int32), mask=inside)
+        upper = layout + 3 * (D + 1) + column
+        top = tl.max(c, axis=0)
+        # What is read may be old, but never larger than what is there.
+        tl.atomic_max(upper, top, mask=top > tl.load(upper), sem="relaxed")

@@ -7,7 +7,7 @@ from torchsparse._triton.conv.order import sort_key
 from torchsparse._triton.coords.table import find_slots
 from torchsparse._triton.primitives import bit_or
 
-__all__ = ["find_kernel", "invert_kernel"]
+__all__ = ["blank_kernel", "find_kernel", "invert_kernel"]
 
 
 @triton.jit(do_not_specialize=["M", "shift", "slots_mask"])
@@ -62,6 +62,14 @@ def find_kernel(
     key = sort_key(word)
     tl.store(keys + rows, key.to(tl.int16), mask=inside)
     tl.atomic_add(counts + key, 1, mask=inside & (key > 0), sem="relaxed")
+
+
+@triton.jit(do_not_specialize=["size", "bins"])
+def blank_kernel(inverse, counts, size, bins, BLOCK: tl.constexpr):
+    """A table without neighbours, and counts of no rows."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(inverse + at, tl.full((BLOCK,), -1, tl.int32), mask=at < size)
+    tl.store(counts + at, tl.zeros((BLOCK,), tl.int32), mask=at < bins)
 
 
 @triton.jit(do_not_specialize=["M", "n_row", "n_tap"])

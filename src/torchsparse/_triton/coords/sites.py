@@ -6,7 +6,8 @@
 import triton
 import triton.language as tl
 
-from torchsparse._triton.coords.layout import write_layout
+from torchsparse._triton.coords.bins import bin_of, bin_shift
+from torchsparse._triton.coords.layout import reset_upper, write_layout, write_sites
 from torchsparse._triton.coords.table import FREE, find_slots, insert_keys
 from torchsparse._triton.primitives import real_rows, row_key
 
@@ -24,21 +25,25 @@ INT_MAX = tl.constexpr(2147483647)
 INT_MIN = tl.constexpr(-2147483648)
 
 
-@triton.jit(do_not_specialize=["slots"])
-def begin_kernel(
-    table, values, bounds, info, slots,
-    COLUMNS: tl.constexpr, NONE: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """An empty table with values NONE, empty bounds [2, COLUMNS], zero counts [4]."""
-    pid = tl.program_id(0)
-    at = pid * BLOCK + tl.arange(0, BLOCK)
+@triton.jit
+def _clear(table, values, zeros, slots, n_zeros, NONE: tl.constexpr, BLOCK: tl.constexpr):
+    """An empty table with values NONE, and zeros."""
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     tl.store(table + at, tl.full((BLOCK,), FREE, tl.int64), mask=at < slots)
     tl.store(values + at, tl.full((BLOCK,), NONE, tl.int32), mask=at < slots)
-    if pid == 0:
+    tl.store(zeros + at, tl.zeros((BLOCK,), tl.int32), mask=at < n_zeros)
+
+
+@triton.jit(do_not_specialize=["slots", "n_zeros"])
+def begin_kernel(
+    table, values, zeros, bounds, slots, n_zeros, COLUMNS: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """An empty table without values, empty bounds [2, COLUMNS], and zeros."""
+    _clear(table, values, zeros, slots, n_zeros, INT_MAX, BLOCK)
+    if tl.program_id(0) == 0:
         columns = tl.arange(0, 16)
         empty = tl.where(columns < COLUMNS, INT_MAX, INT_MIN)
         tl.store(bounds + columns, empty, mask=columns < 2 * COLUMNS)
-        tl.store(info + columns, tl.zeros((16,), tl.int64), mask=columns < 4)
 
 
 @triton.jit(do_not_specialize=["N", "shift", "slots_mask", "most"])
@@ -50,7 +55,7 @@ def insert_kernel(
     rows = tl.program_id(0) * BR + tl.arange(0, BR)
     live = rows < real_rows(N, limit)
     keys = row_key(coords, rows, live, layout, D)
-    _, twice, _ = insert_keys(keys, live, table, shift, slots_mask, most)
+    _, twice, _, _ = insert_keys(keys, live, table, shift, slots_mask, most)
     found = tl.max(twice.to(tl.int32), axis=0)
     if found > 0:
         tl.atomic_or(flags, tl.cast(duplicate_bit, tl.int64), sem="relaxed")
@@ -76,17 +81,41 @@ def _floor(a, b):
     return tl.where(q * b > a, q - 1, q)
 
 
-@triton.jit(do_not_specialize=["l0", "l1", "l2", "l3", "u0", "u1", "u2", "u3", "usual", "need"])
+@triton.jit(
+    do_not_specialize=[
+        "slots", "n_zeros", "bins", "l0", "l1", "l2", "l3", "u0", "u1", "u2", "u3", "usual", "need"
+    ]
+)  # fmt: skip
 def level_kernel(
+    table, values, zeros, counts, info, slots, n_zeros, bins,
     fine, layout, relation, flags, l0, l1, l2, l3, u0, u1, u2, u3,
     usual, need, box_bit, overflow_bit,
-    D: tl.constexpr, GENERATIVE: tl.constexpr, INFER: tl.constexpr,
+    D: tl.constexpr, GENERATIVE: tl.constexpr, INFER: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The layout of the level that a layer creates, from that of its input.
+    """Begin the level that a layer creates: an empty table, zeros, counts of no keys in ``bins``,
+    the zeros of ``info``; one program makes the layout from that of the layer's input.
 
     ``l`` and ``u`` bound the sites per axis. INFER: the upper bound is TorchSparse 2.1's, from
     the largest coordinates of the batch.
     """
+    _clear(table, values, zeros, slots, n_zeros, -1, BLOCK)
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(counts + at, tl.zeros((BLOCK,), tl.int32), mask=at < bins)
+    if tl.program_id(0) == 0:
+        tl.store(info + tl.arange(0, 4), tl.zeros((4,), tl.int64))
+        _write_level(
+            fine, layout, relation, flags, l0, l1, l2, l3, u0, u1, u2, u3,
+            usual, need, box_bit, overflow_bit, D, GENERATIVE, INFER,
+        )  # fmt: skip
+
+
+@triton.jit
+def _write_level(
+    fine, layout, relation, flags, l0, l1, l2, l3, u0, u1, u2, u3,
+    usual, need, box_bit, overflow_bit,
+    D: tl.constexpr, GENERATIVE: tl.constexpr, INFER: tl.constexpr,
+):  # fmt: skip
+    """The layout of a level from that of the layer's input."""
     columns = tl.arange(0, 8)
     real = columns <= D
     spatial = real & (columns > 0)
@@ -120,13 +149,14 @@ def level_kernel(
     tl.store(layout + 3 * (D + 1) + columns, high, mask=real)
 
 
-@triton.jit(do_not_specialize=["N", "shift", "slots_mask", "most"])
+@triton.jit(do_not_specialize=["N", "shift", "slots_mask", "most", "bins"])
 def create_kernel(
-    coords, layout, taps_at, relation, table, flags, info, limit, N, shift, slots_mask, most,
+    coords, layout, taps_at, relation, table, counts, flags, info, limit,
+    N, shift, slots_mask, most, bins,
     D: tl.constexpr, K: tl.constexpr, TAPS: tl.constexpr, BR: tl.constexpr,
     GENERATIVE: tl.constexpr, NEAR: tl.constexpr, REPORT: tl.constexpr,
 ):  # fmt: skip
-    """Insert every site that some tap ties to a given one.
+    """Insert every site that some tap ties to a given one, and count the keys of each bin.
 
     ``taps_at`` [K, D] holds dilation * tap; NEAR: distances from the last site that one has.
     info = [number of sites, rows that found no slot, pending complaints, cells of the layout].
@@ -163,7 +193,13 @@ def create_kernel(
             key += (c - origin) * weight
     key = tl.reshape(key, (BR * TAPS,))
     live = tl.reshape(live, (BR * TAPS,))
-    new, _, lost = insert_keys(tl.where(live, key, 0), live, table, shift, slots_mask, most)
+    key = tl.where(live, key, 0)
+    new, twice, lost, moved = insert_keys(key, live, table, shift, slots_mask, most)
+    # A chain that left out another key than it brought did add its own.
+    other = (twice | lost) & (moved != key)
+    width = bin_shift(layout, bins, D)
+    tl.atomic_add(counts + bin_of(key, width, bins), 1, mask=new | other, sem="relaxed")
+    tl.atomic_add(counts + bin_of(moved, width, bins), -1, mask=other, sem="relaxed")
     tl.atomic_add(info, tl.sum(new.to(tl.int64), axis=0), sem="relaxed")
     gone = tl.sum(lost.to(tl.int64), axis=0)
     if gone > 0:
@@ -176,23 +212,19 @@ def create_kernel(
 
 
 @triton.jit(do_not_specialize=["slots", "room"])
-def collect_kernel(table, keys, info, layout, slots, room, D: tl.constexpr, BLOCK: tl.constexpr):
-    """Keys of a table, in any order: they are sorted next. ``room`` of them at most.
-
-    The layout's upper bounds are what a layer may create; `unpack_kernel` finds those of what it
-    did create, beginning here at the lower ones.
-    """
+def collect_kernel(
+    table, keys, count, layout, slots, room, D: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """Keys of a table, in any order: they are sorted next. ``room`` of them at most; ``count`` is
+    0 at first."""
     if tl.program_id(0) == 0:
-        columns = tl.arange(0, 8)
-        low = tl.load(layout + 2 * (D + 1) + columns, mask=columns <= D, other=0)
-        tl.store(layout + 3 * (D + 1) + columns, low, mask=columns <= D)
+        reset_upper(layout, D)
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     key = tl.load(table + at, mask=at < slots, other=FREE)
     there = (key != FREE).to(tl.int32)
-    count = tl.sum(there, axis=0)
-    begin = tl.atomic_add(info, count.to(tl.int64), sem="relaxed")
+    begin = tl.atomic_add(count, tl.sum(there, axis=0).to(tl.int64), sem="relaxed")
     place = begin + tl.cumsum(there, axis=0) - 1
-    tl.store(keys + place, key.to(keys.dtype.element_ty), mask=(there > 0) & (place < room))
+    tl.store(keys + place, key, mask=(there > 0) & (place < room))
 
 
 @triton.jit(do_not_specialize=["M", "shift", "slots_mask"])
@@ -200,21 +232,11 @@ def unpack_kernel(
     keys, coords, layout, table, values, limit, M, shift, slots_mask,
     D: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
-    """Coordinates of sorted keys, PAD behind them, and their upper bounds; the value of a key is
-    its place."""
+    """Coordinates of sorted keys, PAD behind them; the value of a key is its place."""
     rows = tl.program_id(0) * BR + tl.arange(0, BR)
     inside = rows < M
-    live = rows < real_rows(M, limit)
-    key = tl.load(keys + rows, mask=live, other=0).to(tl.int64)
-    rest = key
-    for column in tl.static_range(D + 1):
-        weight = tl.load(layout + (D + 1) + column)
-        digit = rest // weight
-        rest -= digit * weight
-        c = digit + tl.load(layout + column)
-        c = tl.where(live, c, INT_MIN)
-        tl.store(coords + rows.to(tl.int64) * (D + 1) + column, c.to(tl.int32), mask=inside)
-        upper = layout + 3 * (D + 1) + column
-        tl.atomic_max(upper, tl.max(c, axis=0).to(tl.int64), sem="relaxed")
+    live = inside & (rows < real_rows(M, limit))
+    key = tl.load(keys + rows, mask=live, other=0)
+    write_sites(key, live, rows, inside, coords, layout, D)
     slots = find_slots(key, live, table, shift, slots_mask)
     tl.store(values + slots, rows, mask=slots >= 0)

@@ -21,8 +21,9 @@ def insert_keys(keys, live, table, shift, slots_mask, most):
     """Insert ``keys`` where ``live``.
 
     Returns:
-        (new, twice, lost): chains that ended in a free slot (their number is the number of new
-        keys), those that met their own key, and those that gave up after ``most`` steps.
+        (new, twice, lost, keys): chains that ended in a free slot (their number is the number of
+        new keys), those that met their own key, and those that gave up after ``most`` steps; and
+        what each moved last, which the latter two left out.
     """
     slot = first_slot(keys, shift, slots_mask)
     new = live & False
@@ -41,7 +42,7 @@ def insert_keys(keys, live, table, shift, slots_mask, most):
         keys = tl.where(live & (old < keys), old, keys)
         slot = (slot + 1) & slots_mask
         step += 1
-    return new, twice, live
+    return new, twice, live, keys
 
 
 @triton.jit

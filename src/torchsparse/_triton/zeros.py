@@ -1,0 +1,34 @@
+"""Numbers that are 0 without a launch of their own: a kernel that runs anyway cleared them."""
+
+import torch
+from torch import Tensor
+
+__all__ = ["Zeros"]
+
+
+class Zeros:
+    """Cleared numbers, each given out once.
+
+    Replays of a CUDA graph repeat its launches alone. Numbers that were cleared outside it would
+    be 0 in the first one only, so a capture gets none of these.
+
+    Args:
+        left: [n] int32, cleared in the current stream.
+    """
+
+    def __init__(self, left: Tensor) -> None:
+        self.left = left
+        self.captured = _captured(left)
+
+    def take(self, count: int) -> Tensor:
+        """[count] int32 zeros that nobody else has; new ones if these do not suffice."""
+        left = self.left
+        if count > left.shape[0] or _captured(left) != self.captured:
+            return torch.zeros(count, dtype=torch.int32, device=left.device)
+        self.left = left[count:]
+        return left[:count]
+
+
+def _captured(tensor: Tensor) -> bool:
+    """Whether what is launched now goes into a CUDA graph."""
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
