@@ -144,8 +144,8 @@ def build_index(coords: Tensor, reach: tuple[int, ...]) -> CoordIndex:
     steps = max(cdiv(n, 264 * 256), 1)
     slots, n_zeros = table.shape[0], zeros.shape[0]
     launch(
-        begin_kernel, (cdiv(max(slots, n_zeros), 1024),), coords, table, values, zeros, bounds,
-        slots, n_zeros, COLUMNS=ndim + 1, BLOCK=1024,
+        begin_kernel, (cdiv(max(slots, n_zeros), 2048),), coords, table, values, zeros, bounds,
+        slots, n_zeros, COLUMNS=ndim + 1, BLOCK=2048,
     )  # fmt: skip
     launch(
         bounds_kernel, (cdiv(n, steps * 256),), coords, coords, bounds, limit, n, steps,
@@ -400,10 +400,10 @@ def _fill(
     low += [0] * (4 - ndim)
     high += [0] * (4 - ndim)
     launch(
-        level_kernel, (cdiv(max(slots, n_zeros, bins), 1024),), coords, table, values, zeros,
+        level_kernel, (cdiv(max(slots, n_zeros, bins), 2048),), coords, table, values, zeros,
         counts, info, slots, n_zeros, bins, source.layout, layout, relation, flags, *low, *high,
         usual, need, Complaint.BOX.bit, Complaint.OVERFLOW.bit,
-        D=ndim, GENERATIVE=generative, INFER=upper is None, BLOCK=1024,
+        D=ndim, GENERATIVE=generative, INFER=upper is None, BLOCK=2048,
     )  # fmt: skip
     # Without dilation the sites that an input has on an axis are neighbours, k / s of them.
     near = not generative and all(d == 1 for d in geometry.dilation)
