@@ -145,7 +145,7 @@ def try_tiles(
 
 def main(argv: list[str] | None = None) -> None:
     """Check, time, print."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--scene", default="street", help="a name, or an .npz file")
     parser.add_argument("--channels", type=int, nargs="+", default=[64, 128])

@@ -102,6 +102,7 @@ class Spconv:
         self.core: Any = importlib.import_module("spconv")
         self.sp: Any = importlib.import_module("spconv.pytorch")
         self.version = self.core.__version__
+        self.extents: dict[int, tuple[Tensor, list[int], int]] = {}  # keeps them: ids stay theirs
 
     def allow_tf32(self, allow: bool) -> None:
         importlib.import_module("spconv.constants").SPCONV_ALLOW_TF32 = allow  # pyright: ignore
@@ -112,10 +113,12 @@ class Spconv:
     def start(self, feats: Tensor, coords: Tensor, kept: Any = None) -> Any:
         # An extent that four halvings keep whole, and room for a border site that padding makes:
         # both libraries keep every site then.
-        if not hasattr(self, "extent") or self.extent[0] is not coords:
+        # Known to its users without looking: found once for each tensor of coordinates.
+        if id(coords) not in self.extents:
             extent = [16 * (n // 16 + 2) for n in coords.amax(0)[1:].tolist()]
-            self.extent = (coords, extent, int(coords[:, 0].max()) + 1)
-        return self.sp.SparseConvTensor(feats, coords, *self.extent[1:], indice_dict=kept)
+            self.extents[id(coords)] = coords, extent, int(coords[:, 0].max()) + 1
+        _, *extent = self.extents[id(coords)]
+        return self.sp.SparseConvTensor(feats, coords, *extent, indice_dict=kept)
 
     def keep(self, network: nn.Module, x: Any) -> Any:
         """SpConv hands on the maps of submanifold layers alone."""
@@ -227,6 +230,29 @@ class _UNet(nn.Module):
         return y
 
 
+def training_step(
+    engine: Any, network: nn.Module, feats: Tensor, coords: Tensor, cast: Any, maps: Any = None,
+    scale: float = 1.0,
+) -> tuple[Any, Tensor | None]:  # fmt: skip
+    """Forward, mean square times ``scale``, backward; the parameters' gradients are theirs.
+
+    Args:
+        cast: The autocast context of the forward pass.
+        maps: Kept ones, or None.
+
+    Returns:
+        The output, and the gradient of the features.
+    """
+    network.zero_grad(set_to_none=True)
+    feats = feats.detach().requires_grad_()
+    with cast:
+        output = network(engine.start(feats, coords, maps))
+        found = engine.features(output)
+    loss = found.float().square().mean()
+    (loss if scale == 1 else loss * scale).backward()
+    return output, feats.grad
+
+
 ENGINES: dict[str, Callable[[], Any]] = {"torchsparse": Torchsparse, "spconv": Spconv}
 
 
@@ -236,7 +262,7 @@ def importable() -> list[str]:
     for name, engine in ENGINES.items():
         try:
             engine()
-        except ImportError:
+        except Exception:  # not there, or not for this machine
             continue
         found.append(name)
     return found

@@ -12,9 +12,7 @@ the exit code is 1; where the other one does, it is left out.
 from __future__ import annotations
 
 import argparse
-import csv
 import itertools
-import platform
 import subprocess
 import sys
 import tempfile
@@ -25,11 +23,13 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import torchsparse
-from benchmarks import engines, floors, oracle, scenes, timing
+from benchmarks import engines, floors, judging, oracle, scenes, timing
 from benchmarks.cases import CASES, LAYERS, Case, counting, tensor
+from benchmarks.judging import calibrated, distance, truth
+from benchmarks.reports import machine, number, read, write
 
 DEFAULT = (*LAYERS, "minkunet", "centerpoint")
 MODES = ("infer", "train")
@@ -45,68 +45,16 @@ HEAD = (
     f"{'case':<17}{'library':<12}{'mode':<6}{'maps':<7}{'type':<5}{'GFLOP':>8}{'wall ms':>9}"
     f"{'gpu ms':>9}{'kernels':>9}{'calls':>6}{'floor ms':>9}{'of floor':>9}{'peak MB':>9}"
 )
-# Whole networks, shares of the largest output: a rounding per layer, through forty layers.
-AGREE = {"fp32": 1e-3, "tf32": 2e-2, "fp16": 2e-2, "bf16": 1e-1}
 
 
 def line(row: dict[str, Any]) -> str:
-    def number(name: str, form: str) -> str:
-        value = row.get(name)
-        width = form.split(".")[0]
-        return f"{'-':>{width}}" if value is None else f"{value:{form}}"
-
     numbers = (
         ("gflop", "8.2f"), ("wall_ms", "9.3f"), ("gpu_ms", "9.3f"), ("kernel_ms", "9.3f"),
         ("launches", "6.0f"), ("floor_ms", "9.3f"), ("share_of_floor", "9.0%"),
         ("peak_mb", "9.0f"),
     )  # fmt: skip
     words = f"{row['case']:<17}{row['library']:<12}{row['mode']:<6}{row['maps']:<7}"
-    return f"{words}{row['dtype']:<5}" + "".join(number(*n) for n in numbers)
-
-
-# ------------------------------------------------------------------ judging
-def calibrated(case: Case, scene: scenes.Scene, device: torch.device) -> nn.Module:
-    """The network with the batch statistics of the scene, so that no layer's output is tiny."""
-    torch.manual_seed(0)
-    network = case.build().to(device)
-    norms = [m for m in network.modules() if isinstance(m, nn.BatchNorm1d)]
-    for norm in norms:
-        norm.momentum = 1.0
-    with torch.no_grad():
-        network.train()(tensor(scene, case.in_channels, device, torch.float32))
-    for norm in norms:
-        norm.momentum = 0.1
-    return network.eval()
-
-
-Answer = tuple[Tensor, Tensor]  # sites [M, 4] int64 in order, features [M, C] float64, on the CPU
-
-
-def truth(case: Case, network: nn.Module, scene: scenes.Scene, device: torch.device) -> Answer:
-    """What the whole network gives in float64."""
-    ours = engines.Torchsparse()
-    exact = ours.adopt(network).double()
-    with torch.no_grad():
-        out = exact(tensor(scene, case.in_channels, device, torch.float64))
-    return _sorted(ours.sites(out), ours.features(out))
-
-
-def _sorted(sites: Tensor, feats: Tensor) -> Answer:
-    """Rows by site. On the CPU, so that they take no part in peak memory."""
-    sites, feats = sites.cpu().long(), feats.detach().double().cpu()
-    wide = int(sites.max()) + 1 if sites.numel() else 1
-    keys = ((sites[:, 0] * wide + sites[:, 1]) * wide + sites[:, 2]) * wide + sites[:, 3]
-    order = keys.argsort()
-    return sites[order], feats[order]
-
-
-def distance(engine: Any, output: Any, want: Answer) -> float:
-    """Largest difference to the truth, site by site, relative to its largest entry; infinite if
-    the sites differ."""
-    sites, feats = _sorted(engine.sites(output), engine.features(output))
-    if not torch.equal(sites, want[0]):
-        return float("inf")
-    return ((feats - want[1]).abs().max() / want[1].abs().max()).item()
+    return f"{words}{row['dtype']:<5}" + "".join(number(row, *n) for n in numbers)
 
 
 # ------------------------------------------------------------------ measuring
@@ -150,11 +98,7 @@ class Subject:
                 with torch.inference_mode():
                     network(engine.start(self.feats, self.coords, maps))
                 return
-            network.zero_grad(set_to_none=True)
-            feats = self.feats.detach().requires_grad_()
-            with cast:
-                out = engine.features(network(engine.start(feats, self.coords, maps)))
-            out.float().square().mean().backward()
+            engines.training_step(engine, network, self.feats, self.coords, cast, maps)
 
         yield "new", lambda: call(None)
         if kept is not None:
@@ -192,23 +136,6 @@ def measure(
         yield row
 
 
-def machine(device: torch.device) -> dict[str, Any]:
-    """What a time depends on besides the program."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
-    triton = sys.modules.get("triton")
-    return {
-        "threads": torch.get_num_threads(), "device": name, "torch": torch.__version__,
-        "triton": getattr(triton, "__version__", ""),
-    }  # fmt: skip
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
 # ------------------------------------------------------------------ the program
 def run_case(
     case: Case, scene: scenes.Scene, rates: floors.Rates, options: argparse.Namespace
@@ -238,7 +165,7 @@ def run_case(
             try:
                 subject = Subject(engine, case, network, scene, dtype, device)
                 error = distance(engine, subject.infer(), want)
-                if not error <= AGREE[dtype]:
+                if not error <= judging.AGREE[dtype]:
                     raise oracle.WrongResult(f"{dtype} is off by {error:.1e} of the largest entry")
             except Exception as error:
                 _forgive(error, case, name, dtype)
@@ -275,20 +202,7 @@ def in_fresh_processes(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 if text.startswith(f"{case} {library} "):  # what it cannot do
                     print(text, flush=True)
             for path in Path(folder).glob("*.csv"):
-                with path.open() as file:
-                    yield from map(_parsed, csv.DictReader(file))
-
-
-def _parsed(row: dict[str, str]) -> dict[str, Any]:
-    def value(text: str) -> Any:
-        try:
-            return float(text)
-        except ValueError:
-            return text or None
-
-    words = {"case", "library", "mode", "maps", "dtype", "scene", "clock", "device", "torch",
-             "triton", "version"}  # fmt: skip
-    return {name: text if name in words else value(text) for name, text in row.items()}
+                yield from read(path)
 
 
 def options_of(argv: list[str] | None) -> argparse.Namespace:
@@ -343,12 +257,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"wrong, not timed: {error}")
         return 1
     path = options.out / f"{device.type}-{name}.csv"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        for row in table:
-            writer.writerow({k: f"{v:.5g}" if isinstance(v, float) else v for k, v in row.items()})
+    write(path, COLUMNS, table)
     print(f"wrote {path}")
     return 0
 

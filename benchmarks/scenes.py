@@ -81,6 +81,22 @@ def crop(scene: Scene, side: int = 16) -> Scene:
     return Scene((scene.coords[keep] - corner).astype(np.int32), scene.feats[keep])
 
 
+def variant(scene: Scene, seed: int, share: float = 0.99) -> Scene:
+    """``share`` of the rows, shuffled: another scan of the same place."""
+    count = len(scene.coords)
+    rows = np.random.default_rng(seed).permutation(count)[: int(share * count)]
+    return Scene(scene.coords[rows], scene.feats[rows])
+
+
+def together(*parts: Scene) -> Scene:
+    """One batch of several, sample after sample."""
+    coords, first = [], 0
+    for part in parts:
+        coords.append(part.coords + np.array([first, 0, 0, 0], np.int32))
+        first = int(coords[-1][:, 0].max()) + 1
+    return Scene(np.concatenate(coords), np.concatenate([part.feats for part in parts]))
+
+
 def main(argv: list[str] | None = None) -> None:
     """Write the named scenes."""
     parser = argparse.ArgumentParser(description=__doc__)

@@ -7,7 +7,7 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -84,8 +84,16 @@ def captured(step: Step) -> Step:
     return graph.replay
 
 
-def kernels(step: Step, runs: int = 5) -> dict[str, float]:
-    """Per step: the sum of the durations of all kernels, copies and fills, and their number."""
+class Span(NamedTuple):
+    """All calls of one kernel, copy or fill."""
+
+    name: str
+    calls: float  # per step
+    ms: float  # per step
+
+
+def spans(step: Step, runs: int = 5) -> list[Span]:
+    """What a GPU did in a step, those inside the replays of CUDA graphs, too; longest first."""
     from torch.profiler import ProfilerActivity, profile
 
     step()
@@ -94,8 +102,18 @@ def kernels(step: Step, runs: int = 5) -> dict[str, float]:
         for _ in range(runs):
             step()
         torch.cuda.synchronize()
-    spans = [e.device_time for e in profiled.events() or () if e.device_time > 0]
-    return {"kernel_ms": sum(spans) / runs / 1e3, "launches": len(spans) / runs}
+    found: dict[str, list[float]] = {}
+    for event in profiled.events() or ():
+        if event.device_type.name == "CUDA" and event.device_time > 0:
+            found.setdefault(event.name, []).append(event.device_time)
+    totals = [Span(name, len(us) / runs, sum(us) / runs / 1e3) for name, us in found.items()]
+    return sorted(totals, key=lambda span: -span.ms)
+
+
+def kernels(step: Step, runs: int = 5) -> dict[str, float]:
+    """Per step: the sum of the durations of all kernels, copies and fills, and their number."""
+    found = spans(step, runs)
+    return {"kernel_ms": sum(s.ms for s in found), "launches": sum(s.calls for s in found)}
 
 
 class PeakMemory:

@@ -64,7 +64,8 @@ def way(name: str, network: nn.Module, configs: dict[str, Any], device: Any) -> 
     tuned = name == "tuned"
     hidden = {} if tuned else dict.fromkeys(_tuned.entries(device))
     for layer, config in configs.items():
-        network.get_submodule(layer)._config = config if tuned else None
+        conv: Any = network.get_submodule(layer)
+        conv._config = config if tuned else None
     F.set_conv_mode(int(name[-1]) if name.startswith("mode") else 0)
     with _tuned.trying(hidden, device):
         yield
@@ -217,7 +218,7 @@ def main(argv: list[str] | None = None) -> int:
             _tuned.forget()
     options.out.mkdir(parents=True, exist_ok=True)
     with (options.out / f"tune-{device.type}.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
+        writer: csv.DictWriter[str] = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
         writer.writerows(rows)
     worst = 0.0

@@ -43,7 +43,12 @@ SMALLEST = 1024  # rows of the smallest bucket
 
 
 def graphed(
-    model: nn.Module, max_points: int | None = None, *, wait: bool = True, keep: int = 8
+    model: nn.Module,
+    max_points: int | None = None,
+    *,
+    wait: bool = True,
+    keep: int = 8,
+    copy: bool = True,
 ) -> Graphed:
     """A network that runs as one CUDA graph, from voxel coordinates to its output.
 
@@ -64,16 +69,17 @@ def graphed(
             the rows of the input or a fixed size; complaints about the input come later
             (`torchsparse.backends.check_errors`).
         keep: Most graphs kept; the one not used for longest goes first. They share their memory.
+        copy: False: results lie in the graphs' memory, and the next call overwrites them.
 
     Returns:
-        A callable with the argument and the results of ``model``. Results are copies: sparse and
-        plain tensors, and tuples, lists and dictionaries of these. A tensor with as many rows as
-        a level has room for is cut to the rows of that level.
+        A callable with the argument and the results of ``model``: sparse and plain tensors, and
+        tuples, lists and dictionaries of these. A tensor with as many rows as a level has room for
+        is cut to the rows of that level. Return no more than is needed: each tensor is copied.
 
     Raises:
         ValueError: ``max_points`` or ``keep`` below 1.
     """
-    return Graphed(model, max_points, wait, keep)
+    return Graphed(model, max_points, wait, keep, copy)
 
 
 def warmup(model: nn.Module, *examples: SparseTensor, graph: Graphed | None = None) -> int:
@@ -126,9 +132,10 @@ class _Bucket:
     graph: Any
     output: Any
     growth: Growth
-    report: Tensor  # [4 L + 1] int64: the levels' `Growth.infos`, and complaints
-    parts: list[tuple[dict[str, Any], str, Tensor, int]]  # of the model, as captured
+    report: Tensor  # [4 L + 1] int64 on the host: the levels' `Growth.infos`, and complaints
+    parts: _Parts  # of the model, as captured
     unsure: bool  # levels may overflow, or the output needs their sizes
+    sized: bool  # the output needs the sizes of levels
     filled: int = 0  # rows that may hold something other than padding
     used: int = 0
 
@@ -152,19 +159,25 @@ class Graphed:
     """
 
     def __init__(
-        self, model: nn.Module, max_points: int | None = None, wait: bool = True, keep: int = 8
+        self,
+        model: nn.Module,
+        max_points: int | None = None,
+        wait: bool = True,
+        keep: int = 8,
+        copy: bool = True,
     ) -> None:
         if max_points is not None and max_points < 1:
             raise ValueError(f"`max_points` must be at least 1, got {max_points}")
         if keep < 1:
             raise ValueError(f"`keep` must be at least 1, got {keep}")
         self.model = model
-        self.max_points, self.wait, self.keep = max_points, wait, keep
+        self.max_points, self.wait, self.keep, self.copy = max_points, wait, keep, copy
         self.captures = self.replays = self.overflows = 0
         self._buckets: dict[Hashable, _Bucket] = {}
         self._seen: dict[Hashable, list[_Seen]] = {}
         self._pool: Any = None
-        self._done: Any = None  # event: the last replay and the copies of its results
+        self._stream: Any = None  # of the last call
+        self._replayed: Any = None  # event
         self._lock = threading.Lock()
         self._clock = 0
 
@@ -198,8 +211,9 @@ class Graphed:
 
     def _serve(self, x: SparseTensor) -> Any:
         stream = torch.cuda.current_stream()
-        if self._done is not None:
-            stream.wait_event(self._done)
+        if self._stream is not None and self._stream != stream:
+            stream.wait_event(self._stream.record_event())
+        self._stream = stream
         kind = self._kind(x)
         rows = _room(x.coords.shape[0], self.max_points)
         bucket = self._buckets.get((kind, rows))
@@ -207,13 +221,11 @@ class Graphed:
             self._clock += 1
             bucket.used = self._clock
             served, result = self._replay(bucket, x)
-            self._done = stream.record_event()
             if served:
                 return result
             del self._buckets[kind, rows]
         result = self._eager(x, kind)
         self._buckets[kind, rows] = self._capture(x, kind, rows)
-        self._done = stream.record_event()
         while len(self._buckets) > self.keep:
             oldest = min(self._buckets, key=lambda key: self._buckets[key].used)
             del self._buckets[oldest]
@@ -270,7 +282,8 @@ class Graphed:
         def run() -> tuple[Any, Growth, Tensor]:
             return _padded(self.model, x, coords, feats, count, rooms)
 
-        run()  # compiles, and fills what is made once per process
+        *_, report = run()  # compiles, and fills what is made once per process
+        on_host = torch.empty(report.shape, dtype=report.dtype, pin_memory=True)
         graph = torch.cuda.CUDAGraph()
         try:
             # A capture that fails leaves PyTorch's random generator unable to capture again, so
@@ -279,6 +292,7 @@ class Graphed:
                 run()
             with torch.cuda.graph(graph, pool=self._pool):
                 output, growth, report = run()
+                on_host.copy_(report, non_blocking=True)
         except RuntimeError as error:
             raise RuntimeError(
                 f"the network cannot be captured as a CUDA graph: {error}. It must not wait for "
@@ -286,9 +300,10 @@ class Graphed:
             ) from error
         self.captures += 1
         self._clock += 1
+        sized = _needs_counts(output, growth)
         return _Bucket(
-            rows, coords, feats, count, graph, output, growth, report, _parts(self.model),
-            unsure=any(room.rows is not None for room in rooms) or _needs_counts(output, growth),
+            rows, coords, feats, count, graph, output, growth, on_host, _Parts.of(self.model),
+            unsure=any(room.rows is not None for room in rooms) or sized, sized=sized,
             filled=n, used=self._clock,
         )  # fmt: skip
 
@@ -312,22 +327,30 @@ class Graphed:
         bucket.feats[:n].copy_(x.feats)
         bucket.count.fill_(n)
         bucket.graph.replay()
-        # The device is busy: time to see whether the network still is what was captured.
-        if not _unchanged(bucket.parts):
+        if bucket.unsure:
+            self._replayed = self._replayed or torch.cuda.Event()
+            self._replayed.record()
+        # The device is busy: time to begin the copies, and to see whether the network still is
+        # what was captured.
+        results = _Results(bucket, x, self.copy)
+        result = None if results.needs_counts else results.of(bucket.output)
+        if not bucket.parts.hold():
             return False, None
-        if any(module.training for module in self.model.modules()):
+        if any(module.training for module in bucket.parts.modules):
             raise RuntimeError("graphs are for evaluation: call model.eval() before")
-        counts: list[int] | None = None
         if bucket.unsure:
             counts = self._checked(bucket)
             if counts is None:
                 self.overflows += 1
                 return False, None
+            if results.needs_counts:
+                result = results.knowing(counts).of(bucket.output)
         self.replays += 1
-        return True, _Results(bucket, x, counts).of(bucket.output)
+        return True, result
 
     def _checked(self, bucket: _Bucket) -> list[int] | None:
         """The sizes of the levels; None if one had no room. Waits for the device."""
+        self._replayed.synchronize()
         *levels, found = bucket.report.tolist()
         if found:
             pending_word(bucket.coords.device).zero_()
@@ -401,23 +424,37 @@ def _read(value: Any) -> Any:
     return value
 
 
-def _parts(model: nn.Module) -> list[tuple[dict[str, Any], str, Tensor, int]]:
-    """Where each parameter and buffer is kept, and its address."""
-    found = []
-    for module in model.modules():
-        for table in (module._parameters, module._buffers):
-            for name, tensor in table.items():
-                if tensor is not None:
-                    found.append((table, name, tensor, tensor.data_ptr()))
-    return found
+class _Parts(NamedTuple):
+    """What a network was when it was captured."""
 
+    modules: list[nn.Module]
+    children: list[tuple[dict[str, Any], str, Any]]
+    tensors: list[tuple[dict[str, Any], str, Tensor, int]]  # parameters, buffers, their addresses
 
-def _unchanged(parts: list[tuple[dict[str, Any], str, Tensor, int]]) -> bool:
-    """Whether a graph would read what the modules hold: values may change, places may not."""
-    return all(
-        table.get(name) is tensor and tensor.data_ptr() == address
-        for table, name, tensor, address in parts
-    )
+    @staticmethod
+    def of(model: nn.Module) -> _Parts:
+        modules = list(model.modules())
+        children = [
+            (m._modules, name, child) for m in modules for name, child in m._modules.items()
+        ]
+        tensors = [
+            (table, name, tensor, tensor.data_ptr())
+            for m in modules
+            for table in (m._parameters, m._buffers)
+            for name, tensor in table.items()
+            if tensor is not None
+        ]
+        return _Parts(modules, children, tensors)
+
+    def hold(self) -> bool:
+        """Whether a graph would read what the modules hold: values may change, places may not."""
+        for table, name, child in self.children:
+            if table.get(name) is not child:
+                return False
+        for table, name, tensor, address in self.tensors:
+            if table.get(name) is not tensor or tensor.data_ptr() != address:
+                return False
+        return True
 
 
 def _needs_counts(output: Any, growth: Growth) -> bool:
@@ -436,20 +473,26 @@ def _mentions(value: Any, rooms: set[int]) -> bool:
 
 
 class _Results:
-    """Copies of a graph's output, without padding."""
+    """A graph's output without padding, copied or as it lies."""
 
-    def __init__(self, bucket: _Bucket, x: SparseTensor, counts: list[int] | None) -> None:
-        self.x = x
-        self.rows = dict(zip(bucket.growth.given, counts or ()))
-        self.rows[bucket.rows] = x.coords.shape[0]
+    def __init__(self, bucket: _Bucket, x: SparseTensor, copy: bool) -> None:
+        self.x, self.copy, self.given = x, copy, bucket.growth.given
+        self.rows = {bucket.rows: x.coords.shape[0]}
         self.input_rows = bucket.count
+        self.needs_counts = bucket.sized
+
+    def knowing(self, counts: list[int]) -> _Results:
+        """The same, with the sizes of the levels."""
+        self.rows = {**dict(zip(self.given, counts)), **self.rows}
+        return self
 
     def of(self, value: Any) -> Any:
         if isinstance(value, SparseTensor):
             return self._sparse(value)
         if isinstance(value, Tensor):
             real = self.rows.get(value.shape[0]) if value.dim() else None
-            return (value if real is None else value[:real]).clone()
+            value = value if real is None else value[:real]
+            return value.clone() if self.copy else value
         if isinstance(value, dict):
             return type(value)((key, self.of(entry)) for key, entry in value.items())
         if isinstance(value, tuple) and hasattr(value, "_fields"):

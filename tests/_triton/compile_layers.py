@@ -21,7 +21,14 @@ from tests._triton.compiling import Compiled, record
 from torchsparse._geometry import Geometry
 from torchsparse._recipe import Epilogue, Norm
 from torchsparse._triton import coords
-from torchsparse._triton.conv import finish, gather_gemm, make_pairs, make_plan, weight_grad
+from torchsparse._triton.conv import (
+    dense,
+    finish,
+    gather_gemm,
+    make_pairs,
+    make_plan,
+    weight_grad,
+)
 from torchsparse._triton.conv.order import new_sort_keys
 from torchsparse._triton.coords import index as levels
 
@@ -99,6 +106,7 @@ def the_rest() -> None:
         (CUBE, ("gemm", False, 1), 4, FULL, "tf32x3"),
         (WIDE, ("gemm", True, 1), 64, HALF, "ieee"),
         (CUBE, ("gemm", True, 3), 20, HALF, "ieee"),
+        (CUBE, ("gemm", True, 1), 96, HALF, "ieee"),
         (CUBE, ("gemm", True, 1), 64, FULL, "ieee"),
         (CUBE, ("fetch", False, 1), 20, FULL, "ieee"),
         (CUBE, ("fetch", False, 1), 64, HALF, "ieee"),
@@ -122,6 +130,11 @@ def the_rest() -> None:
     plan = make_plan(table, None, CUBE, ("gemm", True, 1))
     gather_gemm(feats, weight, stats.half(), plan, "ieee", epilogue)
     finish(feats, epilogue)
+    for rows, c_in, c_out in ((ROWS, 64, 64), (ROWS, 128, 96), (9000, 384, 256)):
+        stats = torch.zeros(c_out)
+        norm = Norm(stats, stats, stats, stats, 1e-5)
+        many = Epilogue(norm, torch.zeros((rows, c_out), dtype=HALF), 0.0)
+        dense(torch.zeros(rows, c_in).half(), torch.zeros(c_in, c_out).half(), None, many)
     weight_grad(feats, residual, make_pairs(table, CUBE))
 
 

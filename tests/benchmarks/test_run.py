@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import cases, engines, floors, oracle, run, scenes, timing
+from benchmarks import cases, engines, floors, judging, oracle, run, scenes, timing
 from benchmarks.cases import CASES, LAYERS, counting, pairs, tensor
 from torchsparse import SparseTensor
 from torchsparse import nn as spnn
@@ -22,19 +22,6 @@ from torchsparse._autograd import conv as conv_passes
 from torchsparse.nn import functional as F
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="session")
-def folder(tmp_path_factory) -> Path:
-    """The tiny scene, simulated once."""
-    path = tmp_path_factory.mktemp("scenes")
-    scenes.main(["tiny", "--out", str(path)])
-    return path
-
-
-@pytest.fixture
-def small(folder) -> scenes.Scene:
-    return scenes.crop(scenes.load("tiny", folder))
 
 
 def rows_of(path: Path) -> list[dict[str, str]]:
@@ -173,7 +160,7 @@ def test_a_wrong_result_is_not_timed(folder, tmp_path, capsys, monkeypatch) -> N
 
 def test_a_wrong_network_is_not_timed(folder, tmp_path, capsys, monkeypatch) -> None:
     """Each layer right, their sum wrong: the whole is judged, too."""
-    monkeypatch.setattr(run, "AGREE", {"fp32": 1e-9})
+    monkeypatch.setattr(judging, "AGREE", {"fp32": 1e-9})
     options = ["resnet21d", "--scene", "tiny", "--scenes", str(folder), "--out", str(tmp_path)]
     assert run.main([*options, "--seconds", "0"]) == 1
     assert "fp32 is off by" in capsys.readouterr().out.splitlines()[-1]

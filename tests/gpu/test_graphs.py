@@ -9,6 +9,7 @@ from torch import Tensor, nn
 import torchsparse
 from tests.scans import Dense, again, assert_agree, network, scan
 from torchsparse import SparseTensor
+from torchsparse import nn as spnn
 from torchsparse.backbones import SparseResUNet42
 from torchsparse.inference import graphed
 
@@ -53,6 +54,56 @@ def test_graphs_follow_the_weights(gpu: torch.device) -> None:
     torchsparse.backends.allow_tf32 = True
     check()
     assert net.captures == 3
+
+
+def test_a_replaced_layer_is_noticed(gpu: torch.device) -> None:
+    model = nn.Sequential(spnn.Conv3d(4, 8, 3), nn.Identity()).to(gpu).eval()
+    net = graphed(model)
+    x = scan(300, 1, gpu, ranged=True)
+    net(again(x))
+    net(again(x))
+    model[1] = spnn.ReLU().eval()
+    with torch.no_grad():
+        want = model(again(x))
+    assert_agree(net(again(x)), want)
+    assert net.captures == 2
+
+
+@pytest.mark.parametrize("wait", [True, False])
+def test_results_where_they_lie(wait: bool, gpu: torch.device) -> None:
+    """Without copies the next call overwrites them; with copies it does not."""
+    model = network(SparseResUNet42, gpu)
+    first, second = scan(800, 1, gpu, 8), scan(800, 2, gpu, 8)
+    with torch.no_grad():
+        want = [model(again(first)), model(again(second))]
+    lying, copied = graphed(model, wait=wait, copy=False), graphed(model, wait=wait)
+    for net in (lying, copied):
+        net(again(first))
+        net(again(second))
+        early = net(again(first))
+        assert_agree(early, want[0])
+        kept = [y.feats.clone() for y in early]
+        assert_agree(net(again(second)), want[1])
+        same = all(torch.equal(a, b.feats) for a, b in zip(kept, early))
+        assert same is (net is copied)
+
+
+def test_another_stream_waits_for_the_last_call(gpu: torch.device) -> None:
+    model = network(SparseResUNet42, gpu)
+    net = graphed(model)
+    x = scan(800, 1, gpu, 8)
+    with torch.no_grad():
+        want = model(again(x))
+    net(again(x))
+    for _ in range(4):
+        here = net(again(x))
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            there = net(again(x))
+        torch.cuda.current_stream().wait_stream(side)
+        assert_agree(here, want)
+        assert_agree(there, want)
 
 
 def test_complaints_of_a_graph(gpu: torch.device) -> None:

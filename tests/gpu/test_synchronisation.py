@@ -33,7 +33,9 @@ def counted() -> Iterator[list[str]]:
             warnings.simplefilter("always")
             torch.cuda.set_sync_debug_mode("warn")
             yield found
-            found += [f"{w.filename}:{w.lineno}" for w in caught if "a synchronizing" in str(w.message)]
+            found += [
+                f"{w.filename}:{w.lineno}" for w in caught if "a synchronizing" in str(w.message)
+            ]
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

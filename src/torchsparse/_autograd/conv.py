@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from torchsparse._kernel_map import KernelMap
 from torchsparse._lazy import Lazy
-from torchsparse._ops.conv import finish, gather_gemm, weight_grad
+from torchsparse._ops.conv import dense, finish, gather_gemm, weight_grad
 from torchsparse._recipe import ConvRecipe, Epilogue, sum_dtype
 
 __all__ = ["deferred_conv", "deferred_pointwise", "pointwise", "sparse_conv"]
@@ -69,8 +69,11 @@ def deferred_pointwise(
     """`pointwise` in the same manner."""
 
     def make(epilogue: Epilogue | None) -> Tensor:
-        out = pointwise(feats, weight, bias, dtype)
-        return out if epilogue is None else finish(out, epilogue)
+        if epilogue is None:
+            return pointwise(feats, weight, bias, dtype)
+        shift = None if bias is None else _cast(bias, dtype)
+        out = dense(_cast(feats, dtype), _cast(weight, dtype), shift, epilogue)
+        return finish(pointwise(feats, weight, bias, dtype), epilogue) if out is None else out
 
     inputs = (feats, weight) if bias is None else (feats, weight, bias)
     return Lazy(make, (feats.shape[0], weight.shape[1]), dtype, feats.device, inputs)

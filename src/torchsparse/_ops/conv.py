@@ -16,12 +16,16 @@ from torchsparse._recipe import ConvRecipe, Dataflow, Epilogue
 __all__ = [
     "Planned",
     "compile_ahead",
+    "dense",
     "finish",
     "gather_gemm",
     "pairs_key",
     "plan_key",
     "weight_grad",
 ]
+
+
+HALVES = (torch.float16, torch.bfloat16)
 
 
 class Planned(NamedTuple):
@@ -118,6 +122,24 @@ def gather_gemm(
         [M, C_out] in the dtype of feats, summed in float32 (float64 for float64).
     """
     return planned.chosen.gather_gemm(feats, weight, bias, planned.plan, precision, epilogue)
+
+
+def dense(feats: Tensor, weight: Tensor, bias: Tensor | None, epilogue: Epilogue) -> Tensor | None:
+    """``feats @ weight + bias`` with an epilogue in one pass, if a kernel does that.
+
+    Args:
+        feats: [M, C_in] floating.
+        weight: [C_in, C_out] in the dtype of feats.
+        bias: [C_out] in the dtype of feats, or None.
+        epilogue: Applied to the float32 sums before they are rounded.
+
+    Returns:
+        [M, C_out] in the dtype of feats; None: use a product and `finish`.
+    """
+    chosen = twin("conv", feats)
+    if chosen is reference("conv") or feats.dtype not in HALVES or feats.shape[1] % 8:
+        return None
+    return chosen.dense(feats, weight, bias, epilogue)
 
 
 def finish(feats: Tensor, epilogue: Epilogue) -> Tensor:

@@ -20,6 +20,7 @@ __all__ = [
     "GradTile",
     "Limits",
     "NarrowTile",
+    "dense_tile",
     "depthwise_grad_tile",
     "depthwise_tile",
     "gemm_tile",
@@ -86,11 +87,26 @@ def _block_k(channels: int, widest: int) -> int:
     return min(max(next_power(channels), 16), widest)
 
 
-def _splits(rows: int, tile_rows: int, cols: int, volume: int) -> int:
-    """Shares of the taps, so that small maps fill the GPU."""
+FEW_PROGRAMS = 300
+# Turns of a program's loop from which its shares pay for their sum, and programs at most then.
+LONG_LOOP, MOST_SHARES = 54, 600
+
+
+def _splits(rows: int, tile_rows: int, cols: int, volume: int, turns: int) -> int:
+    """Shares of the taps, so that small maps fill the GPU.
+
+    Tiles have 1 to K taps, and all of them begin at once: the heaviest is the last to end, unless
+    it is shared out.
+
+    Args:
+        rows, tile_rows, cols, volume: Of the map and of its tiles.
+        turns: Of the loop, for a tile that has all taps.
+    """
     programs = cdiv(rows, tile_rows) * cols
     splits = 1
     while splits < min(8, volume // 2) and programs * splits < PROCESSORS:
+        splits *= 2
+    while turns >= LONG_LOOP and splits < 4 and programs * splits * 2 <= MOST_SHARES:
         splits *= 2
     return splits
 
@@ -161,6 +177,8 @@ def shipped_gemm_tile(
         bm, bk, stages, warps = 64, _block_k(c_in, 64), 3, 4
         if bk < 64:
             stages = 4
+        if 64 < c_in < 128 and bk < 64 and cdiv(rows, bm) * cdiv(c_out, bn) <= FEW_PROGRAMS:
+            bk, stages = 128, 3  # one turn per tap: waiting costs more than the zeros
         if c_out > 128 and cdiv(rows, 128) * cdiv(c_out, 128) >= 2 * PROCESSORS:
             bm, warps = 128, 8
     elif precision == "tf32":
@@ -170,16 +188,28 @@ def shipped_gemm_tile(
     else:
         bm, bn, bk, warps = 64, min(bn, 64), _block_k(c_in, 32), 4
         stages = 2 if precision == "ieee" else 3
-    splits = _splits(rows, bm, cdiv(c_out, bn), volume)
+    splits = _splits(rows, bm, cdiv(c_out, bn), volume, volume * cdiv(c_in, bk))
     return GemmTile(bm, bn, bk, stages, warps, splits)
 
 
-def narrow_tile(rows: int, c_in: int, c_out: int, volume: int) -> NarrowTile | None:
+def narrow_tile(
+    c_in: int, c_out: int, volume: int, dtype: torch.dtype, precision: str
+) -> NarrowTile | None:
     """The tile for few input channels, or None where the masked GEMM is better."""
     if c_in > NARROW_CHANNELS or volume * c_in > NARROW_VOLUME or volume == 1:
         return None
-    # One turn, if that is wide enough: nothing to copy ahead then, and 5 to 7 times as fast as two.
-    return NarrowTile(64, min(max(next_power(c_out), 16), 64), 128, 2)
+    bn = min(max(next_power(c_out), 16), 64)
+    if dtype == torch.float32 and precision != "tf32":
+        return NarrowTile(64, bn, loop_step(64, dtype, precision), 4)
+    # One turn, if that is wide enough: nothing to copy ahead, and 5 to 7 times as fast as two.
+    return NarrowTile(64, bn, 128, 2)
+
+
+def dense_tile(rows: int, c_in: int, c_out: int) -> GemmTile:
+    """The tile for a product of rows with one matrix of a half type: bytes decide, not FLOPs."""
+    bn = min(max(next_power(c_out), 16), 128)
+    bm = 128 if cdiv(rows, 128) * cdiv(c_out, bn) >= 2 * PROCESSORS else 64
+    return GemmTile(bm, bn, _block_k(c_in, 64), 3, bm // 16, 1)
 
 
 def loop_step(block: int, dtype: torch.dtype, precision: str) -> int:
@@ -355,7 +385,8 @@ def gemm_tiles(
             continue  # three products, or none on tensor cores: registers run out
         bn = min(bn, max(next_power(c_out), 16))
         bk = min(bk, _block_k(c_in, widest))
-        add(bm, bn, bk, stages, warps, _splits(rows, bm, cdiv(c_out, bn), volume))
+        splits = _splits(rows, bm, cdiv(c_out, bn), volume, volume * cdiv(c_in, bk))
+        add(bm, bn, bk, stages, warps, splits)
     for splits in (shipped.splits * 2, shipped.splits // 2):
         if 1 <= splits <= max(min(8, volume // 2), 1):
             add(*shipped[:5], splits)

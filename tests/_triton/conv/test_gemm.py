@@ -10,7 +10,7 @@ from tests._triton.conv.problems import Problem, assert_near, geometry
 from tests._triton.kit import HALVES
 from torchsparse._recipe import Epilogue, Norm
 from torchsparse._reference import conv as reference
-from torchsparse._triton.conv import finish, gather_gemm, make_plan, product
+from torchsparse._triton.conv import dense, finish, gather_gemm, make_plan, product
 from torchsparse._triton.conv.product import Plan
 from torchsparse._triton.tiles import GemmTile, gemm_tile
 
@@ -99,7 +99,7 @@ def test_few_input_channels(
 ) -> None:
     """Taps and channels are one axis of the product."""
     problem = Problem.of(device, (27, 30, 70), channels)
-    assert product.narrow_tile(70, *channels, 27) is not None
+    assert product.narrow_tile(*channels, 27, torch.float16, "ieee") is not None
     plan = lay_out(problem)._replace(reverse=reverse)
     got = gather_gemm(problem.feats, problem.weight, problem.bias, plan)
     assert_near(got, problem.product(reverse) + problem.bias.double().cpu())
@@ -231,6 +231,24 @@ def test_epilogue(
     )
     got = gather_gemm(problem.feats, problem.weight, problem.bias, plan, "ieee", epilogue)
     assert_near(got, apply(problem.product() + problem.bias.double().cpu(), epilogue))
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("channels", [(8, 5), (96, 20), (40, 130)], ids=str)
+@pytest.mark.parametrize("rows", [0, 1, 70])
+def test_dense(rows: int, channels: tuple[int, int], turned: bool, device: torch.device) -> None:
+    """One matrix for all rows, with everything that may follow."""
+    problem = Problem.of(device, (1, rows, rows), channels, torch.float16)
+    weight = problem.weight[0]
+    if turned:
+        weight = weight.t().contiguous().t()
+    want = problem.feats.double().cpu() @ weight.double().cpu()
+    got = dense(problem.feats, weight, None, Epilogue(None, None, 0.0))
+    assert got.dtype == torch.float16
+    assert_near(got, apply(want, Epilogue(None, None, 0.0)), torch.float16)
+    epilogue = Epilogue(norm_of(problem, True), problem.grad, 0.25)
+    got = dense(problem.feats, weight, problem.bias, epilogue)
+    assert_near(got, apply(want + problem.bias.double().cpu(), epilogue), torch.float16)
 
 
 @pytest.mark.parametrize("rows", [0, 1, 40])

@@ -17,7 +17,7 @@ import triton.language as tl
 
 from torchsparse._triton.primitives import bit_count, lowest_bit, real_rows
 
-__all__ = ["gemm_kernel", "narrow_kernel", "sum_kernel"]
+__all__ = ["dense_kernel", "gemm_kernel", "narrow_kernel", "sum_kernel"]
 
 
 @triton.jit
@@ -161,6 +161,40 @@ def sum_kernel(
         BIAS, NORM, RESIDUAL, ACT,
     )  # fmt: skip
     tl.store(out + at, acc.to(out.dtype.element_ty), mask=there)
+
+
+@triton.jit(do_not_specialize=["M"])
+def dense_kernel(
+    x, w, out, limit, bias, mean, var, gamma, beta, eps, residual, slope, M, w_in, w_out,
+    CI: tl.constexpr, CO: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    BIAS: tl.constexpr, NORM: tl.constexpr, RESIDUAL: tl.constexpr, ACT: tl.constexpr,
+):  # fmt: skip
+    """out[m] = epilogue(x[m] @ w)."""
+    COLS: tl.constexpr = (CO + BN - 1) // BN
+    EVEN: tl.constexpr = CI % BK == 0
+    tile = tl.program_id(0) // COLS
+    cols = (tl.program_id(0) % COLS) * BN + tl.arange(0, BN)
+    rm = tile * BM + tl.arange(0, BM)
+    rows = rm.to(tl.int64)
+    live = rm < real_rows(M, limit)
+    acc = tl.zeros((BM, BN), dtype=tl.float32)
+    for start in range(0, CI, BK):
+        k = start + tl.arange(0, BK)
+        source = x + rows[:, None] * CI + k[None, :]
+        weights = w + k[:, None] * w_in + cols[None, :] * w_out
+        if EVEN:
+            a = tl.load(source, mask=live[:, None], other=0.0)
+            b = tl.load(weights, mask=(cols < CO)[None, :], other=0.0)
+        else:
+            a = tl.load(source, mask=live[:, None] & (k < CI)[None, :], other=0.0)
+            b = tl.load(weights, mask=(k < CI)[:, None] & (cols < CO)[None, :], other=0.0)
+        acc = tl.dot(a, b, acc)
+    there = live[:, None] & (cols < CO)[None, :]
+    acc = _finish(
+        acc, rows, cols, there, bias, mean, var, gamma, beta, eps, residual, slope, CO,
+        BIAS, NORM, RESIDUAL, ACT,
+    )  # fmt: skip
+    tl.store(out + rows[:, None] * CO + cols[None, :], acc.to(out.dtype.element_ty), mask=there)
 
 
 @triton.jit(do_not_specialize=["M", "n_row", "n_tap"])

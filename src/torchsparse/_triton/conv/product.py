@@ -9,7 +9,7 @@ from torch import Tensor
 
 from torchsparse._recipe import Epilogue
 from torchsparse._triton.conv.fetch import fetch_kernel
-from torchsparse._triton.conv.gemm import gemm_kernel, narrow_kernel, sum_kernel
+from torchsparse._triton.conv.gemm import dense_kernel, gemm_kernel, narrow_kernel, sum_kernel
 from torchsparse._triton.conv.order import Tiles
 from torchsparse._triton.conv.pairs import Pairs
 from torchsparse._triton.conv.wgrad import sum_chunks_kernel, wgrad_kernel
@@ -23,6 +23,7 @@ from torchsparse._triton.launch import (
 from torchsparse._triton.tiles import (
     GemmTile,
     NarrowTile,
+    dense_tile,
     gemm_tile,
     grad_tile,
     loop_step,
@@ -30,7 +31,7 @@ from torchsparse._triton.tiles import (
 )
 from torchsparse._tuned import generation
 
-__all__ = ["Plan", "Share", "finish", "gather_gemm", "weight_grad"]
+__all__ = ["Plan", "Share", "dense", "finish", "gather_gemm", "weight_grad"]
 
 
 class Share(NamedTuple):
@@ -125,6 +126,34 @@ def finish(feats: Tensor, epilogue: Epilogue) -> Tensor:
         name = ("finish", feats.get_device(), feats.dtype, channels, end.kind)
         step = _sum(m, channels, 1, end, known=_known.get(name))
         _run(step, feats.contiguous(), None, out, end, name)
+    return out
+
+
+def dense(feats: Tensor, weight: Tensor, bias: Tensor | None, epilogue: Epilogue | None) -> Tensor:
+    """``feats @ weight + bias``, then an epilogue, in one pass.
+
+    Args:
+        feats: [M, C_in] float16 or bfloat16, C_in a multiple of 8.
+        weight: [C_in, C_out] in the same dtype, any strides.
+        bias: [C_out] in the same dtype, or None.
+        epilogue: Applied to the float32 sums, or None.
+    """
+    m, (c_in, c_out) = feats.shape[0], weight.shape
+    out = feats.new_empty(m, c_out)
+    if m and c_out:
+        end = _end(bias, epilogue)
+        name = ("dense", feats.get_device(), feats.dtype, weight.shape, weight.stride(), end.kind)
+        tile = dense_tile(m, c_in, c_out)
+        options = {
+            "CI": c_in, "CO": c_out, "BM": tile.BM, "BN": tile.BN, "BK": tile.BK, **end.flags,
+            "num_warps": tile.warps, "num_stages": tile.stages,
+        }  # fmt: skip
+        grid = (cdiv(m, tile.BM) * cdiv(c_out, tile.BN), 1)
+        name = (*name, tile)
+        step = Repeated(
+            dense_kernel, grid, (None,), (m, *weight.stride()), options, _known.get(name)
+        )
+        _run(step, feats.contiguous(), weight, out, end, name)
     return out
 
 
@@ -259,9 +288,9 @@ def _plan_product(
     """Choose tiles for a plan of one share. ``key`` is that of `Plan.memo`."""
     m = plan.neighbors.shape[1]
     volume, c_in, c_out = weight.shape
-    narrow = narrow_tile(m, c_in, c_out, volume)
+    narrow = narrow_tile(c_in, c_out, volume, feats.dtype, precision)
     if narrow is not None:
-        step = _narrow(feats.dtype, weight, end, plan, narrow, precision)
+        step = _narrow(weight, end, plan, narrow, precision)
         return _Product(m, c_out, False, False, 1, step, None)
     padded, weight = _aligned(feats, weight)
     turn = _must_turn(weight, precision)
@@ -314,16 +343,14 @@ def _gemm(
     return Repeated(gemm_kernel, grid, middle, last, options, known)
 
 
-def _narrow(
-    dtype: torch.dtype, weight: Tensor, end: _End, plan: Plan, tile: NarrowTile, precision: str
-) -> Repeated:
+def _narrow(weight: Tensor, end: _End, plan: Plan, tile: NarrowTile, precision: str) -> Repeated:
     volume, c_in, c_out = weight.shape
     table = plan.neighbors
     m = table.shape[1]
     options = {
         "K": volume, "CI": c_in, "CO": c_out, "BM": tile.BM, "BN": tile.BN,
-        "BK": loop_step(tile.BK, dtype, precision), "REVERSE": plan.reverse,
-        "PRECISION": precision, **end.flags, "num_warps": tile.warps, "num_stages": 3,
+        "BK": tile.BK, "REVERSE": plan.reverse, "PRECISION": precision, **end.flags,
+        "num_warps": tile.warps, "num_stages": 3,
     }  # fmt: skip
     last = (m, table.stride(1), table.stride(0), *weight.stride())
     return Repeated(
