@@ -385,7 +385,7 @@ def _fill(
     device = coords.device
     table, values, zeros = _new_table(2 * room, ndim, device)
     slots, n_zeros = table.shape[0], zeros.shape[0]
-    bins = min(max(slots // 4, BIN_BLOCK), MOST_BINS)  # for half as many keys as there is room
+    bins = min(max(slots // 2, BIN_BLOCK), MOST_BINS)  # one or two for each of ``room`` keys
     counts = torch.empty(bins, dtype=torch.int32, device=device)
     info = torch.empty(4, dtype=torch.int64, device=device)
     layout = torch.empty_like(source.layout)
