@@ -81,19 +81,23 @@ def backward(
 fill = levels._fill
 
 
-def some_sites(*args: Any) -> Any:
+def some_sites(cells: int) -> Callable[..., Any]:
     """Nothing runs, so no site was counted."""
-    found, info = fill(*args)
-    return found, info + torch.tensor([5, 0, 0, 5])
+
+    def filled(*args: Any) -> Any:
+        found = fill(*args)
+        return found._replace(info=found.info + torch.tensor([5, 0, 0, cells]))
+
+    return filled
 
 
 def the_rest() -> None:
     """Every other kernel, and the unusual forms of these."""
-    sites = torch.zeros((1000, 4), dtype=torch.int32)
+    sites = torch.zeros((5000, 4), dtype=torch.int32)
     for geometry in (CUBE, WIDE):
         index = coords.build_index(sites, geometry.reach)
         table, _ = coords.find_taps(index, None, geometry)
-        coords.invert_taps(table, 1000, geometry)
+        coords.invert_taps(table, 5000, geometry)
         make_pairs(table, geometry)
     # Few channels, many taps, plain float32, shares, half in float32 steps of fetch on demand.
     for geometry, layout, channels, dtype, precision in (
@@ -114,8 +118,8 @@ def the_rest() -> None:
         plan = make_plan(table, None, geometry, layout)._replace(reverse=True)
         gather_gemm(feats, weight, feats.new_zeros(64), plan, precision)
     coords.check_sites(index, (1, 2, 3, 4), False)
-    levels._fill = some_sites
-    for generative in (False, True):
+    for generative, cells in ((False, 5), (True, 5), (False, 1 << 40)):
+        levels._fill = some_sites(cells)
         geometry = Geometry.strided(
             (3, 3, 3), (2, 2, 2), ONES, ONES, "spconv", "generative" if generative else "strided"
         )

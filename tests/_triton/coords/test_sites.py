@@ -216,7 +216,7 @@ def test_more_sites_than_the_first_table_holds(
     geometry = geometry_of(layer)
     index = build_index(to(device, coords), geometry.reach)
     sites, _ = generative_sites(index, to(device, coords), geometry, NONE, NONE)
-    assert rooms == [2 * 5, 27 * 5]
+    assert rooms == [8 * 5, 27 * 5]
     assert len(sites) == 27 * 5 and len(set(map(tuple, sites.tolist()))) == 27 * 5
 
 

@@ -34,13 +34,16 @@ AHEAD = tl.constexpr(4)  # keys of a bin whose loads are in flight together
 
 
 @triton.jit
+def _log2(n):
+    """Of integers, rounded down; one more where float32 rounds up to a power of two."""
+    return (n.to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 127
+
+
+@triton.jit
 def bin_shift(layout, bins, D: tl.constexpr):
-    """The smallest shift that brings every key of the layout into one of ``bins``."""
+    """A shift that brings every key of the layout into one of ``bins``, a power of two."""
     last = tl.load(layout + 4 * (D + 1) + 1) - 1
-    shift = tl.full((), 0, tl.int64)
-    while (last >> shift) >= bins:
-        shift += 1
-    return shift
+    return tl.maximum(_log2(last) - _log2(bins) + 1, 0)
 
 
 @triton.jit

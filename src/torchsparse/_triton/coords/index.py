@@ -144,8 +144,8 @@ def build_index(coords: Tensor, reach: tuple[int, ...]) -> CoordIndex:
     steps = max(cdiv(n, 264 * 256), 1)
     slots, n_zeros = table.shape[0], zeros.shape[0]
     launch(
-        begin_kernel, (cdiv(max(slots, n_zeros), 1024),), coords, table, values, zeros, bounds,
-        slots, n_zeros, COLUMNS=ndim + 1, BLOCK=1024,
+        begin_kernel, (cdiv(max(slots, n_zeros), 2048),), coords, table, values, zeros, bounds,
+        slots, n_zeros, COLUMNS=ndim + 1, BLOCK=2048,
     )  # fmt: skip
     launch(
         bounds_kernel, (cdiv(n, steps * 256),), coords, coords, bounds, limit, n, steps,
@@ -385,7 +385,7 @@ def _fill(
     device = coords.device
     table, values, zeros = _new_table(2 * room, ndim, device)
     slots, n_zeros = table.shape[0], zeros.shape[0]
-    bins = min(max(slots // 4, BIN_BLOCK), MOST_BINS)  # for half as many keys as there is room
+    bins = min(max(slots // 2, BIN_BLOCK), MOST_BINS)  # one or two for each of ``room`` keys
     counts = torch.empty(bins, dtype=torch.int32, device=device)
     info = torch.empty(4, dtype=torch.int64, device=device)
     layout = torch.empty_like(source.layout)
@@ -400,10 +400,10 @@ def _fill(
     low += [0] * (4 - ndim)
     high += [0] * (4 - ndim)
     launch(
-        level_kernel, (cdiv(max(slots, n_zeros, bins), 1024),), coords, table, values, zeros,
+        level_kernel, (cdiv(max(slots, n_zeros, bins), 2048),), coords, table, values, zeros,
         counts, info, slots, n_zeros, bins, source.layout, layout, relation, flags, *low, *high,
         usual, need, Complaint.BOX.bit, Complaint.OVERFLOW.bit,
-        D=ndim, GENERATIVE=generative, INFER=upper is None, BLOCK=1024,
+        D=ndim, GENERATIVE=generative, INFER=upper is None, BLOCK=2048,
     )  # fmt: skip
     # Without dilation the sites that an input has on an axis are neighbours, k / s of them.
     near = not generative and all(d == 1 for d in geometry.dilation)
