@@ -96,7 +96,7 @@ class TensorCache:
     def record(
         self, stride: tuple[int, ...], coords: Tensor, spatial_range: tuple[int, ...] | None
     ) -> None:
-        """Enter a level, its coordinates [N, 1 + D], unless a valid one is there on that device."""
+        """Enter a level with coordinates [N, 1 + D], unless a valid one is known on its device."""
         if self.level(stride, coords.device) is None:
             self.cmaps[stride] = (coords, spatial_range)
             self._recorded[stride] = Stamp(coords)

@@ -42,7 +42,9 @@ def warmup(
         typer.echo(f"torchsparse: no scan in {folder} could be used", err=True)
         raise typer.Exit(2)
     graphs = inference.graphed(network) if graph else None
-    with torch.autocast(where.type, torch.float16, enabled=fp16), torch.no_grad():
+    # A graph must not read casts of weights that autocast keeps until its block ends.
+    cast = torch.autocast(where.type, torch.float16, enabled=fp16, cache_enabled=False)
+    with cast, torch.no_grad():
         kernels, seconds = _timed(lambda: inference.warmup(network, *scans, graph=graphs), where)
         if where.type == "cpu":
             typer.echo("on a CPU there is nothing to compile" + graph * " and no graph to capture")
