@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -284,7 +284,9 @@ class Graphed:
             self._pool = torch.cuda.graph_pool_handle()
 
         def run() -> tuple[Any, Growth, Tensor]:
-            return _padded(self.model, x, coords, feats, count, rooms)
+            # Autocast keeps casts of weights until its block ends; a graph must not read them.
+            with _autocast_without_cache():
+                return _padded(self.model, x, coords, feats, count, rooms)
 
         *_, report = run()  # compiles, and fills what is made once per process
         on_host = torch.empty(report.shape, dtype=report.dtype, pin_memory=True)
@@ -366,6 +368,13 @@ class Graphed:
         if any(room.narrow and c > WIDEST for room, c in zip(growth.rooms or (), cells)):
             return None
         return counts
+
+
+def _autocast_without_cache() -> AbstractContextManager[Any]:
+    """Autocast as it is, casting weights whenever they are used."""
+    if not torch.is_autocast_enabled("cuda"):
+        return nullcontext()
+    return torch.autocast("cuda", torch.get_autocast_dtype("cuda"), cache_enabled=False)
 
 
 @contextmanager
