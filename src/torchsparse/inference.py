@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -391,6 +392,7 @@ def _no_waiting() -> Iterator[None]:
         torch.cuda.set_sync_debug_mode(before)
 
 
+@lru_cache(maxsize=1024)
 def _room(rows: int, most: int | None) -> int:
     """Rows of the bucket for so many: sizes grow by RATIO."""
     room = SMALLEST
