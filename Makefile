@@ -13,13 +13,14 @@ SHARDS     ?= 1/3 2/3 3/3
 SANITIZER  ?= compute-sanitizer
 TOOL       ?= memcheck
 
-.PHONY: help demo test test-gpu test-gpu-sanitizer lint format bench clean
+.PHONY: help demo test test-gpu test-gpu-sanitizer lint format docs bench clean
 help:
 	@echo "make demo    train a network on synthetic streets and look at the result"
 	@echo "make test    run the tests"
 	@echo "make test-gpu            the tests that touch a device on CUDA, SHARD=1/3 a third of them"
 	@echo "make test-gpu-sanitizer  every kernel once under compute-sanitizer"
 	@echo "make lint    ruff and the type checker"
+	@echo "make docs    the API reference as web pages, in runs/docs"
 	@echo "make bench   time layers and networks on this machine"
 
 demo: $(VENV)/.app
@@ -49,6 +50,9 @@ lint: $(VENV)/.dev
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: $(VENV)/.dev
+	$(BIN)/python docs/api.py runs/docs
 
 bench: $(VENV)/.app
 	$(BIN)/python benchmarks/run.py

@@ -20,6 +20,7 @@ WITH_CODE = {
     "docs/beyond-convolution.md",
     "docs/choosing-a-dataflow.md",
     "docs/conventions.md",
+    "docs/deployment.md",
     "docs/how-it-works.md",
     "docs/migration.md",
     "docs/models.md",

@@ -80,7 +80,8 @@ class TensorCache:
     def level(
         self, stride: tuple[int, ...], device: torch.device
     ) -> tuple[Tensor, tuple[int, ...] | None] | None:
-        """Coordinates and range of a level on ``device``; None if unknown or changed since."""
+        """Coordinates [N, 1 + D] and range of a level on ``device``; None if unknown or changed
+        since."""
         entry = self.cmaps.get(stride)
         if entry is None:
             return None
@@ -95,7 +96,7 @@ class TensorCache:
     def record(
         self, stride: tuple[int, ...], coords: Tensor, spatial_range: tuple[int, ...] | None
     ) -> None:
-        """Enter a level, unless a valid entry on the same device is there."""
+        """Enter a level with coordinates [N, 1 + D], unless a valid one is known on its device."""
         if self.level(stride, coords.device) is None:
             self.cmaps[stride] = (coords, spatial_range)
             self._recorded[stride] = Stamp(coords)

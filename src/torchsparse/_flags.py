@@ -92,6 +92,8 @@ def flag_word(device: torch.device) -> Tensor | None:
 
 def raise_pending(device: torch.device | None = None) -> None:
     """Raise what was noticed on ``device`` (on all devices if None). Waits for the device."""
+    if device is not None and device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
     for where, word in list(_words.items()):
         if device is not None and where != device:
             continue

@@ -111,6 +111,7 @@ LAYOUTS: dict[str, Layout] = {
         Layout("spconv1", "SpConv 1.x", "weight", "012io"),
     )
 }  # fmt: skip
+"""The layouts by name."""
 
 
 def convert(

@@ -91,13 +91,17 @@ def warmup(model: nn.Module, *examples: SparseTensor, graph: Graphed | None = No
         graph: Captured too, if given.
 
     Returns:
-        The number of kernels compiled ahead; 0 on a CPU.
+        The number of different kernels compiled ahead, those in Triton's cache of compiled kernels
+        included; 0 on a CPU.
     """
     compiled = 0
-    for x in examples:
-        if x.coords.is_cuda:
-            compiled += compile_ahead(x.coords, [lambda x=x: _rehearse(model, x)])
-        with torch.no_grad():
+    served = [x for x in examples if x.coords.is_cuda]
+    if served:
+        compiled = compile_ahead(
+            served[0].coords, [lambda x=x: _rehearse(model, x) for x in served]
+        )
+    with torch.no_grad():
+        for x in examples:
             model(_fresh(x))
             if graph is not None:
                 graph(_fresh(x))

@@ -187,6 +187,7 @@ class SparseTensor(OldNames, _OnDevice):
 
     @property
     def F(self) -> Any:
+        """The same as ``feats``."""
         return self.feats
 
     @F.setter
@@ -195,6 +196,7 @@ class SparseTensor(OldNames, _OnDevice):
 
     @property
     def C(self) -> Any:
+        """The same as ``coords``."""
         return self.coords
 
     @C.setter
@@ -203,6 +205,7 @@ class SparseTensor(OldNames, _OnDevice):
 
     @property
     def s(self) -> tuple[int, ...]:
+        """The same as ``stride``."""
         return self.stride
 
     @s.setter

@@ -107,6 +107,7 @@ def the_rest() -> None:
         (WIDE, ("gemm", True, 1), 64, HALF, "ieee"),
         (CUBE, ("gemm", True, 3), 20, HALF, "ieee"),
         (CUBE, ("gemm", True, 1), 96, HALF, "ieee"),
+        (CUBE, ("gemm", True, 1), 128, HALF, "ieee"),
         (CUBE, ("gemm", True, 1), 64, FULL, "ieee"),
         (CUBE, ("fetch", False, 1), 20, FULL, "ieee"),
         (CUBE, ("fetch", False, 1), 64, HALF, "ieee"),

@@ -33,9 +33,10 @@ def test_python_m_torchsparse_is_the_command(monkeypatch, capsys) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--help"], ["demo", "segment", "tune", "bench"]),
+        (["--help"], ["demo", "segment", "tune", "bench", "warmup"]),
         (["tune", "--help"], ["CHECKPOINT", "FOLDER", "--backward", "--seconds", "--device"]),
         (["bench", "--help"], ["CHECKPOINT", "FOLDER", "--tuned", "--fp16"]),
+        (["warmup", "--help"], ["CHECKPOINT", "FOLDER", "--samples", "--graph", "--fp16"]),
         (["demo", "--help"], ["checkpoint.pt", "metrics.json", "prediction.png", "--quick"]),
         (["segment", "--help"], ["labels.npy", "--format", "--checkpoint", "--out"]),
     ],

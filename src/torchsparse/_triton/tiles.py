@@ -172,15 +172,18 @@ def shipped_gemm_tile(
     rows: int, c_in: int, c_out: int, volume: int, dtype: torch.dtype, precision: str
 ) -> GemmTile:
     """The tile without measurements of this machine."""
-    bn = min(max(next_power(c_out), 16), 128)
+    bn, work = min(max(next_power(c_out), 16), 128), 1
     if dtype != torch.float32:
         bm, bk, stages, warps = 64, _block_k(c_in, 64), 3, 4
         if bk < 64:
             stages = 4
-        if 64 < c_in < 128 and bk < 64 and cdiv(rows, bm) * cdiv(c_out, bn) <= FEW_PROGRAMS:
+        programs = cdiv(rows, bm) * cdiv(c_out, bn)
+        if 64 < c_in < 128 and bk < 64 and programs <= FEW_PROGRAMS:
             bk, stages = 128, 3  # one turn per tap: waiting costs more than the zeros
+        elif c_in == 128 and programs <= 200:
+            bk, stages, work = 128, 2, 2
         if c_out > 128 and cdiv(rows, 128) * cdiv(c_out, 128) >= 2 * PROCESSORS:
-            bm, warps = 128, 8
+            bm, warps = 128, 8 if rows >= 1 << 15 else 4
     elif precision == "tf32":
         bm, bk, stages, warps = 64, _block_k(c_in, 32), 3, 4
         if c_out > 128 and cdiv(rows, 128) * cdiv(c_out, 128) >= PROCESSORS:
@@ -188,7 +191,8 @@ def shipped_gemm_tile(
     else:
         bm, bn, bk, warps = 64, min(bn, 64), _block_k(c_in, 32), 4
         stages = 2 if precision == "ieee" else 3
-    splits = _splits(rows, bm, cdiv(c_out, bn), volume, volume * cdiv(c_in, bk))
+    turns = volume * cdiv(c_in, bk) * work  # a turn of 128 channels takes as long as two of 64
+    splits = _splits(rows, bm, cdiv(c_out, bn), volume, turns)
     return GemmTile(bm, bn, bk, stages, warps, splits)
 
 

@@ -1,4 +1,5 @@
-"""The command line: ``torchsparse demo``, ``segment``, ``convert``, ``tune`` and ``bench``."""
+"""The command line: ``torchsparse demo``, ``segment``, ``convert``, ``tune``, ``bench`` and
+``warmup``."""
 
 import sys
 

@@ -9,6 +9,7 @@ from torchsparse.cli.convert import convert
 from torchsparse.cli.demo import demo
 from torchsparse.cli.segment import segment
 from torchsparse.cli.tune import tune
+from torchsparse.cli.warmup import warmup
 from torchsparse.version import __version__
 
 __all__ = ["app"]
@@ -45,3 +46,4 @@ app.command()(convert)
 app.command()(demo)
 app.command()(segment)
 app.command()(tune)
+app.command()(warmup)

@@ -47,6 +47,7 @@ HDL64 = Sensor(
     (1.7, 2.0),
     min_range=2.0,
 )
+"""64 beams in two blocks, as on the cars of KITTI."""
 HDL32 = Sensor(
     "hdl32",
     tuple(np.linspace(-30.67, 10.67, 32).tolist()),
@@ -55,6 +56,7 @@ HDL32 = Sensor(
     reach=75.0,
     own_car=(1.3, 0.75, 0.48),
 )
+"""32 evenly spaced beams on a car whose roof it sees."""
 TOP64 = Sensor(
     "top64",  # beams denser towards the horizon, on a high mount
     tuple((2.4 - 20.0 * np.linspace(1, 0, 64) ** 1.35).tolist()),
@@ -63,6 +65,7 @@ TOP64 = Sensor(
     reach=110.0,
     min_range=2.0,
 )
+"""64 beams, denser towards the horizon, on a high mount."""
 INDOOR = Sensor(
     "indoor",
     tuple(np.linspace(-85.0, 85.0, 110).tolist()),
@@ -73,7 +76,9 @@ INDOOR = Sensor(
     range_noise=0.008,
     cell=0.05,
 )
+"""A tripod in a room, nearly all around; one point per 5 cm."""
 SENSORS = {sensor.name: sensor for sensor in (HDL64, HDL32, TOP64, INDOOR)}
+"""The sensors by name."""
 
 
 @dataclass(frozen=True, eq=False)

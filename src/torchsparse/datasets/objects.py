@@ -34,13 +34,16 @@ STREET_CLASSES = (
     SemanticClass("car", (60, 110, 255)),
     SemanticClass("pedestrian", (220, 20, 60)),
 )
+"""What there is on a street."""
 ROOM_CLASSES = (
     SemanticClass("floor", (200, 180, 200), ground=True),
     SemanticClass("wall", (174, 199, 232)),
     SemanticClass("ceiling", (120, 130, 140)),
     SemanticClass("furniture", (255, 127, 14)),
 )
+"""What there is in a room."""
 CLASSES = STREET_CLASSES + ROOM_CLASSES
+"""All classes: the label of a point is the position of its class."""
 LABEL = {row.name: label for label, row in enumerate(CLASSES)}
 
 # Median reflectivity and spread (standard deviation of its logarithm), per material.

@@ -325,3 +325,4 @@ FORMATS = {
     "pcd": Format((".pcd",), "PCD", _read_pcd),
     "las": Format((".las", ".laz"), "LAS or LAZ", _read_las),
 }
+"""The formats by name, with their suffixes."""

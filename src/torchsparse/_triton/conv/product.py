@@ -294,8 +294,10 @@ def _plan_product(
         return _Product(m, c_out, False, False, 1, step, None)
     padded, weight = _aligned(feats, weight)
     turn = _must_turn(weight, precision)
-    if turn:
-        weight = _turned(weight)
+    if turn:  # as it will lie: nothing is read of it here
+        size = weight.shape[1] * weight.shape[2]
+        lies = (size, 1, weight.shape[1])
+        weight = torch.empty_strided(weight.shape, lies, dtype=weight.dtype, device="meta")
     tile = _tile(feats, weight, m, precision)
     own_end = end if tile.splits == 1 else NO_END
     tiles = plan.shares[0].tiles

@@ -110,7 +110,7 @@ def conv1d(
     coordinates: SparseTensor | Tensor | None = None,
     groups: int = 1,
 ) -> SparseTensor:
-    """`conv3d` over one spatial axis: coordinates (b, x)."""
+    """`conv3d` over one spatial axis: coordinates (b, x), ``weight`` [K, C_in / groups, C_out]."""
     return convolve(
         1, input, weight, kernel_size, bias, stride, padding, dilation, config,
         transposed, generative, coordinates, groups,
@@ -131,7 +131,8 @@ def conv2d(
     coordinates: SparseTensor | Tensor | None = None,
     groups: int = 1,
 ) -> SparseTensor:
-    """`conv3d` over two spatial axes: coordinates (b, x, y)."""
+    """`conv3d` over two spatial axes: coordinates (b, x, y), ``weight`` [K, C_in / groups,
+    C_out]."""
     return convolve(
         2, input, weight, kernel_size, bias, stride, padding, dilation, config,
         transposed, generative, coordinates, groups,
@@ -152,7 +153,8 @@ def conv4d(
     coordinates: SparseTensor | Tensor | None = None,
     groups: int = 1,
 ) -> SparseTensor:
-    """`conv3d` over four spatial axes: coordinates (b, x, y, z, t)."""
+    """`conv3d` over four spatial axes: coordinates (b, x, y, z, t), ``weight`` [K, C_in / groups,
+    C_out]."""
     return convolve(
         4, input, weight, kernel_size, bias, stride, padding, dilation, config,
         transposed, generative, coordinates, groups,

@@ -1,0 +1,37 @@
+"""`torchsparse warmup` where there is something to compile."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from torchsparse.segmentation import Recipe, Segmenter, save_checkpoint
+
+
+@pytest.mark.parametrize("graph", [False, True])
+def test_kernels_and_graphs_are_counted(graph: bool, gpu: torch.device, tmp_path: Path) -> None:
+    pytest.importorskip("typer")
+    from typer.testing import CliRunner
+
+    from torchsparse.cli.app import app
+
+    recipe = Recipe(voxel_size=0.5, stem=8, encoder=(8, 8), decoder=(8, 8))
+    save_checkpoint(Segmenter.new(recipe), tmp_path / "checkpoint.pt")
+    (tmp_path / "scans").mkdir()
+    for seed, points in enumerate((900, 2000)):  # in size classes of their own
+        draw = np.random.default_rng(seed)
+        cloud = draw.uniform(0, [40, 40, 4, 1], (points, 4)).astype("<f4")
+        cloud.tofile(tmp_path / "scans" / f"{seed}.bin")
+    arguments = ["warmup", str(tmp_path / "checkpoint.pt"), str(tmp_path / "scans")]
+    options = [f"--device={gpu}", *["--graph"] * graph]
+    result = CliRunner().invoke(app, [*arguments, *options])
+    assert result.exit_code == 0, result.output
+    said, times = result.stdout.splitlines()
+    ending = ", 2 graphs captured" if graph else ""
+    found = re.fullmatch(r"(\d+) kernels ready after \d+\.\d s" + ending, said)
+    assert found is not None and int(found[1]) > 5
+    assert re.fullmatch(r"\d+ voxels: first result \d+\.\d\d ms, second \d+\.\d\d ms", times)
