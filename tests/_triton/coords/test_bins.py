@@ -226,7 +226,7 @@ def test_more_keys_than_rows(name: str, narrow: bool, device: torch.device) -> N
     assert int(table.info[0]) == len(want)
     found = [tuple(site) for site in memory[:rows].tolist()]
     assert found == sorted(set(found)) and set(found) <= set(map(tuple, want.tolist()))
-    assert int(table.index.values.max()) == rows - 1
+    assert int(table.made.values.max()) == rows - 1
 
 
 def test_keys_that_are_wider_than_planned(device: torch.device) -> None:
