@@ -20,6 +20,7 @@ from torchsparse._triton.coords import index as levels
 from torchsparse._triton.coords.index import CoordIndex
 from torchsparse._triton.zeros import Zeros
 
+ONES = (1, 1, 1)
 Coords = NDArray[np.int32]
 
 
@@ -70,14 +71,16 @@ def expected(coords: Coords, geometry: Geometry) -> Tensor:
     return reference.strided_sites(index, given, geometry, none, none)[0]
 
 
-def filled(coords: Coords, geometry: Geometry, device: torch.device) -> Any:
-    """A table whose keys are not in order yet."""
+def filled(
+    coords: Coords, geometry: Geometry, device: torch.device, each: int = 8, most: int = 512
+) -> Any:
+    """A table, with room for so many keys per row, whose keys are not in order yet."""
     index = build_index(to(device, coords), geometry.reach)
     none = (None,) * geometry.ndim
-    room = 8 * max(len(coords), 1)
+    room = each * max(len(coords), 1)
     generative = geometry.kind == "generative"
     return levels._fill(
-        index, to(device, coords), geometry, none, none, generative, room, 512, False
+        index, to(device, coords), geometry, none, none, generative, room, most, False
     )
 
 
@@ -139,17 +142,39 @@ def test_keys_are_counted_where_they_are_inserted(
     assert most is None or want.max() == most
 
 
-@pytest.mark.parametrize("seed", range(6))
-def test_keys_that_make_way_are_counted_once(seed: int, device: torch.device) -> None:
-    """Many rows of few sites: chains meet keys that others have displaced."""
-    draw = np.random.default_rng(seed)
-    coords = np.unique(draw.integers(0, 10, (90, 3)), axis=0).astype(np.int32)
-    coords[:, 0] %= 2
-    coords = draw.permutation(np.unique(coords, axis=0)).astype(np.int32)
-    geometry = Geometry.strided((5, 5), (1, 1), (2, 2), (1, 1), "spconv")
-    index, info, counts = filled(coords, geometry, device)
+@pytest.mark.parametrize("most", [1, 2, 5])
+def test_keys_that_are_lost_are_not_counted(most: int, device: torch.device) -> None:
+    """A full table, where the last key of a chain is not the one that it began with."""
+    geometry = Geometry.strided((5, 5, 5), ONES, (2, 2, 2), ONES, "spconv")
+    index, info, counts = filled(CLOUDS["3 axes"][:60], geometry, device, each=1, most=most)
+    sites, lost = info.tolist()[:2]
+    assert lost > 0
     want = bins_of(rows_of(index.keys), int(info[3]), len(counts))
     np.testing.assert_array_equal(rows_of(counts), want)
+    assert sites == want.sum()
+
+
+def test_keys_are_counted_once_however_chains_overtake_each_other() -> None:
+    """The rule of `create_kernel`, with chains that proceed one step at a time in random order:
+    one that left out another key than it brought counts its own and takes back the other."""
+    taken_back = 0
+    for seed in range(300):
+        draw = np.random.default_rng(seed)
+        table, counts = [-1] * 8, [0] * 4
+        chains = [(key, key, key % 3) for key in draw.integers(0, 4, 8).tolist()]
+        while chains:
+            first, key, slot = chains.pop(draw.integers(len(chains)))
+            old, table[slot] = table[slot], max(table[slot], key)
+            if old not in (-1, key):
+                chains.append((first, min(old, key), (slot + 1) % 8))
+                continue
+            if old == -1 or key != first:
+                counts[first] += 1
+            if old == key != first:
+                counts[key] -= 1
+                taken_back += 1
+        assert counts == [table.count(key) for key in range(4)] and max(counts) == 1
+    assert taken_back > 0, "no chain was overtaken: the test shows nothing"
 
 
 def padded(
@@ -201,7 +226,7 @@ def test_more_keys_than_rows(name: str, narrow: bool, device: torch.device) -> N
     assert int(table.info[0]) == len(want)
     found = [tuple(site) for site in memory[:rows].tolist()]
     assert found == sorted(set(found)) and set(found) <= set(map(tuple, want.tolist()))
-    assert int(table.index.values.max()) == rows - 1
+    assert int(table.made.values.max()) == rows - 1
 
 
 def test_keys_that_are_wider_than_planned(device: torch.device) -> None:
@@ -243,7 +268,7 @@ class _Listen(TorchDispatchMode):
 def test_pytorch_launches_nothing(room: Room | None, device: torch.device) -> None:
     """Two searches of a level are served with zeros that its own kernels made."""
     coords = CLOUDS["3 axes"]
-    geometry, cube = halves(3), Geometry.submanifold((3, 3, 3), (1, 1, 1))
+    geometry, cube = halves(3), Geometry.submanifold((3, 3, 3), ONES)
     listen = _Listen()
     with listen, growing(Growth([room] if room else None, rows=-1)):
         index = build_index(to(device, coords), geometry.reach)

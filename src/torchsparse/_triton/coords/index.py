@@ -104,9 +104,9 @@ def _backwards(geometry: Geometry, device: torch.device) -> Tensor:
 
 
 class _Filled(NamedTuple):
-    """The sites that a layer creates, in the order of nothing."""
+    """The sites that a layer creates, in no order."""
 
-    index: CoordIndex  # without its coordinates and values
+    made: CoordIndex  # without its coordinates and values
     info: Tensor  # [4] int64: see `create_kernel`
     counts: Tensor  # [bins] int32, keys in each bin: see `bins.py`
 
@@ -319,10 +319,10 @@ def _unpack(
         narrow: Keys fit into 32 bits.
         limit: None if they fill it, else [1] int64, their number.
     """
-    sites = filled.index.coords.new_empty(rows, len(filled.index.margin) + 1)
+    sites = filled.made.coords.new_empty(rows, len(filled.made.margin) + 1)
     unpack = _by_bins if narrow else _by_sorting
     unpack(filled, sites, limit)
-    return sites, filled.index._replace(coords=sites)
+    return sites, filled.made._replace(coords=sites)
 
 
 def _by_bins(filled: _Filled, sites: Tensor, limit: Tensor | None) -> None:
