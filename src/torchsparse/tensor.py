@@ -132,7 +132,7 @@ def _check_broadcast(feats: Any, other: Any) -> None:
     for a, b in zip(mine[::-1], theirs[::-1]):
         fits &= a == b or b == 1 or a == 1
     if len(theirs) == len(mine) and theirs:
-        fits &= theirs[0] in (1, mine[0])  # no operand adds rows
+        fits &= theirs[0] in (mine[0], 1)  # no operand adds rows
     if not fits:
         raise ValueError(
             f"the operand must broadcast over the features {mine}, as [C], [N, 1] or [N, C] do, "

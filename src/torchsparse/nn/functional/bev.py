@@ -28,7 +28,7 @@ from torchsparse._validate import (
     check_same_device,
     one_of,
 )
-from torchsparse.nn.functional.conv.conv import compute_dtype
+from torchsparse.nn.functional.conv.choices import compute_dtype
 from torchsparse.nn.functional.conv.kmap import int32_coords
 from torchsparse.nn.functional.pooling import samples
 from torchsparse.tensor import SparseTensor, wrap

@@ -11,7 +11,7 @@ from torchsparse._autograd.late_norm import late_batch_norm
 from torchsparse._ops.dispatch import is_served
 from torchsparse._recipe import Norm, sum_dtype
 from torchsparse._settings import settings
-from torchsparse.nn.functional.norm import group_norm, instance_norm
+from torchsparse.nn.functional.norm import batch_norm_of_any, group_norm, instance_norm
 from torchsparse.nn.utils.apply import fapply
 from torchsparse.tensor import SparseTensor, pending, put_off, wrap
 
@@ -37,9 +37,22 @@ class BatchNorm(nn.BatchNorm1d):
             joined = self._join(input)
             if joined is not None:
                 return joined
+        if torch.compiler.is_compiling():  # how many rows there are, is not known
+            return fapply(input, self._traced)
         if input.feats.shape[0] == 0:
             return wrap(input.feats, input)
         return fapply(input, super().forward)
+
+    def _traced(self, feats: Tensor) -> Tensor:
+        """What PyTorch's layer computes, in operations that take any number of rows."""
+        mean, var, weight, bias = self.running_mean, self.running_var, self.weight, self.bias
+        if not self.training and mean is not None:
+            return torch.nn.functional.batch_norm(feats, mean, var, weight, bias, eps=self.eps)
+        self._check_input_dim(feats)
+        batches = self.num_batches_tracked
+        if not (self.training and self.track_running_stats):
+            mean = var = batches = None
+        return batch_norm_of_any(feats, weight, bias, mean, var, batches, self.momentum, self.eps)
 
     def _join(self, input: SparseTensor) -> SparseTensor | None:
         """Normalisation by running statistics, put off so that more can join it."""
