@@ -132,59 +132,75 @@ def _update(
         running.lerp_(new.to(running.dtype), momentum)
 
 
-def batch_norm_of_any(
+def traced_batch_norm(
     feats: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    batches: Tensor | None,
-    momentum: float | None,
+    mean: Tensor | None,
+    var: Tensor | None,
     eps: float,
-) -> Tensor:
-    """Normalisation by the statistics of all rows, for programs that do not know how many come.
-
-    PyTorch's looks at the number of rows; here, none change nothing, as in eager execution.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Batch norm for programs that do not know how many rows come; PyTorch's asks.
 
     Args:
         feats: [N, C] floating.
         weight, bias: [C] or None.
-        running_mean, running_var: [C], updated in place, or None.
-        batches: [] int64, counted up in place, or None.
-        momentum: Share of these rows in the running statistics; None: 1 / batches.
+        mean, var: Known statistics, [C]; None: those of the rows.
         eps: Added to the biased variance.
 
     Returns:
-        [N, C] in the dtype of ``feats``, computed in float32 (float64 in float64).
+        [N, C] in the dtype of ``feats``, computed in float32 (float64 in float64); the mean and
+        the biased variance it was normalised by, [C], 0 without rows.
 
     Raises:
-        RuntimeError: A single row, when the program runs.
+        RuntimeError: A single row without known statistics, when the program runs.
     """
     rows, dtype = feats.shape[0], sum_dtype(feats.dtype)
-    torch._check(rows != 1, lambda: "batch norm expected more than one row in training, got 1")
-    count = torch.sym_max(rows, 1)
     x = feats.to(dtype)
-    mean = x.sum(0) / count
-    # The gradient of the variance does not see the mean: deviations from it add up to 0.
-    var = (x - mean.detach()).square().sum(0) / count
+    if mean is None or var is None:
+        torch._check(rows != 1, lambda: "batch norm needs more than one row in training, got 1")
+        count = torch.sym_max(rows, 1)
+        mean = x.sum(0) / count
+        # The gradient of the variance need not see the mean: deviations from it add up to 0.
+        var = (x - mean.detach()).square().sum(0) / count
+    mean, var = mean.to(dtype), var.to(dtype)
     scale = torch.rsqrt(var + eps)
     if weight is not None:
         scale = scale * weight.to(dtype)
     out = (x - mean) * scale
     if bias is not None:
         out = out + bias.to(dtype)
-    if running_mean is not None and running_var is not None:
-        with torch.no_grad():
-            present = torch.sym_min(rows, 1)
-            share: Any = 0.0 if momentum is None else momentum
-            if batches is not None:
-                batches.add_(present)
-                if momentum is None:
-                    share = 1 / batches.clamp(min=1)
-            unbiased = var * count / torch.sym_max(rows - 1, 1)
-            for running, value in ((running_mean, mean), (running_var, unbiased)):
-                running.add_((value - running) * share * present)
-    return out.to(feats.dtype)
+    return out.to(feats.dtype), mean, var
+
+
+@torch.no_grad()
+def traced_running_statistics(
+    rows: int,
+    mean: Tensor,
+    var: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    batches: Tensor | None,
+    momentum: float | None,
+) -> None:
+    """Move the running statistics as ``nn.BatchNorm1d`` does; no rows move nothing.
+
+    Args:
+        rows: N.
+        mean, var: [C], from `traced_batch_norm`.
+        running_mean, running_var: [C], written to; the variance is the unbiased one.
+        batches: [] int64, counted up, or None.
+        momentum: Share of these rows in the running statistics; None: 1 / batches.
+    """
+    present = torch.sym_min(rows, 1)
+    share: Any = 0.0 if momentum is None else momentum
+    if batches is not None:
+        batches.add_(present)
+        if momentum is None:
+            share = 1 / batches.clamp(min=1)
+    unbiased = var * torch.sym_max(rows, 1) / torch.sym_max(rows - 1, 1)
+    for running, value in ((running_mean, mean), (running_var, unbiased)):
+        running.add_((value - running) * share * present)
 
 
 def _check_affine(channels: int, **tensors: Tensor | None) -> None:

@@ -11,7 +11,12 @@ from torchsparse._autograd.late_norm import late_batch_norm
 from torchsparse._ops.dispatch import is_served
 from torchsparse._recipe import Norm, sum_dtype
 from torchsparse._settings import settings
-from torchsparse.nn.functional.norm import batch_norm_of_any, group_norm, instance_norm
+from torchsparse.nn.functional.norm import (
+    group_norm,
+    instance_norm,
+    traced_batch_norm,
+    traced_running_statistics,
+)
 from torchsparse.nn.utils.apply import fapply
 from torchsparse.tensor import SparseTensor, pending, put_off, wrap
 
@@ -45,14 +50,18 @@ class BatchNorm(nn.BatchNorm1d):
 
     def _traced(self, feats: Tensor) -> Tensor:
         """What PyTorch's layer computes, in operations that take any number of rows."""
-        mean, var, weight, bias = self.running_mean, self.running_var, self.weight, self.bias
-        if not self.training and mean is not None:
-            return torch.nn.functional.batch_norm(feats, mean, var, weight, bias, eps=self.eps)
         self._check_input_dim(feats)
-        batches = self.num_batches_tracked
-        if not (self.training and self.track_running_stats):
-            mean = var = batches = None
-        return batch_norm_of_any(feats, weight, bias, mean, var, batches, self.momentum, self.eps)
+        running_mean, running_var = self.running_mean, self.running_var
+        known = (None, None) if self.training else (running_mean, running_var)
+        out, mean, var = traced_batch_norm(feats, self.weight, self.bias, *known, self.eps)
+        if not self.training or not self.track_running_stats:
+            return out
+        if running_mean is not None and running_var is not None:
+            traced_running_statistics(
+                feats.shape[0], mean, var, running_mean, running_var,
+                self.num_batches_tracked, self.momentum,
+            )  # fmt: skip
+        return out
 
     def _join(self, input: SparseTensor) -> SparseTensor | None:
         """Normalisation by running statistics, put off so that more can join it."""
