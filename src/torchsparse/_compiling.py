@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from functools import wraps
+from typing import Any, TypeVar
 
 import torch
 from torch.library import Library
 
-__all__ = ["operator", "runs_while_tracing", "with_gradient"]
+__all__ = ["left_to_python", "operator", "runs_while_tracing", "with_gradient"]
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 HOME = "torchsparse"
 _library = Library(HOME, "DEF")
@@ -57,3 +60,28 @@ def runs_while_tracing(function: Any) -> Any:
     """
     function._dynamo_marked_constant = True
     return function
+
+
+_left: list[Callable[..., Any]] = []
+_closed: list[Callable[..., Any]] = []  # the same for compilers, once one has come
+
+
+@runs_while_tracing
+def _close() -> None:
+    for function in _left[len(_closed) :]:
+        _closed.append(torch.compiler.disable(function))  # imports the compiler: not before
+
+
+def left_to_python(function: F) -> F:
+    """Let compilers leave a function alone: a program is cut in two where it calls it."""
+    place = len(_left)
+    _left.append(function)
+
+    @wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            _close()
+            return _closed[place](*args, **kwargs)
+        return function(*args, **kwargs)
+
+    return call  # pyright: ignore[reportReturnType]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from torchsparse._autograd.reduce import sample_norm
+from torchsparse._compiling import left_to_python
 from torchsparse._recipe import sum_dtype
 from torchsparse.nn.functional.pooling import samples
 from torchsparse.tensor import SparseTensor, wrap
@@ -15,6 +16,7 @@ from torchsparse.tensor import SparseTensor, wrap
 __all__ = ["group_norm", "instance_norm"]
 
 
+@left_to_python
 def group_norm(
     input: SparseTensor,
     num_groups: int,
@@ -49,6 +51,7 @@ def group_norm(
     return wrap(feats, input)
 
 
+@left_to_python
 def instance_norm(
     input: SparseTensor,
     running_mean: Tensor | None = None,

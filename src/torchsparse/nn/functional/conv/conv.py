@@ -20,7 +20,7 @@ from torchsparse._autograd.conv import (
 from torchsparse._autograd.depthwise import grouped_conv, grouped_pointwise
 from torchsparse._cache import Stamp, TensorCache
 from torchsparse._compat import old_conv3d_arguments
-from torchsparse._compiling import runs_while_tracing
+from torchsparse._compiling import left_to_python
 from torchsparse._geometry import Geometry, as_tuple
 from torchsparse._kernel_map import KernelMap
 from torchsparse._lazy import Lazy
@@ -321,22 +321,21 @@ def run_traced(
     """The same in a program that is being traced."""
     if lead.can_trace(traced, x):
         return lead.trace_layer(traced, x, weight, bias, config, coordinates)
-    _make_untraced()
-    sizes = (traced.kernel_size, traced.step, traced.padding, traced.dilation)
-    return _untraced(
-        len(traced.kernel_size), x, weight, *sizes[:1], bias, *sizes[1:], config,
-        traced.transposed, traced.generative, coordinates, traced.groups,
-    )  # fmt: skip
+    return _untraced(traced, x, weight, bias, config, coordinates)
 
 
-_untraced: Any = None  # `convolve`, which the compiler leaves to Python
-
-
-@runs_while_tracing
-def _make_untraced() -> None:
-    global _untraced
-    if _untraced is None:  # not before: it imports the compiler
-        _untraced = torch.compiler.disable(convolve)
+@left_to_python
+def _untraced(
+    traced: lead.Layer,
+    x: SparseTensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    config: Mapping[str, Any] | None,
+    coordinates: SparseTensor | Tensor | None,
+) -> SparseTensor:
+    kernel_size, step, padding, dilation, *kind = traced
+    layer = layer_of(len(kernel_size), kernel_size, step, padding, dilation, *kind)
+    return run_layer(layer, x, weight, bias, config, coordinates)
 
 
 def _product(

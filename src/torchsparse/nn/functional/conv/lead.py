@@ -44,10 +44,13 @@ class Layer(NamedTuple):
 def can_trace(layer: Layer, x: SparseTensor) -> bool:
     """Whether what `trace_layer` must know of ``x`` is known while a program is traced.
 
-    A transposed layer returns to a level that the program itself came from.
+    A transposed layer returns along the way on which compiled layers came.
     """
-    back = layer.transposed and not layer.generative and math.prod(layer.step) > 1
-    return not back or isinstance(x._caches, Trail)
+    if not layer.transposed or layer.generative or math.prod(layer.step) == 1:
+        return True
+    if not isinstance(x._caches, Trail):
+        return False
+    return any(level.coords is x.coords for level in x._caches.levels)
 
 
 def trace_layer(
