@@ -207,7 +207,7 @@ def _arrive(x: SparseTensor) -> tuple[Trail, Traced]:
         trail = Trail()
     for level in trail.levels:
         if level.coords is coords and level.stride == stride:
-            return trail, level._replace(spatial_range=extents)
+            return trail, Traced(coords, stride, extents, level.token)
     coords = _int32(coords)
     here = Traced(coords, stride, extents, traced.begin(coords))
     return _joined(trail, here), here

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import lru_cache
+from operator import index
 from typing import Any, NamedTuple
 
 import torch
@@ -89,7 +90,7 @@ def encode(
 ) -> str:
     """A `Plan` as a string, in operations that a compiler can follow."""
     sizes = [
-        "x".join([str(n) for n in entries])
+        "x".join([str(index(n)) for n in entries])  # others than plain numbers: another program
         for entries in (kernel_size, step, dilation, offset, stride)
     ]
     words = [kind, *sizes, rule, "transposed" if transposed else "plain", str(groups)]
