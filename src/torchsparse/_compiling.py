@@ -9,7 +9,13 @@ from typing import Any, TypeVar
 import torch
 from torch.library import Library
 
-__all__ = ["left_to_python", "operator", "runs_while_tracing", "with_gradient"]
+__all__ = [
+    "left_to_python",
+    "operator",
+    "runs_while_tracing",
+    "with_gradient",
+    "without_second_gradient",
+]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -51,6 +57,16 @@ def with_gradient(
     """Give an operator its derivative, in the manner of ``torch.library.register_autograd``."""
     name = operator.name()
     torch.library.register_autograd(name, backward, setup_context=setup_context, lib=_library)
+
+
+def without_second_gradient(operator: Any) -> None:
+    """Refuse to differentiate an operator that is a derivative itself. PyTorch would leave its
+    share out, in silence."""
+
+    def refuse(ctx: Any, *grads: Any) -> Any:
+        raise RuntimeError(f"second derivatives through {operator.name()} are not provided for")
+
+    with_gradient(operator, refuse, lambda ctx, inputs, output: None)
 
 
 def runs_while_tracing(function: Any) -> Any:

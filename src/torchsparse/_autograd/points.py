@@ -11,7 +11,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from torchsparse._capacity import PAD, row_count
-from torchsparse._compiling import operator, with_gradient
+from torchsparse._compiling import operator, with_gradient, without_second_gradient
 from torchsparse._flags import Complaint, complain_if, flag_word
 from torchsparse._ops import points, reduce
 from torchsparse._validate import check_coords, check_feats, check_rows, check_same_device
@@ -116,6 +116,7 @@ def _from_cells(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
 
 
 with_gradient(_dense_op, _from_cells, _save_cells)
+without_second_gradient(_from_dense_op)
 
 
 # ------------------------------------------------------------------ points and voxels

@@ -333,8 +333,10 @@ def _untraced(
     config: Mapping[str, Any] | None,
     coordinates: SparseTensor | Tensor | None,
 ) -> SparseTensor:
-    kernel_size, step, padding, dilation, *kind = traced
-    layer = layer_of(len(kernel_size), kernel_size, step, padding, dilation, *kind)
+    layer = layer_of(
+        len(traced.kernel_size), traced.kernel_size, traced.step, traced.padding, traced.dilation,
+        traced.transposed, traced.generative, traced.groups,
+    )  # fmt: skip
     return run_layer(layer, x, weight, bias, config, coordinates)
 
 

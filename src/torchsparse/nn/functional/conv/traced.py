@@ -26,7 +26,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from torchsparse._autograd.conv import conv_feats_grad, conv_forward, conv_weight_grad
 from torchsparse._autograd.depthwise import grouped_conv, grouped_feats_grad, grouped_weight_grad
 from torchsparse._cache import TensorCache
-from torchsparse._compiling import operator, with_gradient
+from torchsparse._compiling import operator, with_gradient, without_second_gradient
 from torchsparse._geometry import Geometry
 from torchsparse._kernel_map import KernelMap
 from torchsparse._recipe import Dataflow, sum_dtype
@@ -211,7 +211,7 @@ def begin(coords: Tensor) -> Tensor:
     if known is None or not torch.equal(known.coords, coords):
         known = _Place(TensorCache(), coords.clone())
     while len(_scans) >= MOST_SCANS:
-        _scans.popitem()
+        _scans.pop(next(iter(_scans)), None)  # the one that was not used for longest
     _scans[coords] = known
     return _token(known)
 
@@ -394,3 +394,5 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 
 with_gradient(conv, _backward, _save)
+without_second_gradient(conv_feats_grad_op)
+without_second_gradient(conv_weight_grad_op)
