@@ -438,12 +438,14 @@ def pending(x: SparseTensor) -> Lazy | None:
 
 
 def may_put_off() -> bool:
-    """Whether features may be computed later: nobody asks for gradients or traces."""
-    return settings.fuse and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    """Whether features may be computed later: nobody asks for gradients. Not while tracing."""
+    return settings.fuse and not torch.is_grad_enabled()
 
 
 def put_off(x: SparseTensor) -> Lazy | None:
     """Begin a chain with the features that ``x`` has, where one pass for all is faster."""
+    if torch.compiler.is_compiling():
+        return None
     feats = x.feats
     if not may_put_off() or not isinstance(feats, Tensor) or not feats.is_cuda or feats.dim() != 2:
         return None

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from torchsparse._compat import old_conv_arguments
 from torchsparse._geometry import default_padding
@@ -84,7 +85,7 @@ class _Conv(nn.Module):
         own = self._parameters
         kernel = own["kernel"] if "kernel" in own else self.kernel
         bias = own["bias"] if "bias" in own else self.bias
-        if torch.compiler.is_compiling():
+        if is_compiling():
             traced = lead.Layer(
                 self.kernel_size, self.stride, self.padding, self.dilation,
                 self.transposed, self.generative, self.groups,

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from torchsparse._autograd.late_norm import late_batch_norm
 from torchsparse._ops.dispatch import is_served
@@ -42,7 +43,7 @@ class BatchNorm(nn.BatchNorm1d):
             joined = self._join(input)
             if joined is not None:
                 return joined
-        if torch.compiler.is_compiling():  # how many rows there are, is not known
+        if is_compiling():  # how many rows there are, is not known
             return fapply(input, self._traced)
         if input.feats.shape[0] == 0:
             return wrap(input.feats, input)
@@ -84,7 +85,7 @@ class BatchNorm(nn.BatchNorm1d):
 
     def _by_batch(self, input: SparseTensor) -> SparseTensor | None:
         """Normalisation by the statistics of these rows, which are taken and recorded now."""
-        if not settings.fuse or torch.compiler.is_compiling():
+        if not settings.fuse or is_compiling():
             return None
         feats = input.feats
         if not isinstance(feats, Tensor) or not is_served("batch_norm", feats):

@@ -27,7 +27,7 @@ from torchsparse._lazy import Lazy
 from torchsparse._recipe import ConvRecipe
 from torchsparse._settings import settings
 from torchsparse.nn.functional.conv import lead
-from torchsparse.nn.functional.conv.choices import resolve
+from torchsparse.nn.functional.conv.choices import compute_dtype, resolve_for
 from torchsparse.nn.functional.conv.kmap import (
     Level,
     downsampled,
@@ -273,7 +273,7 @@ def run_layer(
     if not _fits(layer, feats, x, weight, bias):
         weight = _check_operands(layer, x, weight, bias)
         feats = x.feats
-    recipe = resolve(config, feats, weight, bias)
+    recipe = resolve_for(config, compute_dtype(feats, weight, bias), feats.device)
     if layer.pointwise and coordinates is None:
         matrix = weight if weight.dim() == 2 else weight[0]
         if layer.groups == 1:
