@@ -25,7 +25,7 @@ OURS = {
     "convolution": (
         "dense_kernel", "gemm_kernel", "narrow_kernel", "sum_kernel", "wgrad_kernel",
         "sum_chunks_kernel",
-        "fetch_kernel", "depthwise_kernel", "depthwise_grad_kernel",
+        "fetch_kernel", "turn_kernel", "depthwise_kernel", "depthwise_grad_kernel",
     ),
     "elementwise": (
         # batch_norm, norm

@@ -27,6 +27,7 @@ from torchsparse._triton.conv import (
     gather_gemm,
     make_pairs,
     make_plan,
+    product,
     weight_grad,
 )
 from torchsparse._triton.conv.order import new_sort_keys
@@ -136,6 +137,7 @@ def the_rest() -> None:
         norm = Norm(stats, stats, stats, stats, 1e-5)
         many = Epilogue(norm, torch.zeros((rows, c_out), dtype=HALF), 0.0)
         dense(torch.zeros(rows, c_in).half(), torch.zeros(c_in, c_out).half(), None, many)
+    product._turned(torch.zeros((27, 64, 128)))
     weight_grad(feats, residual, make_pairs(table, CUBE))
 
 

@@ -233,6 +233,15 @@ def test_epilogue(
     assert_near(got, apply(problem.product() + problem.bias.double().cpu(), epilogue))
 
 
+@pytest.mark.parametrize("shape", [(27, 40, 70), (1, 4, 5), (8, 32, 64), (2, 3, 0)], ids=str)
+def test_turned_weights(shape: tuple[int, int, int], device: torch.device) -> None:
+    weight = torch.randn(shape, device=device)
+    for given in (weight, weight.permute(2, 1, 0).contiguous().permute(2, 1, 0)):
+        got = product._turned(given)
+        assert torch.equal(got, weight)
+        assert got.transpose(1, 2).is_contiguous()
+
+
 @pytest.mark.parametrize("turned", [False, True])
 @pytest.mark.parametrize("channels", [(8, 5), (96, 20), (40, 130)], ids=str)
 @pytest.mark.parametrize("rows", [0, 1, 70])

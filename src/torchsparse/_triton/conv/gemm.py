@@ -17,7 +17,7 @@ import triton.language as tl
 
 from torchsparse._triton.primitives import bit_count, lowest_bit, real_rows
 
-__all__ = ["dense_kernel", "gemm_kernel", "narrow_kernel", "sum_kernel"]
+__all__ = ["dense_kernel", "gemm_kernel", "narrow_kernel", "sum_kernel", "turn_kernel"]
 
 
 @triton.jit
@@ -195,6 +195,21 @@ def dense_kernel(
         BIAS, NORM, RESIDUAL, ACT,
     )  # fmt: skip
     tl.store(out + rows[:, None] * CO + cols[None, :], acc.to(out.dtype.element_ty), mask=there)
+
+
+@triton.jit
+def turn_kernel(
+    w, out, w_tap, w_in, w_out, CI: tl.constexpr, CO: tl.constexpr, BI: tl.constexpr,
+    BO: tl.constexpr,
+):  # fmt: skip
+    """out[k, j, i] = w[k, i, j]."""
+    tap = tl.program_id(0).to(tl.int64)
+    i = tl.program_id(1) * BI + tl.arange(0, BI)
+    j = tl.program_id(2) * BO + tl.arange(0, BO)
+    there = (i < CI)[:, None] & (j < CO)[None, :]
+    block = tl.load(w + tap * w_tap + i[:, None] * w_in + j[None, :] * w_out, mask=there)
+    there = (j < CO)[:, None] & (i < CI)[None, :]
+    tl.store(out + tap * (CI * CO) + j[:, None] * CI + i[None, :], tl.trans(block), mask=there)
 
 
 @triton.jit(do_not_specialize=["M", "n_row", "n_tap"])

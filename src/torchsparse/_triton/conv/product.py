@@ -9,7 +9,13 @@ from torch import Tensor
 
 from torchsparse._recipe import Epilogue
 from torchsparse._triton.conv.fetch import fetch_kernel
-from torchsparse._triton.conv.gemm import dense_kernel, gemm_kernel, narrow_kernel, sum_kernel
+from torchsparse._triton.conv.gemm import (
+    dense_kernel,
+    gemm_kernel,
+    narrow_kernel,
+    sum_kernel,
+    turn_kernel,
+)
 from torchsparse._triton.conv.order import Tiles
 from torchsparse._triton.conv.pairs import Pairs
 from torchsparse._triton.conv.wgrad import sum_chunks_kernel, wgrad_kernel
@@ -268,7 +274,13 @@ def _multiply(known: _Product, feats: Tensor, weight: Tensor, end: _End) -> Tens
 
 def _turned(weight: Tensor) -> Tensor:
     """The same weight with its summed axis innermost."""
-    return weight.transpose(1, 2).contiguous().transpose(1, 2)
+    volume, c_in, c_out = weight.shape
+    out = weight.new_empty(volume, c_out, c_in)
+    launch(
+        turn_kernel, (volume, cdiv(c_in, 32), cdiv(c_out, 64)), weight, weight, out,
+        *weight.stride(), CI=c_in, CO=c_out, BI=32, BO=64,
+    )  # fmt: skip
+    return out.transpose(1, 2)
 
 
 def _must_turn(weight: Tensor, precision: str) -> bool:
