@@ -454,11 +454,10 @@ def test_nothing_is_kept_alive(device) -> None:
     "norm",
     [
         nn.BatchNorm1d(3),
-        spnn.SyncBatchNorm(3),
         spnn.BatchNorm(3, dtype=torch.float16),
         nn.utils.parametrizations.weight_norm(spnn.BatchNorm(3), dim=0),
     ],
-    ids=["dense", "synchronised", "dtypes", "parametrised"],
+    ids=["dense", "dtypes", "parametrised"],
 )
 def test_what_is_left_to_pytorch(norm, passes, device) -> None:
     norm = copy.deepcopy(norm).to(device)

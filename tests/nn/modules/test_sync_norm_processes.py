@@ -120,9 +120,12 @@ def play(case: Case, norm: Any, rank: int | None, device: torch.device, dtype: A
         if out.requires_grad:
             out.backward(grad)
         found[f"feats {step}"], found[f"grad {step}"] = out.detach(), feats.grad
-    found |= {f"grad of {name}": p.grad for name, p in norm.named_parameters()}
+    found |= {f"grad {name}": p.grad for name, p in norm.named_parameters()}
     found |= dict(norm.state_dict())
     return {name: None if t is None else t.cpu() for name, t in found.items()}
+
+
+PARAMETERS = ("grad weight", "grad bias")
 
 
 # ------------------------------------------------------------------ in the processes
@@ -204,7 +207,7 @@ def too_few(process: Process) -> Found:
         found["one"] = str(error)
     out = norm(on_sites(process.rows(0, 0).requires_grad_())).feats
     out.sum().backward()
-    found["none"] = {name: t.cpu() for name, t in norm.state_dict().items()}
+    found["none"] = {name: t.cpu().clone() for name, t in norm.state_dict().items()}
     found["grad"] = norm.weight.grad.cpu()
     norm(on_sites(process.rows(2, 1)))
     found["batches"] = int(norm.num_batches_tracked)
@@ -304,8 +307,12 @@ def train(net: Any, parts: list[list[SparseTensor]], device: torch.device, scale
 
 
 def wrapped(process: Process) -> Found:
-    net = spnn.convert_sync_batchnorm(network(), process.pair).to(process.device)
+    """DDP accepts no SyncBatchNorm on a CPU; conversion keeps the parameters that it watches."""
+    net = network().to(process.device)
+    if process.device.type == "cuda":
+        spnn.convert_sync_batchnorm(net, process.pair)
     ddp = nn.parallel.DistributedDataParallel(net, process_group=process.pair)
+    spnn.convert_sync_batchnorm(ddp, process.pair)
     train(ddp, [[scene(step)[process.rank]] for step in range(len(SCENES))], process.device, 2)
     return {name: t.cpu() for name, t in net.state_dict().items()}
 
@@ -355,18 +362,20 @@ def run(rank: int, backend: str, device: str, world: int, folder: str) -> None:
     os._exit(0)  # PyTorch's own threads may still run, and then end the process with a signal
 
 
+def start(_: int, *arguments: Any) -> None:
+    """In a fresh process: what it has imported, those that it starts share."""
+    multiprocessing.start_processes(run, arguments, arguments[2], start_method="fork")  # pyright: ignore
+
+
 # ------------------------------------------------------------------ what they found
-@pytest.fixture(scope="module", params=["gloo", "nccl"])
-def found(request: Any, device: torch.device, tmp_path_factory: Any) -> list[Found]:
-    """By process."""
-    backend, world = request.param, PROCESSES
-    if backend == "nccl":
-        world = min(torch.cuda.device_count(), PROCESSES) if device.type == "cuda" else 0
-        if world < 2:
-            pytest.skip("NCCL needs two GPUs")
+@pytest.fixture(scope="module")
+def found(device: torch.device, tmp_path_factory: pytest.TempPathFactory) -> list[Found]:
+    """By process. Through NCCL where each has a GPU of its own, else through gloo."""
+    gpus = torch.cuda.device_count() if device.type == "cuda" else 0
+    backend, world = ("nccl", min(gpus, PROCESSES)) if gpus > 1 else ("gloo", PROCESSES)
     folder: Path = tmp_path_factory.mktemp(backend)
     arguments = (backend, device.type, world, str(folder))
-    multiprocessing.spawn(run, arguments, nprocs=world)  # pyright: ignore
+    multiprocessing.spawn(start, arguments)  # pyright: ignore
     return [torch.load(folder / f"rank{rank}", weights_only=False) for rank in range(world)]
 
 
@@ -375,7 +384,7 @@ def test_processes_find_what_one_finds(case: Case, found: list[Found]) -> None:
     """Judged by PyTorch in float64, on the same rounded features."""
     parts = [f["cases"][case.name] for f in found if case.name in f["cases"]]
     if len(parts) < len(case.shares[0]):
-        pytest.skip("needs three GPUs")
+        pytest.skip("NCCL needs three GPUs for three processes")
     norm = case.norm(spnn.BatchNorm, F64)
     want = play(case, norm, None, torch.device("cpu"), F64)
     rtol, atol = TOLERANCES[case.dtype]
@@ -386,17 +395,16 @@ def test_processes_find_what_one_finds(case: Case, found: list[Found]) -> None:
         if value is None:
             assert values == [None] * len(values), name
             continue
-        if name.startswith(("feats ", "grad ")) and not name.startswith("grad of"):
+        if name in PARAMETERS:  # whoever trains adds them up
+            got = torch.stack(values).double().sum(0)
+        elif name.startswith(("feats ", "grad ")):
             got = torch.cat(values)
-        elif name.startswith("grad of"):
-            got, value = torch.stack(values).double().sum(0), value
-            torch.testing.assert_close(got, value, rtol=10 * rtol, atol=100 * atol, msg=name)
-            continue
         else:  # the state: the same bits in each process
             got = values[0]
             assert all(torch.equal(got, other) for other in values), name
+        most = atol * max(1.0, float(value.abs().max()))
         torch.testing.assert_close(
-            got.double(), value.double(), rtol=rtol, atol=atol * 4, msg=lambda m: f"{name}: {m}"
+            got.double(), value.double(), rtol=rtol, atol=most, msg=lambda m: f"{name}: {m}"
         )
 
 
