@@ -403,9 +403,7 @@ def test_processes_find_what_one_finds(case: Case, found: list[Found]) -> None:
             got = values[0]
             assert all(torch.equal(got, other) for other in values), name
         most = atol * max(1.0, float(value.abs().max()))
-        torch.testing.assert_close(
-            got.double(), value.double(), rtol=rtol, atol=most, msg=lambda m: f"{name}: {m}"
-        )
+        torch.testing.assert_close(got.double(), value.double(), rtol=rtol, atol=most, msg=name)
 
 
 def test_one_message_each_way(found: list[Found]) -> None:
