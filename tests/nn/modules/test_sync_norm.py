@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+
 import pytest
 import torch
 from torch import nn
@@ -51,9 +53,17 @@ def test_a_norm_alone_and_a_second_conversion() -> None:
     got = spnn.convert_sync_batchnorm(norm, group)
     assert type(got) is spnn.SyncBatchNorm and got.weight is norm.weight and not got.training
     assert got.process_group is group
+    assert isinstance(got, nn.SyncBatchNorm) and not isinstance(got, spnn.BatchNorm)
     assert spnn.convert_sync_batchnorm(got) is got
     plain = spnn.convert_sync_batchnorm(nn.BatchNorm1d(4))
     assert type(plain) is nn.SyncBatchNorm and spnn.convert_sync_batchnorm(plain) is plain
+
+
+def test_pickles_keep_class_and_state() -> None:
+    norm = spnn.SyncBatchNorm(4, momentum=None)
+    again = pickle.loads(pickle.dumps(norm))
+    assert type(again) is spnn.SyncBatchNorm and again.momentum is None
+    assert list(again.state_dict()) == list(nn.BatchNorm1d(4).state_dict())
 
 
 @pytest.mark.parametrize("training", [True, False])
