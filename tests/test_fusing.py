@@ -103,6 +103,15 @@ def test_fused_networks_agree_with_unfused(dtype, inplace, device) -> None:
     torch.testing.assert_close(out.feats, want, rtol=0, atol=TOLERANCES[dtype] * scale)
 
 
+def test_synchronised_norms_join_as_others(device) -> None:
+    net = network(device, torch.float64)
+    with torch.no_grad():
+        want = net(sparse(device)).feats
+        out = spnn.convert_sync_batchnorm(net)(sparse(device))
+    assert isinstance(out._feats, Lazy) and not out._feats.done
+    assert torch.equal(out.feats, want)
+
+
 @pytest.mark.parametrize("cloud", ["empty", "single", "batch_gap"])
 def test_small_clouds(cloud, device) -> None:
     net = network(device, torch.float64)

@@ -145,6 +145,14 @@ def test_every_chain_is_one_pass(added, act, inplace, passes, device) -> None:
     assert passes == [(added, slope)]
 
 
+def test_a_synchronised_norm_alone_joins_the_same(passes, device) -> None:
+    """No process group: it is `BatchNorm`."""
+    net = spnn.convert_sync_batchnorm(randomised(blocks(), device))
+    assert not any(isinstance(module, spnn.BatchNorm) for module in net.modules())
+    compare(net, device)
+    assert len(passes) == 12 and passes[2] == (True, 0.0)
+
+
 # The interpreter turns arrays of one element into numbers.
 @pytest.mark.filterwarnings("ignore:Conversion of an array")
 @pytest.mark.parametrize("dtype", [F32, torch.float16])
@@ -454,11 +462,10 @@ def test_nothing_is_kept_alive(device) -> None:
     "norm",
     [
         nn.BatchNorm1d(3),
-        spnn.SyncBatchNorm(3),
         spnn.BatchNorm(3, dtype=torch.float16),
         nn.utils.parametrizations.weight_norm(spnn.BatchNorm(3), dim=0),
     ],
-    ids=["dense", "synchronised", "dtypes", "parametrised"],
+    ids=["dense", "dtypes", "parametrised"],
 )
 def test_what_is_left_to_pytorch(norm, passes, device) -> None:
     norm = copy.deepcopy(norm).to(device)

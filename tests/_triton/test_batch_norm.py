@@ -64,6 +64,18 @@ def test_moments_of_equal_rows(device):
     torch.testing.assert_close(got, want, rtol=5e-6, atol=0)
 
 
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_one_row(dtype, device):
+    """Its own mean, without spread; other processes may have more."""
+    feats = problem((1, 5), dtype, device)["feats"]
+    for twin in (batch_norm, reference):
+        mean, var = torch.zeros(2, 5, device=device)
+        got = twin.batch_moments_(feats, 0.25, mean, var, None, 1.0)
+        assert torch.equal(mean, feats[0].float()) and torch.equal(got[0], mean)
+        assert torch.equal(var, torch.zeros_like(var))
+        torch.testing.assert_close(got[1], torch.full_like(var, 2.0))
+
+
 @pytest.mark.parametrize("shares", [1, 3, 4])
 @pytest.mark.parametrize("rows", [257, 1000])
 def test_few_shares(rows, shares, device, monkeypatch):

@@ -32,10 +32,10 @@ def batch_moments_(
     """Statistics of each channel; the running ones follow, as those of ``nn.BatchNorm1d``.
 
     Args:
-        feats: [N, C] floating, N >= 2, C >= 1.
+        feats: [N, C] floating, N >= 1, C >= 1.
         eps: Added to the biased variance.
-        mean, var: [C] floating and contiguous, written to; the variance is the unbiased one. Both
-            or neither.
+        mean, var: [C] floating and contiguous, written to; the variance is the unbiased one, 0 of
+            one row. Both or neither.
         batches: [] int64, counted up, or None.
         momentum: Share of these rows in the running statistics; None: 1 / batches.
 

@@ -28,7 +28,7 @@ def batch_moments_(
             assert batches is not None
             share = 1 / batches.to(found.dtype)
         else:
-            share = found.new_tensor(momentum)
+            share = found.new_full((), momentum)  # filled on the device
         rows = feats.shape[0]
         mean.copy_(mean * (1 - share) + centre * share)
         var.copy_(var * (1 - share) + found * (rows / max(rows - 1, 1)) * share)

@@ -26,6 +26,7 @@ __all__ = [
     "Layout",
     "Plan",
     "choose_layout",
+    "dense",
     "finish",
     "gather_gemm",
     "make_plan",
@@ -241,6 +242,16 @@ def _finish_(rows: Tensor, end: _End, where: slice) -> None:
         rows.add_(end.residual[where].to(rows.dtype))
     if end.slope is not None:
         torch.nn.functional.leaky_relu_(rows, end.slope) if end.slope else rows.relu_()
+
+
+def dense(feats: Tensor, weight: Tensor, bias: Tensor | None, epilogue: Epilogue) -> Tensor:
+    """``feats @ weight + bias``, then an epilogue.  [M, C_in] -> [M, C_out] in the same dtype."""
+    dtype = sum_dtype(feats.dtype)
+    rows = feats.to(dtype) @ weight.to(dtype)
+    if bias is not None:
+        rows += bias
+    _finish_(rows, _end(epilogue, dtype), slice(None))
+    return rows.to(feats.dtype)
 
 
 def finish(feats: Tensor, epilogue: Epilogue) -> Tensor:

@@ -258,6 +258,8 @@ def test_dense(rows: int, channels: tuple[int, int], turned: bool, device: torch
     epilogue = Epilogue(norm_of(problem, True), problem.grad, 0.25)
     got = dense(problem.feats, weight, problem.bias, epilogue)
     assert_near(got, apply(want + problem.bias.double().cpu(), epilogue), torch.float16)
+    twin = reference.dense(problem.feats, weight, problem.bias, epilogue)
+    assert_near(twin, apply(want + problem.bias.double().cpu(), epilogue), torch.float16)
 
 
 @pytest.mark.parametrize("rows", [0, 1, 40])

@@ -1,16 +1,15 @@
-"""SyncBatchNorm: conversion on any machine, statistics of two processes where PyTorch has them."""
+"""SyncBatchNorm in one process; between processes: `test_sync_norm_processes`."""
 
 from __future__ import annotations
 
-from pathlib import Path
+import pickle
 
 import pytest
 import torch
-from torch import multiprocessing, nn
+from torch import nn
 
 import torchsparse.nn as spnn
 from tests.cases import sparse
-from torchsparse import SparseTensor
 from torchsparse.models import MinkUNet
 
 F32 = torch.float32
@@ -54,9 +53,17 @@ def test_a_norm_alone_and_a_second_conversion() -> None:
     got = spnn.convert_sync_batchnorm(norm, group)
     assert type(got) is spnn.SyncBatchNorm and got.weight is norm.weight and not got.training
     assert got.process_group is group
+    assert isinstance(got, nn.SyncBatchNorm) and not isinstance(got, spnn.BatchNorm)
     assert spnn.convert_sync_batchnorm(got) is got
     plain = spnn.convert_sync_batchnorm(nn.BatchNorm1d(4))
     assert type(plain) is nn.SyncBatchNorm and spnn.convert_sync_batchnorm(plain) is plain
+
+
+def test_pickles_keep_class_and_state() -> None:
+    norm = spnn.SyncBatchNorm(4, momentum=None)
+    again = pickle.loads(pickle.dumps(norm))
+    assert type(again) is spnn.SyncBatchNorm and again.momentum is None
+    assert list(again.state_dict()) == list(nn.BatchNorm1d(4).state_dict())
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -81,43 +88,3 @@ def test_no_rows_leave_statistics_alone(device: torch.device) -> None:
     before = {name: value.clone() for name, value in norm.state_dict().items()}
     assert norm(sparse(device, "empty", dtype=F32)).feats.shape == (0, 3)
     assert all(torch.equal(norm.state_dict()[name], value) for name, value in before.items())
-
-
-# What process r of two computes; process 1 of the second case has no rows.
-SPLITS = [(40, 21), (61, 0)]
-
-
-def run(rank: int, split: tuple[int, int], meeting: str, out: str) -> None:
-    device = torch.device("cuda", 0)
-    torch.cuda.set_device(device)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{meeting}", rank=rank, world_size=2
-    )
-    x = sparse(device, dtype=F32)
-    rows = slice(0, split[0]) if rank == 0 else slice(split[0], 61)
-    feats = x.feats[rows].clone().requires_grad_()
-    norm = spnn.convert_sync_batchnorm(spnn.BatchNorm(3)).to(device)
-    y = norm(SparseTensor(feats, x.coords[rows])).feats
-    (y * torch.arange(61, device=device)[rows, None]).sum().backward()
-    found = {"feats": y.detach(), "grad": feats.grad, **norm.state_dict()}
-    torch.save({name: value.cpu() for name, value in found.items()}, f"{out}{rank}")
-    torch.distributed.destroy_process_group()
-
-
-@pytest.mark.skipif(
-    not torch.cuda.is_available(), reason="PyTorch synchronises batch norms on GPUs alone"
-)
-@pytest.mark.parametrize("split", SPLITS)
-def test_two_processes_are_one(split: tuple[int, int], tmp_path: Path) -> None:
-    arguments = (split, str(tmp_path / "meeting"), str(tmp_path / "rank"))
-    multiprocessing.spawn(run, arguments, nprocs=2)  # pyright: ignore
-    found = [torch.load(tmp_path / f"rank{rank}", weights_only=True) for rank in (0, 1)]
-    x = sparse(torch.device("cpu"), dtype=F32).requires_grad_()
-    norm = spnn.BatchNorm(3)
-    y = norm(x).feats
-    (y * torch.arange(61)[:, None]).sum().backward()
-    together = {name: torch.cat([f[name] for f in found]) for name in ("feats", "grad")}
-    torch.testing.assert_close(together["feats"], y.detach(), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(together["grad"], x.feats.grad, rtol=1e-4, atol=1e-4)
-    for name, value in norm.state_dict().items():
-        torch.testing.assert_close(found[0][name], value, rtol=1e-5, atol=1e-5)

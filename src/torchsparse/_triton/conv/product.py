@@ -142,7 +142,7 @@ def dense(feats: Tensor, weight: Tensor, bias: Tensor | None, epilogue: Epilogue
         feats: [M, C_in] float16 or bfloat16, C_in a multiple of 8.
         weight: [C_in, C_out] in the same dtype, any strides.
         bias: [C_out] in the same dtype, or None.
-        epilogue: Applied to the float32 sums, or None.
+        epilogue: Applied to the float32 sums.
     """
     m, (c_in, c_out) = feats.shape[0], weight.shape
     out = feats.new_empty(m, c_out)

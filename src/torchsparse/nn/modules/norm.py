@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.compiler import is_compiling
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from torchsparse._autograd.late_norm import late_batch_norm
+from torchsparse._autograd.sync_norm import normalise_together
 from torchsparse._ops.dispatch import is_served
 from torchsparse._recipe import Norm, sum_dtype
 from torchsparse._settings import settings
+from torchsparse._validate import check_feats, check_same_device
 from torchsparse.nn.functional.norm import (
     group_norm,
     instance_norm,
@@ -27,12 +32,8 @@ __all__ = ["BatchNorm", "GroupNorm", "InstanceNorm", "SyncBatchNorm", "convert_s
 # pyright: reportIncompatibleMethodOverride=false
 
 
-class BatchNorm(nn.BatchNorm1d):
-    """``torch.nn.BatchNorm1d`` over the rows of all samples; same arguments.
-
-    Without rows, features come back as they are and the running statistics stay. In training on a
-    GPU, a sum and an activation that follow join its pass over the features.
-    """
+class _OverRows(_BatchNorm):
+    """Batch normalisation of this process's rows; see `BatchNorm`."""
 
     def forward(self, input: SparseTensor) -> SparseTensor:
         if self.training:
@@ -47,7 +48,7 @@ class BatchNorm(nn.BatchNorm1d):
             return fapply(input, self._traced)
         if input.feats.shape[0] == 0:
             return wrap(input.feats, input)
-        return fapply(input, super().forward)
+        return fapply(input, partial(_BatchNorm.forward, self))
 
     def _traced(self, feats: Tensor) -> Tensor:
         """What PyTorch's layer computes, in operations that take any number of rows."""
@@ -123,6 +124,14 @@ def _fit(feats: Tensor, *own: Tensor | None) -> bool:
     return True
 
 
+class BatchNorm(_OverRows, nn.BatchNorm1d):
+    """``torch.nn.BatchNorm1d`` over the rows of all samples; same arguments.
+
+    Without rows, features come back as they are and the running statistics stay. In training on a
+    GPU, a sum and an activation that follow join its pass over the features.
+    """
+
+
 class GroupNorm(nn.GroupNorm):
     """Per sample, over its rows and the channels of each group; arguments of `nn.GroupNorm`.
 
@@ -155,26 +164,45 @@ class InstanceNorm(nn.InstanceNorm1d):
         )
 
 
-class SyncBatchNorm(nn.SyncBatchNorm):
+class SyncBatchNorm(_OverRows, nn.SyncBatchNorm):
     """``torch.nn.SyncBatchNorm``: statistics over the rows of all processes; same arguments.
 
-    A process without rows still takes part. Outside a process group, in evaluation and in a group
-    of one it is `BatchNorm`. PyTorch synchronises on GPUs alone: training in a process group on a
-    CPU raises its ValueError.
+    Works with every backend, on a CPU too. Each process of the group must take part in every
+    forward and backward pass; it may have any number of rows, also none. Outside a process group,
+    in evaluation and in a group of one it is `BatchNorm`. Differentiable once.
+
+    Raises:
+        ValueError: In every process, if all together have one row.
     """
 
     def forward(self, input: SparseTensor) -> SparseTensor:
-        if input.feats.shape[0] == 0 and not self._has_company():
-            return wrap(input.feats, input)
-        return fapply(input, super().forward)
+        group = self._company()
+        if group is None:
+            return super().forward(input)
+        return fapply(input, self._together, group)
 
-    def _has_company(self) -> bool:
-        """Whether other processes wait for this one's statistics."""
-        together = torch.distributed.is_available() and torch.distributed.is_initialized()
-        if not (self.training and together):
-            return False
-        group = self.process_group or torch.distributed.group.WORLD
-        return torch.distributed.get_world_size(group) > 1
+    def _company(self) -> Any:
+        """The group, if other processes wait for this one's statistics; else None."""
+        if not (self.training and dist.is_available() and dist.is_initialized()):
+            return None
+        group = self.process_group or dist.group.WORLD
+        return group if dist.get_world_size(group) > 1 else None
+
+    def _together(self, feats: Tensor, group: Any) -> Tensor:
+        check_feats(feats)
+        if feats.shape[1] != self.num_features or self.num_features == 0:
+            raise ValueError(
+                f"`feats` must have shape [N, {max(self.num_features, 1)}], "
+                f"got {list(feats.shape)}"
+            )
+        mean = var = batches = None
+        if self.track_running_stats:
+            mean, var, batches = self.running_mean, self.running_var, self.num_batches_tracked
+        weight, bias = self.weight, self.bias
+        check_same_device(feats=feats, weight=weight, bias=bias, running_mean=mean)
+        return normalise_together(
+            feats, weight, bias, mean, var, batches, self.momentum, self.eps, group
+        )
 
     @classmethod
     def convert_sync_batchnorm(cls, module: nn.Module, process_group: Any = None) -> nn.Module:
@@ -196,7 +224,7 @@ def convert_sync_batchnorm(module: nn.Module, process_group: Any = None) -> nn.M
     """See `SyncBatchNorm.convert_sync_batchnorm`."""
     if isinstance(module, BatchNorm):
         return _synchronising(module, process_group)
-    if isinstance(module, nn.modules.batchnorm._BatchNorm):
+    if isinstance(module, _BatchNorm):
         if isinstance(module, nn.SyncBatchNorm):
             return module
         return nn.SyncBatchNorm.convert_sync_batchnorm(module, process_group)
