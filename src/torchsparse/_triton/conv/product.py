@@ -135,7 +135,7 @@ def finish(feats: Tensor, epilogue: Epilogue) -> Tensor:
     return out
 
 
-def dense(feats: Tensor, weight: Tensor, bias: Tensor | None, epilogue: Epilogue | None) -> Tensor:
+def dense(feats: Tensor, weight: Tensor, bias: Tensor | None, epilogue: Epilogue) -> Tensor:
     """``feats @ weight + bias``, then an epilogue, in one pass.
 
     Args:
