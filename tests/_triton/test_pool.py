@@ -23,21 +23,23 @@ FLOATS = [torch.float16, torch.bfloat16, torch.float32]
 # Sums of at most 27 numbers around 1 in float32, in another order; then rounded to 11 and 8 bits.
 TOLERANCE = {torch.float16: 1e-3, torch.bfloat16: 8e-3, torch.float32: 1e-6}
 # (K, N, M): a window of one tap, taps that do not fill a turn, nothing at either end.
-SIZES = [(27, 60, 70), (8, 50, 20), (1, 9, 9), (5, 1, 3), (3, 0, 4), (3, 4, 0), (0, 4, 5)]
+SIZES = [(27, 60, 70), (8, 50, 20), (1, 9, 9), (5, 1, 3), (3, 0, 4), (3, 4, 0)]
 CHANNELS = [0, 1, 5, 32, 130]
 
 
 def close(got: Tensor, want: Tensor) -> None:
     assert got.dtype == want.dtype and got.is_contiguous()
     tolerance = TOLERANCE[want.dtype]
-    # Twice the sum of the sizes of the terms: a difference of float32 sums is no larger.
-    atol = 40 * 2**-23 if want.dtype == torch.float32 else tolerance
+    atol = 40 * 2**-23 if want.dtype == torch.float32 else tolerance  # where terms cancel
     torch.testing.assert_close(got, want, rtol=tolerance, atol=atol, equal_nan=True)
 
 
 def same(got: Tensor, want: Tensor) -> None:
-    """Bit for bit, also zeros and NaN."""
+    """Bit for bit, also zeros; PyTorch's `gather` on a CPU has NaN of its own."""
     assert got.dtype == want.dtype and got.shape == want.shape
+    if want.is_floating_point():
+        assert torch.equal(got.isnan(), want.isnan())
+        got, want = (t.detach().where(~t.isnan(), 0) for t in (got, want))
     number = torch.int32 if got.element_size() == 4 else torch.int16
     assert torch.equal(got.view(number), want.view(number))
 
@@ -235,15 +237,15 @@ def test_modules_down_and_up(how, args, dtype, device):
     with forced("_triton"):
         got = run(layers[how], dtype, device)
         again = run(layers[how], dtype, device)
-    # The way up of a maximum adds what meets; in the middle of `sum` are numbers around 50.
+    # The way up of a maximum adds what meets.
     exact = 2 if how == "max" else 0
     for k, (one, two, other) in enumerate(zip(got, again, want)):
         same(two, one)
         if k < exact:
             same(one, other)
         else:
-            size = float(other.abs().max())
-            close(one / size, other / size)
+            size = float(other.detach().abs().max())
+            close(one.detach() / size, other.detach() / size)
 
 
 def test_evaluation_writes_no_rows(device, monkeypatch):

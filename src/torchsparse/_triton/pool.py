@@ -29,12 +29,14 @@ __all__ = ["pick_rows", "pool_max", "pool_shares", "pool_sum", "pool_top", "unpo
 
 BLOCK = 256  # rows of kernels without channels
 ELEMENTS = 1024  # of a block: 16 bytes per lane and neighbour for 16-bit features
+MOST_ROWS = 128  # of a block at most: a row per lane
 
 
 def _tile(channels: int, itemsize: int) -> Tile:
     """Blocks without idle lanes if at least 32 channels, a power of two, divide a row."""
     even = channels & -channels
-    return row_tile(channels, itemsize, ELEMENTS, min(even, 128) if even >= 32 else 128)
+    tile = row_tile(channels, itemsize, ELEMENTS, min(even, 128) if even >= 32 else 128)
+    return tile._replace(rows=min(tile.rows, MOST_ROWS))
 
 
 def pool_sum(

@@ -100,9 +100,13 @@ class _MaxPool(_Window):
     def forward(self, input: SparseTensor, coordinates: Sites = None) -> Any:
         """[N, C] features -> [M, C], on ``coordinates`` if they are given."""
         return pool_max(
-            self.ndim, input, *self._window, self.return_indices,
-            coordinates=coordinates, config=self._config,
-        )  # fmt: skip
+            self.ndim,
+            input,
+            *self._window,
+            return_indices=self.return_indices,
+            coordinates=coordinates,
+            config=self._config,
+        )
 
     def extra_repr(self) -> str:
         return super().extra_repr() + (", return_indices=True" if self.return_indices else "")
