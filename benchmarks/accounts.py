@@ -37,6 +37,9 @@ OURS = {
         "_chunks_kernel", "_groups_kernel", "_count_kernel", "_max_kernel", "_decode_kernel",
         "_argmax_kernel", "_tally_kernel", "_place_kernel", "_group_keys_kernel",
         "_starts_kernel",
+        # pool: over windows
+        "_pool_sum_kernel", "_pool_shares_kernel", "_pool_max_kernel", "_unpool_max_kernel",
+        "_pick_rows_kernel",
         # points
         "_flat_index_kernel", "_last_row_kernel", "_claim_kernel", "_scatter_kernel",
         "_gather_kernel", "_gather_strided_kernel", "_share_kernel", "_devoxelize_kernel",

@@ -15,6 +15,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -246,11 +247,51 @@ def sample_cases(rows: int) -> Iterator[Case]:
         )
 
 
+def window_cases(rows: int) -> Iterator[Case]:
+    """Local pools on maps that exist. Each neighbour counts, also those that the cache had."""
+    coords = cloud(rows, (2, 1024, 1024, 64))
+    n = len(coords)
+    for size, stride in ((2, 2), (3, 2), (3, 1)):
+        levels = [SparseTensor(torch.empty(n, 1, device=d), coords.to(d)) for d in ("cuda", "cpu")]
+        levels[1].feats.fill_(1)
+        counts = [F.sum_pool3d(level, size, stride).feats for level in levels][1]
+        m, pairs, taps = len(counts), int(counts.double().sum()), size**3
+        for channels, dtype in ((64, torch.float16), (64, torch.float32), (96, torch.float16)):
+            x = features(n, channels, dtype)
+            f, e = x.cuda(), channels * x.element_size()
+            for name, pool in (("max", F.max_pool3d), ("avg", F.avg_pool3d)):
+
+                def run(
+                    level: SparseTensor, f: Tensor,
+                    pool: Any = pool, size: int = size, stride: int = stride,
+                ) -> Tensor:  # fmt: skip
+                    there = SparseTensor(f, level.coords, level.stride)
+                    there._caches = level._caches
+                    return pool(there, size, stride).feats
+
+                label = f"{name} {size} / {stride}, {n} to {m} x {channels} {str(dtype)[6:]}"
+                forward = e * (pairs + m) + 4 * taps * m
+                back = e * (pairs + n) + 4 * taps * n
+                if name == "max":  # rows of the maxima are written, and read as often as values
+                    back += 4 * channels * (pairs + m)
+                tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+                yield Case(
+                    f"pool     {label}", lambda f=f, run=run, x=levels[0]: run(x, f), forward,
+                    lambda f=x, run=run, x=levels[1]: run(x, f),
+                    tolerance=0 if name == "max" else tolerance,
+                )  # fmt: skip
+                yield Case(
+                    f"pool f+b {label}", with_grad(partial(run, levels[0]), f), forward + back,
+                    with_grad(partial(run, levels[1]), x), tolerance=tolerance,
+                )  # fmt: skip
+
+
 CASES = {
     "to_dense": dense_cases,
     "points": point_cases,
     "search": search_cases,
     "samples": sample_cases,
+    "windows": window_cases,
 }
 
 

@@ -56,8 +56,9 @@ def test_gpus_have_kernels_where_they_can_be_used(monkeypatch, usable) -> None:
     package = "_triton" if usable else "_reference"
     there: object = OnGpu()
     assert twin("conv", there).__name__ == f"torchsparse.{package}.conv"  # pyright: ignore[reportArgumentType]
-    # No kernels yet: plain PyTorch.
-    assert twin("pool", there).__name__ == "torchsparse._reference.pool"  # pyright: ignore[reportArgumentType]
+    assert twin("pool", there).__name__ == f"torchsparse.{package}.pool"  # pyright: ignore[reportArgumentType]
+    # No kernels: plain PyTorch.
+    assert twin("voxels", there).__name__ == "torchsparse._reference.voxels"  # pyright: ignore[reportArgumentType]
 
 
 def test_tests_may_force_one() -> None:

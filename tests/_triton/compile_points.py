@@ -24,10 +24,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from torchsparse._groups import Groups
-from torchsparse._triton import grouping, norm, points, reduce, sums, table
+from torchsparse._triton import grouping, norm, points, pool, reduce, sums, table
 
 TARGET = GPUTarget("cuda", 90, 32)
-FAMILIES: tuple[Any, ...] = (grouping, norm, points, reduce, sums, table)
+FAMILIES: tuple[Any, ...] = (grouping, norm, points, pool, reduce, sums, table)
 TYPES = {
     torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64",
     torch.int16: "i16", torch.int32: "i32", torch.int64: "i64", torch.uint8: "u8",
@@ -147,6 +147,13 @@ def run_all(dtype: torch.dtype = torch.float16, channels: int = 64) -> None:
     norm.sample_moments(feats, index, Groups(groups.order, groups.starts[:7]), 8)
     norm.centred_dots(feats, feats, index, groups, torch.zeros((num, channels)))
     norm.affine(feats, index, table_, table_, table_, dtype, (feats, table_))
+    taps, limit = torch.zeros((27, num), dtype=torch.int32), torch.zeros(1, dtype=torch.int64)
+    pool.pool_sum(feats, taps, None, True, limit)
+    pool.pool_sum(feats, taps, pool.pool_shares(taps, torch.float32))
+    _, rows = pool.pool_max(feats, taps, limit)
+    pool.pool_top(feats, taps)
+    pool.unpool_max(feats[:num], rows, taps, limit)
+    pool.pick_rows(feats, rows)
     keys = table.hash_rows(coords, torch.zeros((27, 3), dtype=torch.int32))
     table.find_rows(keys[0], keys)
     table.lookup(keys[0], index, keys)

@@ -9,11 +9,12 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from torchsparse._capacity import row_count
 from torchsparse._kernel_map import KernelMap
 from torchsparse._ops import pool
 from torchsparse._recipe import sum_dtype
 
-__all__ = ["max_pool", "max_unpool", "sum_pool"]
+__all__ = ["max_pool", "max_unpool", "sum_pool", "top_pool"]
 
 # The methods of a Function have the signature of what they compute, not that of the base class.
 # pyright: reportIncompatibleMethodOverride=false
@@ -27,16 +28,16 @@ class _SumPool(Function):
     @staticmethod
     def forward(ctx: Any, feats: Tensor, kmap: KernelMap, transposed: bool, mean: bool) -> Tensor:
         ctx.kmap, ctx.transposed, ctx.mean, ctx.dtype = kmap, transposed, mean, feats.dtype
-        return pool.pool_sum(feats, _table(kmap, transposed), None, mean)
+        limit = row_count(kmap.in_coords if transposed else kmap.out_coords)
+        return pool.pool_sum(feats, _table(kmap, transposed), None, mean, limit)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         shares = None
         if ctx.mean:
-            counts = (_table(ctx.kmap, ctx.transposed) >= 0).sum(0, dtype=torch.int32)
-            dtype = sum_dtype(grad.dtype)
-            shares = counts.clamp(min=1).to(dtype).reciprocal()
+            table = _table(ctx.kmap, ctx.transposed)
+            shares = pool.pool_shares(table, sum_dtype(grad.dtype))
         back = pool.pool_sum(grad, _table(ctx.kmap, not ctx.transposed), shares)
         return back.to(ctx.dtype), None, None, None
 
@@ -60,7 +61,7 @@ def sum_pool(feats: Tensor, kmap: KernelMap, transposed: bool, mean: bool) -> Te
 class _MaxPool(Function):
     @staticmethod
     def forward(ctx: Any, feats: Tensor, kmap: KernelMap) -> tuple[Tensor, Tensor]:
-        out, rows = pool.pool_max(feats, kmap.table)
+        out, rows = pool.pool_max(feats, kmap.table, row_count(kmap.out_coords))
         ctx.save_for_backward(rows)
         ctx.mark_non_differentiable(rows)
         ctx.kmap = kmap
@@ -88,11 +89,19 @@ def max_pool(feats: Tensor, kmap: KernelMap) -> tuple[Tensor, Tensor]:
     return _MaxPool.apply(feats, kmap)  # pyright: ignore[reportReturnType]
 
 
+def top_pool(feats: Tensor, kmap: KernelMap) -> Tensor:
+    """The first result of `max_pool`; its rows are not written unless a gradient wants them."""
+    if feats.requires_grad and torch.is_grad_enabled():
+        return max_pool(feats, kmap)[0]
+    return pool.pool_top(feats, kmap.table, row_count(kmap.out_coords))
+
+
 class _MaxUnpool(Function):
     @staticmethod
     def forward(ctx: Any, values: Tensor, rows: Tensor, kmap: KernelMap) -> Tensor:
         ctx.save_for_backward(rows)
-        return pool.unpool_max(values, rows, kmap.transposed.table)
+        limit = row_count(kmap.in_coords)
+        return pool.unpool_max(values, rows, kmap.transposed.table, limit)
 
     @staticmethod
     @once_differentiable

@@ -18,7 +18,7 @@ __all__ = ["forced", "has_triton", "is_served", "reference", "twin"]
 
 # Families with Triton kernels.
 KERNELS = frozenset(
-    {"batch_norm", "conv", "coords", "depthwise", "norm", "points", "reduce", "table"}
+    {"batch_norm", "conv", "coords", "depthwise", "norm", "points", "pool", "reduce", "table"}
 )
 _forced: list[str] = []
 

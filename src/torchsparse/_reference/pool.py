@@ -13,7 +13,7 @@ from torch import Tensor
 from torchsparse._recipe import sum_dtype
 from torchsparse._reference.coords import flat_nonzero
 
-__all__ = ["pick_rows", "pool_max", "pool_sum", "unpool_max"]
+__all__ = ["pick_rows", "pool_max", "pool_shares", "pool_sum", "pool_top", "unpool_max"]
 
 # Features of a block of outputs on a CPU: with those of its neighbours they stay in the L2 cache.
 BLOCK = 65536
@@ -34,7 +34,13 @@ def _candidates(neighbors: Tensor) -> Tensor:
     return torch.arange(neighbors.shape[0], device=neighbors.device)
 
 
-def pool_sum(feats: Tensor, table: Tensor, shares: Tensor | None, mean: bool) -> Tensor:
+def pool_sum(
+    feats: Tensor,
+    table: Tensor,
+    shares: Tensor | None = None,
+    mean: bool = False,
+    limit: Tensor | None = None,
+) -> Tensor:
     """``out[m] = sum over the neighbours n = table[k, m] of shares[n] * feats[n]``.
 
     Args:
@@ -42,6 +48,7 @@ def pool_sum(feats: Tensor, table: Tensor, shares: Tensor | None, mean: bool) ->
         table: [K, M] int32, rows of feats, -1 = none.
         shares: [N] floating factors, None = 1.
         mean: Divide by the number of neighbours.
+        limit: Not used: outputs behind it have no neighbours.
 
     Returns:
         [M, C] in the dtype of feats, summed in float32 (float64 in float64); 0 without neighbours.
@@ -56,17 +63,35 @@ def pool_sum(feats: Tensor, table: Tensor, shares: Tensor | None, mean: bool) ->
     index = torch.where(table < 0, feats.shape[0], table).t().contiguous()
     out = torch.nn.functional.embedding_bag(index, padded, mode="sum")
     if mean:
-        counts = (table >= 0).sum(0, dtype=torch.int32)
-        out = out / counts.clamp(min=1)[:, None]
+        out = out / _counts(table)[:, None]
     return out.to(feats.dtype)
 
 
-def pool_max(feats: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
+def _counts(table: Tensor) -> Tensor:
+    """Neighbours of each output, at least 1.  -> [M] int32"""
+    return (table >= 0).sum(0, dtype=torch.int32).clamp(min=1)
+
+
+def pool_shares(table: Tensor, dtype: torch.dtype) -> Tensor:
+    """One over the number of neighbours of each output.
+
+    Args:
+        table: [K, M] int32, -1 = none.
+        dtype: float32 or float64.
+
+    Returns:
+        [M] in ``dtype``, 1 without neighbours.
+    """
+    return _counts(table).to(dtype).reciprocal()
+
+
+def pool_max(feats: Tensor, table: Tensor, limit: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Maximum over the neighbours, and the row it comes from.
 
     Args:
         feats: [N, C] floating.
         table: [K, M] int32, rows of feats, -1 = none.
+        limit: Not used: outputs behind it have no neighbours.
 
     Returns:
         [M, C] in the dtype of feats, 0 without neighbours, NaN where one of them is NaN; and
@@ -88,6 +113,11 @@ def pool_max(feats: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
     return out.masked_fill_(none, 0), rows.masked_fill_(none, -1)
 
 
+def pool_top(feats: Tensor, table: Tensor, limit: Tensor | None = None) -> Tensor:
+    """The first result of `pool_max`, where nobody asks for the second."""
+    return pool_max(feats, table, limit)[0]
+
+
 def _raise_to_max(feats: Tensor, table: Tensor, start: Tensor, out: Tensor, rows: Tensor) -> None:
     """Bring ``out`` [M, C] and ``rows``, so far those of the first neighbour, to the maximum."""
     # From the last tap to the first: of equal values the lowest tap comes last and stays.
@@ -101,13 +131,14 @@ def _raise_to_max(feats: Tensor, table: Tensor, start: Tensor, out: Tensor, rows
         out.index_copy_(0, where, torch.where(wins, values, best))
 
 
-def unpool_max(values: Tensor, rows: Tensor, table: Tensor) -> Tensor:
+def unpool_max(values: Tensor, rows: Tensor, table: Tensor, limit: Tensor | None = None) -> Tensor:
     """Send values back to the rows they came from: the adjoint of `pick_rows`.
 
     Args:
         values: [M, C] floating.
         rows: [M, C] int32, from `pool_max`.
         table: [K, N] int32, the transposed of the table that `pool_max` read.
+        limit: Not used: rows behind it have no neighbours.
 
     Returns:
         [N, C] in the dtype of values: the sum over taps of ``values[m, c]`` for the

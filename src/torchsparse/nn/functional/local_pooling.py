@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchsparse._autograd.pool import max_pool, max_unpool, sum_pool
+from torchsparse._autograd.pool import max_pool, max_unpool, sum_pool, top_pool
 from torchsparse._compiling import left_to_python
 from torchsparse._flags import Complaint, complain_if
 from torchsparse._kernel_map import KernelMap
@@ -77,10 +77,10 @@ def max_pool3d(
             out-of-range coordinates.
         TypeError: Wrong dtypes.
     """
-    out, rows = pool_max(
-        3, input, kernel_size, stride, padding, dilation, coordinates=coordinates, config=config
-    )
-    return (out, rows) if return_indices else out
+    return pool_max(
+        3, input, kernel_size, stride, padding, dilation, return_indices,
+        coordinates=coordinates, config=config,
+    )  # fmt: skip
 
 
 def avg_pool3d(
@@ -189,13 +189,16 @@ def pool_max(
     stride: Any,
     padding: Any,
     dilation: Any,
+    return_indices: bool = False,
     coordinates: Sites = None,
     config: Config = None,
-) -> tuple[SparseTensor, Tensor]:
-    """`max_pool3d` with indices, over ``ndim`` spatial axes."""
+) -> Any:
+    """`max_pool3d` over ``ndim`` spatial axes."""
     kmap, level = _windows(
         ndim, x, kernel_size, stride, padding, dilation, config, coordinates=coordinates
     )
+    if not return_indices:
+        return on_level(top_pool(x.feats, kmap), x, level)
     feats, rows = max_pool(x.feats, kmap)
     return on_level(feats, x, level), rows
 

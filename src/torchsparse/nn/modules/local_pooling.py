@@ -99,10 +99,14 @@ class _MaxPool(_Window):
 
     def forward(self, input: SparseTensor, coordinates: Sites = None) -> Any:
         """[N, C] features -> [M, C], on ``coordinates`` if they are given."""
-        out, rows = pool_max(
-            self.ndim, input, *self._window, coordinates=coordinates, config=self._config
+        return pool_max(
+            self.ndim,
+            input,
+            *self._window,
+            return_indices=self.return_indices,
+            coordinates=coordinates,
+            config=self._config,
         )
-        return (out, rows) if self.return_indices else out
 
     def extra_repr(self) -> str:
         return super().extra_repr() + (", return_indices=True" if self.return_indices else "")
