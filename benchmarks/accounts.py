@@ -15,6 +15,7 @@ OURS = {
         "bounds_kernel", "check_kernel", "fit_kernel", "find_kernel", "invert_kernel",
         "assign_kernel", "begin_kernel", "collect_kernel", "create_kernel", "insert_kernel",
         "level_kernel", "unpack_kernel",
+        "bin_sum_kernel", "bin_start_kernel", "blank_kernel", "bucket_kernel", "rank_kernel",
         # conv: order, pairs
         "row_key_kernel", "start_kernel", "place_kernel", "tile_kernel", "count_kernel",
         "list_kernel",

@@ -19,6 +19,7 @@ WITH_CODE = {
     "README.md",
     "docs/beyond-convolution.md",
     "docs/choosing-a-dataflow.md",
+    "docs/compile.md",
     "docs/conventions.md",
     "docs/deployment.md",
     "docs/how-it-works.md",

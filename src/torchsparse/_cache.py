@@ -6,7 +6,7 @@ A map serves only the coordinates it was built from. `Stamp` is the rule that de
 from __future__ import annotations
 
 import enum
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,8 +15,11 @@ from torchsparse._settings import settings
 
 __all__ = [
     "Stamp",
+    "Step",
     "TensorCache",
     "TensorCacheMode",
+    "Traced",
+    "Trail",
     "clear_global_tensor_cache",
     "get_global_tensor_cache",
     "get_tensor_cache_mode",
@@ -113,6 +116,50 @@ class TensorCache:
     def __setstate__(self, state: dict[str, Any]) -> None:
         TensorCache.__init__(self)
         vars(self).update(state)
+
+
+class Traced(NamedTuple):
+    """A level that a compiled program went through."""
+
+    coords: Tensor  # [N, 1 + D] int32
+    stride: tuple[int, ...]
+    spatial_range: tuple[int, ...] | None
+    token: Tensor  # whoever has it finds the maps of the run again: see nn.functional.conv.traced
+
+
+class Step(NamedTuple):
+    """A strided layer that a compiled program went through: four D-tuples, and its two ends."""
+
+    kernel_size: tuple[int, ...]
+    stride: tuple[int, ...]
+    dilation: tuple[int, ...]
+    offset: tuple[int, ...]
+    fine: Traced
+    coarse: Traced
+
+
+class Trail(TensorCache):
+    """The cache of tensors that a compiled program makes: where they come from.
+
+    It is never changed while a program is traced; each layer that leads to another level begins a
+    new one. Afterwards it serves like any cache, without maps at first.
+    """
+
+    def __init__(self, levels: tuple[Traced, ...] = (), steps: tuple[Step, ...] = ()) -> None:
+        TensorCache.__init__(self)
+        self.levels = levels
+        self.steps = steps
+        for level in levels:
+            self.cmaps[level.stride] = (level.coords, level.spatial_range)
+
+    def extras(self) -> dict[str, Any]:
+        """What users attached to the cache."""
+        found = TensorCache.extras(self)
+        return {name: value for name, value in found.items() if name not in ("levels", "steps")}
+
+    def __reduce__(self) -> Any:
+        """Pickled and copied as an ordinary cache."""
+        return TensorCache, (), self.__getstate__()
 
 
 class TensorCacheMode(enum.Enum):

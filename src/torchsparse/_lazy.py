@@ -20,6 +20,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from torchsparse._compiling import runs_while_tracing
 from torchsparse._recipe import Epilogue, Norm
 
 __all__ = ["Lazy", "close_chain"]
@@ -35,6 +36,7 @@ class _Open(threading.local):
 _open = _Open()
 
 
+@runs_while_tracing
 def close_chain() -> None:
     """Compute what is still open in this thread, if anybody holds it."""
     now = _open.chain

@@ -10,8 +10,9 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -284,7 +285,9 @@ class Graphed:
             self._pool = torch.cuda.graph_pool_handle()
 
         def run() -> tuple[Any, Growth, Tensor]:
-            return _padded(self.model, x, coords, feats, count, rooms)
+            # Autocast keeps casts of weights until its block ends; a graph must not read them.
+            with _autocast_without_cache():
+                return _padded(self.model, x, coords, feats, count, rooms)
 
         *_, report = run()  # compiles, and fills what is made once per process
         on_host = torch.empty(report.shape, dtype=report.dtype, pin_memory=True)
@@ -368,6 +371,13 @@ class Graphed:
         return counts
 
 
+def _autocast_without_cache() -> AbstractContextManager[Any]:
+    """Autocast as it is, casting weights whenever they are used."""
+    if not torch.is_autocast_enabled("cuda"):
+        return nullcontext()
+    return torch.autocast("cuda", torch.get_autocast_dtype("cuda"), cache_enabled=False)
+
+
 @contextmanager
 def _no_waiting() -> Iterator[None]:
     """Raise RuntimeError where PyTorch would wait for the device."""
@@ -382,6 +392,7 @@ def _no_waiting() -> Iterator[None]:
         torch.cuda.set_sync_debug_mode(before)
 
 
+@lru_cache(maxsize=1024)
 def _room(rows: int, most: int | None) -> int:
     """Rows of the bucket for so many: sizes grow by RATIO."""
     room = SMALLEST

@@ -14,6 +14,7 @@ from torch import Tensor
 from torchsparse._autograd.reduce import segment_sum
 from torchsparse._autograd.rows import move_rows, repeat_rows
 from torchsparse._cache import TensorCache
+from torchsparse._compiling import left_to_python
 from torchsparse._flags import Complaint, complain_if, raise_pending
 from torchsparse._ops.sets import unique_rows
 from torchsparse._validate import (
@@ -46,6 +47,7 @@ SITES = ("union", "intersection", "first")
 
 
 # ------------------------------------------------------------------ different sites
+@left_to_python
 def align(
     *inputs: SparseTensor, sites: str = "union", fill: float = 0.0
 ) -> tuple[SparseTensor, ...]:
@@ -92,6 +94,7 @@ def align(
     )
 
 
+@left_to_python
 def union(*inputs: SparseTensor) -> SparseTensor:
     """Sum any number of tensors of one stride over the union of their sites.
 
@@ -191,6 +194,7 @@ def cat(inputs: Sequence[SparseTensor], fill: float | None = None) -> SparseTens
 
 
 # ------------------------------------------------------------------ some of the rows
+@left_to_python
 def prune(input: SparseTensor, mask: Tensor) -> SparseTensor:
     """Keep the rows where a mask is true. Waits for the device.
 
@@ -228,6 +232,7 @@ def prune(input: SparseTensor, mask: Tensor) -> SparseTensor:
 
 
 # ------------------------------------------------------------------ one vector per sample
+@left_to_python
 def broadcast(input: SparseTensor, vectors: Tensor) -> SparseTensor:
     """Give every row the vector of its sample.
 

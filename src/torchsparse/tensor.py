@@ -132,7 +132,7 @@ def _check_broadcast(feats: Any, other: Any) -> None:
     for a, b in zip(mine[::-1], theirs[::-1]):
         fits &= a == b or b == 1 or a == 1
     if len(theirs) == len(mine) and theirs:
-        fits &= theirs[0] in (1, mine[0])  # no operand adds rows
+        fits &= theirs[0] in (mine[0], 1)  # no operand adds rows
     if not fits:
         raise ValueError(
             f"the operand must broadcast over the features {mine}, as [C], [N, 1] or [N, C] do, "
@@ -441,12 +441,14 @@ def pending(x: SparseTensor) -> Lazy | None:
 
 
 def may_put_off() -> bool:
-    """Whether features may be computed later: nobody asks for gradients or traces."""
-    return settings.fuse and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    """Whether features may be computed later: nobody asks for gradients. Not while tracing."""
+    return settings.fuse and not torch.is_grad_enabled()
 
 
 def put_off(x: SparseTensor) -> Lazy | None:
     """Begin a chain with the features that ``x`` has, where one pass for all is faster."""
+    if torch.compiler.is_compiling():
+        return None
     feats = x.feats
     if not may_put_off() or not isinstance(feats, Tensor) or not feats.is_cuda or feats.dim() != 2:
         return None

@@ -20,7 +20,8 @@ from torchsparse import SparseTensor
 from torchsparse._autograd.depthwise import _plain, grouped_conv
 from torchsparse._kernel_map import KernelMap
 from torchsparse._ops.dispatch import forced
-from torchsparse.nn.functional.conv.conv import find_map, resolve
+from torchsparse.nn.functional.conv.choices import resolve
+from torchsparse.nn.functional.conv.conv import find_map
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -56,6 +56,38 @@ def test_graphs_follow_the_weights(gpu: torch.device) -> None:
     assert net.captures == 3
 
 
+class Headed(nn.Module):
+    """A convolution and a plain layer, whose weights autocast casts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = spnn.Conv3d(4, 8, 3), nn.Linear(8, 5)
+
+    def forward(self, x: SparseTensor) -> Tensor:
+        return self.head(self.conv(x).feats)
+
+
+def test_autocast(gpu: torch.device) -> None:
+    """A graph reads the weights that there are, not casts that autocast kept for a while."""
+    model = network(Headed, gpu)
+    net = graphed(model)
+    x = scan(300, 1, gpu, ranged=True)
+    for factor in (1.0, 2.0, -1.0):
+        with torch.no_grad():
+            for p in model.parameters():
+                p.mul_(factor)
+        for _ in range(3):
+            with torch.autocast("cuda", torch.float16), torch.no_grad():
+                want = model(again(x))
+            with torch.autocast("cuda", torch.float16):
+                got = net(again(x))
+            assert got.dtype == torch.float16
+            assert_agree(got, want)
+            garbage = [torch.full_like(p, torch.nan) for p in model.parameters() for _ in range(9)]
+            del garbage
+    assert net.captures == 1
+
+
 def test_a_replaced_layer_is_noticed(gpu: torch.device) -> None:
     model = nn.Sequential(spnn.Conv3d(4, 8, 3), nn.Identity()).to(gpu).eval()
     net = graphed(model)

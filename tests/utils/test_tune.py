@@ -28,7 +28,7 @@ from torchsparse._search import Choice, Group, Search, Site, choices_of
 from torchsparse._timing import Timing
 from torchsparse.nn import functional as F
 from torchsparse.nn.functional import Dataflow
-from torchsparse.nn.functional.conv.conv import resolve
+from torchsparse.nn.functional.conv.choices import resolve
 from torchsparse.utils.tune import compare, tune
 
 CPU = torch.device("cpu")

@@ -13,7 +13,15 @@ from torchsparse._lazy import Lazy
 from torchsparse._ops.conv import dense, finish, gather_gemm, weight_grad
 from torchsparse._recipe import ConvRecipe, Epilogue, sum_dtype
 
-__all__ = ["deferred_conv", "deferred_pointwise", "pointwise", "sparse_conv"]
+__all__ = [
+    "conv_feats_grad",
+    "conv_forward",
+    "conv_weight_grad",
+    "deferred_conv",
+    "deferred_pointwise",
+    "pointwise",
+    "sparse_conv",
+]
 
 
 def sparse_conv(
@@ -42,7 +50,7 @@ def sparse_conv(
         feats.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     ):
         return _SparseConv.apply(feats, weight, bias, kmap, transposed, recipe)
-    return _forward(feats, weight, bias, kmap, transposed, recipe)
+    return conv_forward(feats, weight, bias, kmap, transposed, recipe)
 
 
 def deferred_conv(
@@ -56,7 +64,7 @@ def deferred_conv(
     """`sparse_conv` without gradients, computed when somebody needs it: what follows may join."""
 
     def make(epilogue: Epilogue | None) -> Tensor:
-        return _forward(feats, weight, bias, kmap, transposed, recipe, epilogue)
+        return conv_forward(feats, weight, bias, kmap, transposed, recipe, epilogue)
 
     rows = kmap.num_inputs if transposed else kmap.num_outputs
     inputs = (feats, weight) if bias is None else (feats, weight, bias)
@@ -79,7 +87,7 @@ def deferred_pointwise(
     return Lazy(make, (feats.shape[0], weight.shape[1]), dtype, feats.device, inputs)
 
 
-def _forward(
+def conv_forward(
     feats: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -88,6 +96,7 @@ def _forward(
     recipe: ConvRecipe,
     epilogue: Epilogue | None = None,
 ) -> Tensor:
+    """`sparse_conv` without gradients; ``epilogue`` is applied to the sums."""
     planned = kmap.plan(recipe, weight.shape[2], transposed)
     dtype = recipe.compute
     out = gather_gemm(
@@ -122,7 +131,7 @@ class _SparseConv(torch.autograd.Function):
         feats, weight = _cast(feats, recipe.compute), _cast(weight, recipe.compute)
         ctx.save_for_backward(feats, weight)
         ctx.kmap, ctx.transposed, ctx.recipe = kmap, transposed, recipe
-        return _forward(feats, weight, bias, kmap, transposed, recipe)
+        return conv_forward(feats, weight, bias, kmap, transposed, recipe)
 
     @staticmethod
     @once_differentiable
@@ -131,20 +140,56 @@ class _SparseConv(torch.autograd.Function):
     ) -> tuple[Any, ...]:
         feats, weight = ctx.saved_tensors
         kmap, transposed, recipe = ctx.kmap, ctx.transposed, ctx.recipe
-        dtype, precision = recipe.compute, recipe.precision
+        dtype = recipe.compute
         grad = _cast(grads[0], dtype)
         grad_feats = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
-            planned = kmap.plan(recipe, weight.shape[1], not transposed, backward=True)
-            found = gather_gemm(grad, weight.transpose(1, 2), None, planned, precision)
+            found = conv_feats_grad(grad, weight, kmap, transposed, recipe)
             grad_feats = _cast(found, ctx.dtypes[0])
         if ctx.needs_input_grad[1]:
-            pairs = kmap.pairs(recipe, weight.shape[2], transposed)
-            grad_weight = _cast(weight_grad(feats, grad, pairs, precision), ctx.dtypes[1])
+            found = conv_weight_grad(feats, grad, kmap, transposed, recipe)
+            grad_weight = _cast(found, ctx.dtypes[1])
         if ctx.needs_input_grad[2]:
             total = grad.sum(0, dtype=sum_dtype(dtype))
             grad_bias = _cast(total, ctx.dtypes[2])
         return grad_feats, grad_weight, grad_bias, None, None, None
+
+
+def conv_feats_grad(
+    grad: Tensor, weight: Tensor, kmap: KernelMap, transposed: bool, recipe: ConvRecipe
+) -> Tensor:
+    """The gradient of `sparse_conv` with respect to its features.
+
+    Args:
+        grad: [M, C_out], of the result.
+        weight: [K, C_in, C_out].
+        kmap, transposed, recipe: Of the call.
+
+    Returns:
+        [N, C_in] in ``recipe.compute``.
+    """
+    dtype = recipe.compute
+    planned = kmap.plan(recipe, weight.shape[1], not transposed, backward=True)
+    weight = _cast(weight, dtype).transpose(1, 2)
+    return gather_gemm(_cast(grad, dtype), weight, None, planned, recipe.precision)
+
+
+def conv_weight_grad(
+    feats: Tensor, grad: Tensor, kmap: KernelMap, transposed: bool, recipe: ConvRecipe
+) -> Tensor:
+    """The gradient of `sparse_conv` with respect to its weight.
+
+    Args:
+        feats: [N, C_in], as it was given.
+        grad: [M, C_out], of the result.
+        kmap, transposed, recipe: Of the call.
+
+    Returns:
+        [K, C_in, C_out] float32, or float64 for float64.
+    """
+    dtype = recipe.compute
+    pairs = kmap.pairs(recipe, grad.shape[1], transposed)
+    return weight_grad(_cast(feats, dtype), _cast(grad, dtype), pairs, recipe.precision)
 
 
 def pointwise(feats: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:

@@ -14,12 +14,17 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from torchsparse._autograd.conv import sparse_conv
+from torchsparse._autograd.conv import conv_feats_grad, conv_weight_grad, sparse_conv
 from torchsparse._kernel_map import KernelMap
 from torchsparse._ops.depthwise import depthwise, weight_grad
 from torchsparse._recipe import ConvRecipe, Dataflow, sum_dtype
 
-__all__ = ["grouped_conv", "grouped_pointwise"]
+__all__ = [
+    "grouped_conv",
+    "grouped_feats_grad",
+    "grouped_pointwise",
+    "grouped_weight_grad",
+]
 
 
 def grouped_conv(
@@ -59,6 +64,55 @@ def grouped_conv(
     return torch.cat([sparse_conv(*part, kmap, transposed, recipe) for part in parts], 1)
 
 
+def grouped_feats_grad(
+    grad: Tensor,
+    weight: Tensor,
+    kmap: KernelMap,
+    transposed: bool,
+    recipe: ConvRecipe,
+    groups: int,
+) -> Tensor:
+    """The gradient of `grouped_conv` with respect to its features.
+
+    Args:
+        grad: [M, C_out], of the result.
+        weight: [K, C_in / G, C_out].
+        kmap, transposed, recipe, groups: Of the call.
+
+    Returns:
+        [N, C_in] in ``recipe.compute``.
+    """
+    width = weight.shape[2] // groups
+    if weight.shape[1] == 1:
+        return _feats_grad(grad, weight[:, 0], kmap, transposed, recipe, width)
+    parts = zip(grad.split(width, 1), weight.split(width, 2))
+    return torch.cat([conv_feats_grad(*part, kmap, transposed, recipe) for part in parts], 1)
+
+
+def grouped_weight_grad(
+    feats: Tensor,
+    grad: Tensor,
+    kmap: KernelMap,
+    transposed: bool,
+    recipe: ConvRecipe,
+    groups: int,
+) -> Tensor:
+    """The gradient of `grouped_conv` with respect to its weight.
+
+    Args:
+        feats: [N, C_in], as it was given.
+        grad: [M, C_out], of the result.
+        kmap, transposed, recipe, groups: Of the call.
+
+    Returns:
+        [K, C_in / G, C_out] float32, or float64 for float64.
+    """
+    if feats.shape[1] == groups:
+        return _taps_grad(feats, grad, kmap, transposed, recipe)[:, None]
+    parts = zip(feats.chunk(groups, 1), grad.chunk(groups, 1))
+    return torch.cat([conv_weight_grad(*part, kmap, transposed, recipe) for part in parts], 2)
+
+
 @lru_cache(maxsize=1024)
 def _plain(recipe: ConvRecipe) -> ConvRecipe:
     """The recipe without what is about products alone, so that the kernels find one sorted table.
@@ -85,6 +139,22 @@ def _forward(
     return depthwise(feats.to(dtype), taps.to(dtype), bias, planned).to(recipe.dtype)
 
 
+def _feats_grad(
+    grad: Tensor, taps: Tensor, kmap: KernelMap, transposed: bool, recipe: ConvRecipe, fold: int
+) -> Tensor:
+    """Of [M, C_out] and [K, C_out]: [N, C_out / fold] in ``recipe.compute``."""
+    planned = kmap.plan(_plain(recipe), 1, not transposed)
+    return depthwise(grad.to(recipe.compute), taps.to(recipe.compute), None, planned, fold)
+
+
+def _taps_grad(
+    feats: Tensor, grad: Tensor, kmap: KernelMap, transposed: bool, recipe: ConvRecipe
+) -> Tensor:
+    """Of [N, C_in] and [M, C_out]: [K, C_out], summed in float32 or better."""
+    pairs = kmap.pairs(_plain(recipe), 1, transposed)
+    return weight_grad(feats.to(recipe.compute), grad.to(recipe.compute), pairs)
+
+
 class _Depthwise(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -107,18 +177,15 @@ class _Depthwise(torch.autograd.Function):
         ctx: Any, *grads: Tensor
     ) -> tuple[Any, ...]:
         feats, taps = ctx.saved_tensors
-        kmap, transposed, dtype = ctx.kmap, ctx.transposed, ctx.recipe.compute
-        recipe = _plain(ctx.recipe)
+        kmap, transposed, recipe = ctx.kmap, ctx.transposed, ctx.recipe
+        dtype = recipe.compute
         grad = grads[0].to(dtype)
         grad_feats = grad_taps = grad_bias = None
         if ctx.needs_input_grad[0]:
-            planned = kmap.plan(recipe, 1, not transposed)
             fold = taps.shape[1] // feats.shape[1]
-            back = depthwise(grad, taps.to(dtype), None, planned, fold)
-            grad_feats = back.to(feats.dtype)
+            grad_feats = _feats_grad(grad, taps, kmap, transposed, recipe, fold).to(feats.dtype)
         if ctx.needs_input_grad[1]:
-            pairs = kmap.pairs(recipe, 1, transposed)
-            grad_taps = weight_grad(feats.to(dtype), grad, pairs).to(taps.dtype)
+            grad_taps = _taps_grad(feats, grad, kmap, transposed, recipe).to(taps.dtype)
         if ctx.needs_input_grad[2]:
             total = sum_dtype(dtype)
             grad_bias = grad.sum(0, dtype=total).to(ctx.bias_dtype)

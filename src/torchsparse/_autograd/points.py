@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from torchsparse._capacity import PAD, row_count
+from torchsparse._compiling import operator, with_gradient, without_second_gradient
 from torchsparse._flags import Complaint, complain_if, flag_word
 from torchsparse._ops import points, reduce
 from torchsparse._validate import check_coords, check_feats, check_rows, check_same_device
@@ -60,10 +62,17 @@ def to_dense(feats: Tensor, coords: Tensor, spatial_range: Any) -> Tensor:
     columns = coords.shape[1]
     entries = spatial_range.tolist() if hasattr(spatial_range, "tolist") else spatial_range
     extents = tuple(int(entry) for entry in entries)[:columns]
-    if len(extents) < columns or min(extents, default=0) < 0:
+    if len(extents) < columns or any(extent < 0 for extent in extents):
         raise ValueError(
             f"`spatial_range` must hold {columns} extents, batch size first, got {spatial_range}"
         )
+    if torch.compiler.is_compiling():
+        return _dense_op(feats, coords, list(extents))
+    return ToDense.apply(feats, _cells(coords, extents), extents)  # pyright: ignore[reportReturnType]
+
+
+def _cells(coords: Tensor, extents: tuple[int, ...]) -> Tensor:
+    """[N] int64, the cell of each row."""
     word = flag_word(coords.device)
     index = points.flat_index(coords, extents, word, Complaint.DENSE.bit)
     if word is None:
@@ -71,7 +80,46 @@ def to_dense(feats: Tensor, coords: Tensor, spatial_range: Any) -> Tensor:
         if row_count(coords) is not None:  # padding has no cell
             outside &= coords[:, 0] != PAD
         complain_if(outside.any(), Complaint.DENSE, lambda: f"spatial_range = {extents}")
-    return ToDense.apply(feats, index, extents)  # pyright: ignore[reportReturnType]
+    return index
+
+
+# ------------------------------------------------------------------ for compiled programs
+def _fake_dense(feats: Tensor, coords: Tensor, extents: list[int]) -> Tensor:
+    return feats.new_empty((*extents, feats.shape[1]))
+
+
+@operator("to_dense(Tensor feats, Tensor coords, SymInt[] extents) -> Tensor", _fake_dense)
+def _dense_op(feats: Tensor, coords: Tensor, extents: list[int]) -> Tensor:
+    """`to_dense` with its arguments checked."""
+    grid = points.scatter_rows(feats, _cells(coords, tuple(extents)), math.prod(extents))
+    return grid.resize_(*extents, feats.shape[1])
+
+
+def _fake_from_dense(grid: Tensor, coords: Tensor, extents: list[int]) -> Tensor:
+    return grid.new_empty((coords.shape[0], grid.shape[-1]))
+
+
+@operator("from_dense(Tensor grid, Tensor coords, SymInt[] extents) -> Tensor", _fake_from_dense)
+def _from_dense_op(grid: Tensor, coords: Tensor, extents: list[int]) -> Tensor:
+    """The rows [N, C] of a grid [B, X, Y, Z, C] at coordinates: the derivative of `to_dense`."""
+    return points.gather_rows(grid, points.flat_index(coords, tuple(extents)))
+
+
+def _save_cells(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, coords, ctx.extents = inputs
+    ctx.save_for_backward(coords)
+
+
+def _from_cells(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    (coords,) = ctx.saved_tensors
+    return _from_dense_op(grad, coords, ctx.extents), None, None
+
+
+with_gradient(_dense_op, _from_cells, _save_cells)
+without_second_gradient(_from_dense_op)
+
+
+# ------------------------------------------------------------------ points and voxels
 
 
 class Voxelize(Function):

@@ -42,8 +42,7 @@ def warmup(
         typer.echo(f"torchsparse: no scan in {folder} could be used", err=True)
         raise typer.Exit(2)
     graphs = inference.graphed(network) if graph else None
-    # A graph must not read casts of weights that autocast keeps until its block ends.
-    cast = torch.autocast(where.type, torch.float16, enabled=fp16, cache_enabled=False)
+    cast = torch.autocast(where.type, torch.float16, enabled=fp16)
     with cast, torch.no_grad():
         kernels, seconds = _timed(lambda: inference.warmup(network, *scans, graph=graphs), where)
         if where.type == "cpu":

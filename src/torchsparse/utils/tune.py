@@ -25,7 +25,8 @@ from torchsparse._search import Choice, Search, Site, choices_of
 from torchsparse._settings import settings
 from torchsparse._timing import Timing, measure
 from torchsparse._validate import one_of
-from torchsparse.nn.functional.conv.conv import find_map, resolve
+from torchsparse.nn.functional.conv.choices import resolve
+from torchsparse.nn.functional.conv.conv import find_map
 from torchsparse.nn.functional.conv.conv_config import AttributeDict, resolve_config
 from torchsparse.nn.modules.conv import Conv1d, Conv2d, Conv3d, Conv4d
 from torchsparse.tensor import PointTensor, SparseTensor

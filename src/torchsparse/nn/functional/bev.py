@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 from torchsparse._autograd.points import voxelize
 from torchsparse._autograd.reduce import segment_sum
 from torchsparse._cache import new_cache
+from torchsparse._compiling import left_to_python
 from torchsparse._flags import Complaint, complain_if, raise_pending
 from torchsparse._geometry import as_tuple
 from torchsparse._ops import reduce
@@ -28,7 +29,7 @@ from torchsparse._validate import (
     check_same_device,
     one_of,
 )
-from torchsparse.nn.functional.conv.conv import compute_dtype
+from torchsparse.nn.functional.conv.choices import compute_dtype
 from torchsparse.nn.functional.conv.kmap import int32_coords
 from torchsparse.nn.functional.pooling import samples
 from torchsparse.tensor import SparseTensor, wrap
@@ -45,6 +46,7 @@ __all__ = [
 
 
 # ------------------------------------------------------------------ sparse to sparse
+@left_to_python
 def to_bev_reduction(input: SparseTensor, dim: int = 1) -> SparseTensor:
     """Average the rows of each column of voxels.
 
@@ -73,6 +75,7 @@ def to_bev_reduction(input: SparseTensor, dim: int = 1) -> SparseTensor:
     return _level(input, mean, sites, input.stride, extent)
 
 
+@left_to_python
 def to_bev_convolution(
     input: SparseTensor,
     kernel: Tensor,
@@ -140,6 +143,7 @@ def _range(spatial_range: tuple[int, ...]) -> tuple[int, ...]:
 
 
 # ------------------------------------------------------------------ sparse to dense
+@left_to_python
 def to_dense_bev_convolution(
     input: SparseTensor,
     kernel: Tensor,
@@ -186,6 +190,7 @@ def to_dense_bev_convolution(
     return _Image.apply(out, sites, (num, *extents, 1))  # pyright: ignore[reportReturnType]
 
 
+@left_to_python
 def to_bev_height_compression(
     input: SparseTensor, shape: Any, offset: Any = (0, 0, 0), dim: int = 1
 ) -> Tensor:

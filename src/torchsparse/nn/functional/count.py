@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchsparse._compiling import left_to_python
 from torchsparse._flags import Complaint, complain_if, flag_word
 from torchsparse._ops import reduce
 
@@ -23,6 +24,7 @@ def check_index(index: Any, dim: int, name: str) -> None:
         raise ValueError(f"`{name}` must have {dim} axes, got shape {list(index.shape)}")
 
 
+@left_to_python
 def spcount(coords: Tensor, num: int | Tensor) -> Tensor:
     """Count how often each voxel is named.
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from torchsparse._cache import new_cache
+from torchsparse._compiling import left_to_python
 from torchsparse._geometry import as_tuple
 from torchsparse._validate import check_coords, check_rows, check_same_device
 from torchsparse.tensor import SparseTensor, wrap
@@ -14,6 +15,7 @@ from torchsparse.tensor import SparseTensor, wrap
 __all__ = ["spcrop"]
 
 
+@left_to_python
 def spcrop(input: SparseTensor, coords_min: Any = None, coords_max: Any = None) -> SparseTensor:
     """Keep the rows with ``coords_min <= (x, y, z) < coords_max``.
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from torchsparse._autograd.points import devoxelize
+from torchsparse._compiling import left_to_python
 from torchsparse._ops import points
 from torchsparse._validate import check_feats, check_same_device
 from torchsparse.nn.functional.count import check_index
@@ -15,6 +16,7 @@ from torchsparse.nn.functional.count import check_index
 __all__ = ["calc_ti_weights", "spdevoxelize"]
 
 
+@left_to_python
 def spdevoxelize(feats: Tensor, coords: Tensor, weights: Tensor) -> Tensor:
     """Interpolate voxel features at points.
 
@@ -46,6 +48,7 @@ def spdevoxelize(feats: Tensor, coords: Tensor, weights: Tensor) -> Tensor:
 
 
 @torch.no_grad()
+@left_to_python
 def calc_ti_weights(coords: Tensor, idx_query: Tensor, scale: Any = 1) -> Tensor:
     """Trilinear shares of the 8 voxels around each point.
 

@@ -7,12 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchsparse._compiling import left_to_python
 from torchsparse._ops import table
 from torchsparse._validate import check_same_device
 
 __all__ = ["sphash"]
 
 
+@left_to_python
 def sphash(coords: Tensor, offsets: Tensor | None = None) -> Tensor:
     """Hash coordinate rows: 64-bit FNV-1a, one step per column taken as unsigned 32 bits.
 

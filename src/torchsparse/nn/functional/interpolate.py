@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from torchsparse._autograd.points import devoxelize
+from torchsparse._compiling import left_to_python
 from torchsparse._ops import table
 from torchsparse._validate import (
     check_coords,
@@ -21,6 +22,7 @@ from torchsparse.tensor import SparseTensor
 __all__ = ["interpolate_points", "on_lattice"]
 
 
+@left_to_python
 def interpolate_points(
     input: SparseTensor,
     points: Tensor,

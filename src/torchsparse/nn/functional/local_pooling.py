@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from torchsparse._autograd.pool import max_pool, max_unpool, sum_pool
+from torchsparse._compiling import left_to_python
 from torchsparse._flags import Complaint, complain_if
 from torchsparse._kernel_map import KernelMap
 from torchsparse._validate import (
@@ -180,6 +181,7 @@ def max_unpool3d(
 
 
 # ------------------------------------------------------------------ over any number of axes
+@left_to_python
 def pool_max(
     ndim: int,
     x: SparseTensor,
@@ -198,6 +200,7 @@ def pool_max(
     return on_level(feats, x, level), rows
 
 
+@left_to_python
 def pool(
     ndim: int,
     mean: bool,
@@ -216,6 +219,7 @@ def pool(
     return on_level(sum_pool(x.feats, kmap, transposed=False, mean=mean), x, level)
 
 
+@left_to_python
 def unpool(
     ndim: int,
     x: SparseTensor,
@@ -235,6 +239,7 @@ def unpool(
     return on_level(feats, x, level)
 
 
+@left_to_python
 def unpool_max(
     ndim: int,
     x: SparseTensor,

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from torchsparse._autograd.reduce import sample_norm
+from torchsparse._compiling import left_to_python
 from torchsparse._recipe import sum_dtype
 from torchsparse.nn.functional.pooling import samples
 from torchsparse.tensor import SparseTensor, wrap
@@ -13,6 +16,7 @@ from torchsparse.tensor import SparseTensor, wrap
 __all__ = ["group_norm", "instance_norm"]
 
 
+@left_to_python
 def group_norm(
     input: SparseTensor,
     num_groups: int,
@@ -47,6 +51,7 @@ def group_norm(
     return wrap(feats, input)
 
 
+@left_to_python
 def instance_norm(
     input: SparseTensor,
     running_mean: Tensor | None = None,
@@ -128,6 +133,77 @@ def _update(
     for running, values in ((running_mean, mean), (running_var, unbiased)):
         new = torch.where(present, values, 0).sum(0) / num
         running.lerp_(new.to(running.dtype), momentum)
+
+
+def traced_batch_norm(
+    feats: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Batch norm for programs that do not know how many rows come; PyTorch's asks.
+
+    Args:
+        feats: [N, C] floating.
+        weight, bias: [C] or None.
+        mean, var: Known statistics, [C]; None: those of the rows.
+        eps: Added to the biased variance.
+
+    Returns:
+        [N, C] in the dtype of ``feats``, computed in float32 (float64 in float64); the mean and
+        the biased variance it was normalised by, [C], 0 without rows.
+
+    Raises:
+        RuntimeError: A single row without known statistics, when the program runs.
+    """
+    rows, dtype = feats.shape[0], sum_dtype(feats.dtype)
+    x = feats.to(dtype)
+    if mean is None or var is None:
+        torch._check(rows != 1, lambda: "batch norm needs more than one row in training, got 1")
+        count = torch.sym_max(rows, 1)
+        mean = x.sum(0) / count
+        # The gradient of the variance need not see the mean: deviations from it add up to 0.
+        var = (x - mean.detach()).square().sum(0) / count
+    mean, var = mean.to(dtype), var.to(dtype)
+    scale = torch.rsqrt(var + eps)
+    if weight is not None:
+        scale = scale * weight.to(dtype)
+    out = (x - mean) * scale
+    if bias is not None:
+        out = out + bias.to(dtype)
+    return out.to(feats.dtype), mean, var
+
+
+@torch.no_grad()
+def traced_running_statistics(
+    rows: int,
+    mean: Tensor,
+    var: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    batches: Tensor | None,
+    momentum: float | None,
+) -> None:
+    """Move the running statistics as ``nn.BatchNorm1d`` does; no rows move nothing.
+
+    Args:
+        rows: N.
+        mean, var: [C], from `traced_batch_norm`.
+        running_mean, running_var: [C], written to; the variance is the unbiased one.
+        batches: [] int64, counted up, or None.
+        momentum: Share of these rows in the running statistics; None: 1 / batches.
+    """
+    present = torch.sym_min(rows, 1)
+    share: Any = 0.0 if momentum is None else momentum
+    if batches is not None:
+        batches.add_(present)
+        if momentum is None:
+            share = 1 / batches.clamp(min=1)
+    unbiased = var * torch.sym_max(rows, 1) / torch.sym_max(rows - 1, 1)
+    for running, value in ((running_mean, mean), (running_var, unbiased)):
+        running.add_((value - running) * share * present)
 
 
 def _check_affine(channels: int, **tensors: Tensor | None) -> None:

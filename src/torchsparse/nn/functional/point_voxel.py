@@ -9,6 +9,7 @@ from torch import Tensor
 
 from torchsparse._autograd.voxels import group_sum
 from torchsparse._cache import Stamp
+from torchsparse._compiling import left_to_python
 from torchsparse._ops.voxels import group_points
 from torchsparse._validate import check_coords, check_feats, check_rows, check_same_device
 from torchsparse.nn.functional.count import spcount
@@ -23,6 +24,7 @@ from torchsparse.tensor import PointTensor, SparseTensor, wrap
 __all__ = ["initial_voxelize", "point_to_voxel", "voxel_to_point"]
 
 
+@left_to_python
 def initial_voxelize(
     points: PointTensor, init_res: float = 1.0, after_res: float = 1.0
 ) -> SparseTensor:
@@ -54,6 +56,7 @@ def initial_voxelize(
     return out
 
 
+@left_to_python
 def point_to_voxel(input: SparseTensor, points: PointTensor) -> SparseTensor:
     """The mean of the features of the points of each voxel.
 
@@ -81,6 +84,7 @@ def point_to_voxel(input: SparseTensor, points: PointTensor) -> SparseTensor:
     return wrap(spvoxelize(points.F, rows, counts), input)
 
 
+@left_to_python
 def voxel_to_point(input: SparseTensor, points: PointTensor, nearest: bool = False) -> PointTensor:
     """Features of voxels at points: trilinear, or those of the voxel that a point lies in.
 

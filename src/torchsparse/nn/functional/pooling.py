@@ -8,6 +8,7 @@ from torch import Tensor
 from torchsparse._autograd.points import voxelize
 from torchsparse._autograd.reduce import segment_max, segment_sum
 from torchsparse._capacity import PAD, row_count
+from torchsparse._compiling import left_to_python
 from torchsparse._flags import Complaint, complain_if, raise_pending
 from torchsparse._ops import reduce
 from torchsparse._validate import check_coords, check_feats, check_rows, check_same_device
@@ -16,6 +17,7 @@ from torchsparse.tensor import SparseTensor
 __all__ = ["global_avg_pool", "global_max_pool", "global_sum_pool", "samples"]
 
 
+@left_to_python
 def global_avg_pool(input: SparseTensor, batch_size: int | None = None) -> Tensor:
     """Mean of the rows of each sample.
 
@@ -34,6 +36,7 @@ def global_avg_pool(input: SparseTensor, batch_size: int | None = None) -> Tenso
     return voxelize(input.feats, batch, reduce.count(batch, num))
 
 
+@left_to_python
 def global_max_pool(input: SparseTensor, batch_size: int | None = None) -> Tensor:
     """Maximum of each channel over the rows of each sample.
 
@@ -47,6 +50,7 @@ def global_max_pool(input: SparseTensor, batch_size: int | None = None) -> Tenso
     return segment_max(input.feats, batch, num)
 
 
+@left_to_python
 def global_sum_pool(input: SparseTensor, batch_size: int | None = None) -> Tensor:
     """Sum of the rows of each sample.
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from torchsparse._compiling import left_to_python
 from torchsparse._ops import table
 from torchsparse._validate import check_same_device
 
 __all__ = ["sphashquery"]
 
 
+@left_to_python
 def sphashquery(queries: Tensor, references: Tensor) -> Tensor:
     """Find each query among the references.
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 from torch import Tensor
 
 from torchsparse._autograd.points import voxelize
+from torchsparse._compiling import left_to_python
 from torchsparse._validate import check_feats, check_same_device
 from torchsparse.nn.functional.count import check_index
 
 __all__ = ["spvoxelize"]
 
 
+@left_to_python
 def spvoxelize(feats: Tensor, coords: Tensor, counts: Tensor) -> Tensor:
     """Average the features of the points of each voxel.
 

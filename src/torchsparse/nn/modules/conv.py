@@ -7,15 +7,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from torchsparse._compat import old_conv_arguments
 from torchsparse._geometry import default_padding
+from torchsparse.nn.functional.conv import lead
 from torchsparse.nn.functional.conv.conv import (
     Layer,
     check_groups,
     check_parameters,
     layer_of,
     run_layer,
+    run_traced,
 )
 from torchsparse.tensor import SparseTensor
 
@@ -82,6 +85,12 @@ class _Conv(nn.Module):
         own = self._parameters
         kernel = own["kernel"] if "kernel" in own else self.kernel
         bias = own["bias"] if "bias" in own else self.bias
+        if is_compiling():
+            traced = lead.Layer(
+                self.kernel_size, self.stride, self.padding, self.dilation,
+                self.transposed, self.generative, self.groups,
+            )  # fmt: skip
+            return run_traced(traced, input, kernel, bias, self._config, coordinates)  # pyright: ignore[reportArgumentType]
         return run_layer(
             self._parameters_of(),
             input,

@@ -6,12 +6,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from torchsparse._autograd.late_norm import late_batch_norm
 from torchsparse._ops.dispatch import is_served
 from torchsparse._recipe import Norm, sum_dtype
 from torchsparse._settings import settings
-from torchsparse.nn.functional.norm import group_norm, instance_norm
+from torchsparse.nn.functional.norm import (
+    group_norm,
+    instance_norm,
+    traced_batch_norm,
+    traced_running_statistics,
+)
 from torchsparse.nn.utils.apply import fapply
 from torchsparse.tensor import SparseTensor, pending, put_off, wrap
 
@@ -37,9 +43,26 @@ class BatchNorm(nn.BatchNorm1d):
             joined = self._join(input)
             if joined is not None:
                 return joined
+        if is_compiling():  # how many rows there are, is not known
+            return fapply(input, self._traced)
         if input.feats.shape[0] == 0:
             return wrap(input.feats, input)
         return fapply(input, super().forward)
+
+    def _traced(self, feats: Tensor) -> Tensor:
+        """What PyTorch's layer computes, in operations that take any number of rows."""
+        self._check_input_dim(feats)
+        running_mean, running_var = self.running_mean, self.running_var
+        known = (None, None) if self.training else (running_mean, running_var)
+        out, mean, var = traced_batch_norm(feats, self.weight, self.bias, *known, self.eps)
+        if not self.training or not self.track_running_stats:
+            return out
+        if running_mean is not None and running_var is not None:
+            traced_running_statistics(
+                feats.shape[0], mean, var, running_mean, running_var,
+                self.num_batches_tracked, self.momentum,
+            )  # fmt: skip
+        return out
 
     def _join(self, input: SparseTensor) -> SparseTensor | None:
         """Normalisation by running statistics, put off so that more can join it."""
@@ -62,7 +85,7 @@ class BatchNorm(nn.BatchNorm1d):
 
     def _by_batch(self, input: SparseTensor) -> SparseTensor | None:
         """Normalisation by the statistics of these rows, which are taken and recorded now."""
-        if not settings.fuse or torch.compiler.is_compiling():
+        if not settings.fuse or is_compiling():
             return None
         feats = input.feats
         if not isinstance(feats, Tensor) or not is_served("batch_norm", feats):

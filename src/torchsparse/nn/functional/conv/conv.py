@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from torchsparse import _validate, backends
+from torchsparse import _validate
 from torchsparse._autograd.conv import (
     deferred_conv,
     deferred_pointwise,
@@ -20,12 +20,14 @@ from torchsparse._autograd.conv import (
 from torchsparse._autograd.depthwise import grouped_conv, grouped_pointwise
 from torchsparse._cache import Stamp, TensorCache
 from torchsparse._compat import old_conv3d_arguments
+from torchsparse._compiling import left_to_python
 from torchsparse._geometry import Geometry, as_tuple
 from torchsparse._kernel_map import KernelMap
 from torchsparse._lazy import Lazy
 from torchsparse._recipe import ConvRecipe
 from torchsparse._settings import settings
-from torchsparse.nn.functional.conv.conv_config import resolve_config
+from torchsparse.nn.functional.conv import lead
+from torchsparse.nn.functional.conv.choices import compute_dtype, resolve_for
 from torchsparse.nn.functional.conv.kmap import (
     Level,
     downsampled,
@@ -177,6 +179,12 @@ def convolve(
     groups: int = 1,
 ) -> SparseTensor:
     """`conv3d` over ``ndim`` spatial axes."""
+    if torch.compiler.is_compiling():
+        sizes = check_parameters(
+            ndim, kernel_size, stride, padding, dilation, transposed, generative
+        )
+        traced = lead.Layer(*sizes, transposed, generative, groups)
+        return run_traced(traced, x, weight, bias, config, coordinates)
     layer = layer_of(ndim, kernel_size, stride, padding, dilation, transposed, generative, groups)
     return run_layer(layer, x, weight, bias, config, coordinates)
 
@@ -267,7 +275,7 @@ def run_layer(
     if not _fits(layer, feats, x, weight, bias):
         weight = _check_operands(layer, x, weight, bias)
         feats = x.feats
-    recipe = resolve(config, feats, weight, bias)
+    recipe = resolve_for(config, compute_dtype(feats, weight, bias), feats.device)
     if layer.pointwise and coordinates is None:
         matrix = weight if weight.dim() == 2 else weight[0]
         if layer.groups == 1:
@@ -302,6 +310,36 @@ def run_layer(
         paths[key] = _Path.of(x.coords, kmap, level)
     feats = _product(layer, feats, weight, bias, kmap, recipe)
     return on_level(feats, x, level, layer.generative)
+
+
+def run_traced(
+    traced: lead.Layer,
+    x: SparseTensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    config: Mapping[str, Any] | None,
+    coordinates: SparseTensor | Tensor | None = None,
+) -> SparseTensor:
+    """The same in a program that is being traced."""
+    if lead.can_trace(traced, x):
+        return lead.trace_layer(traced, x, weight, bias, config, coordinates)
+    return _untraced(traced, x, weight, bias, config, coordinates)
+
+
+@left_to_python
+def _untraced(
+    traced: lead.Layer,
+    x: SparseTensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    config: Mapping[str, Any] | None,
+    coordinates: SparseTensor | Tensor | None,
+) -> SparseTensor:
+    layer = layer_of(
+        len(traced.kernel_size), traced.kernel_size, traced.step, traced.padding, traced.dilation,
+        traced.transposed, traced.generative, traced.groups,
+    )  # fmt: skip
+    return run_layer(layer, x, weight, bias, config, coordinates)
 
 
 def _product(
@@ -545,83 +583,3 @@ def _needed_range(spatial_range: tuple[int, ...] | None, ndim: int) -> tuple[int
             f"`spatial_range` must have {1 + ndim} entries (batch first), got {spatial_range}"
         )
     return spatial_range[: 1 + ndim]
-
-
-HALVES = (torch.float16, torch.bfloat16)
-
-
-_recipes: dict[Any, ConvRecipe] = {}
-MOST_RECIPES = 1024  # forgotten beyond: settings that change all the time
-
-
-def resolve(
-    config: Mapping[str, Any] | None, feats: Tensor, weight: Tensor, bias: Tensor | None
-) -> ConvRecipe:
-    """Turn configuration, modes, dtypes and autocast into one record."""
-    dtype = compute_dtype(feats, weight, bias)
-    shared = settings.conv_config
-    key = (
-        settings.version,
-        dtype,
-        feats.device,
-        None if shared is None else tuple(shared.items()),
-        None if config is None else tuple(config.items()) if hasattr(config, "items") else 0,
-    )
-    try:
-        known = _recipes.get(key)
-    except TypeError:  # a value without a hash, which the checks below refuse
-        return _resolve(config, dtype, feats.device)
-    if known is None:
-        if len(_recipes) >= MOST_RECIPES:
-            _recipes.clear()
-        known = _recipes[key] = _resolve(config, dtype, feats.device)
-    return known
-
-
-def _resolve(
-    config: Mapping[str, Any] | None, dtype: torch.dtype, device: torch.device
-) -> ConvRecipe:
-    complete = resolve_config(config)
-    on_gpu = device.type == "cuda"
-    full = on_gpu and dtype in HALVES and not backends.allow_fp16
-    if on_gpu and dtype == torch.float32:
-        precision = "tf32" if backends.allow_tf32 else settings.float32_precision
-    else:
-        precision = "ieee"
-    return ConvRecipe(
-        dataflow=complete.dataflow,
-        sort=bool(complete.ifsort),
-        splits=complete.split_mask_num,
-        splits_bwd=complete.split_mask_num_bwd,
-        literal=not complete.auto,
-        kmap_mode=complete.kmap_mode,
-        downsample_mode=complete.downsample_mode,
-        dtype=dtype,
-        compute=torch.float32 if full else dtype,
-        precision=precision,
-    )
-
-
-def compute_dtype(feats: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtype:
-    """The dtype of a product of features and weights.
-
-    Raises:
-        TypeError: float16 meets bfloat16 outside autocast.
-    """
-    device = "cuda" if feats.is_cuda else feats.device.type
-    autocast = torch.is_autocast_enabled(device)
-    dtype = feats.dtype
-    if not autocast and dtype is weight.dtype and (bias is None or dtype is bias.dtype):
-        return dtype
-    operands = (feats, weight) if bias is None else (feats, weight, bias)
-    found = {t.dtype for t in operands}
-    if autocast and torch.float64 not in found:
-        return torch.get_autocast_dtype(device)
-    if len(found) == 1:
-        return feats.dtype
-    halves = {t.dtype for t in (feats, weight)} & set(HALVES)
-    if len(halves) > 1:
-        raise TypeError(f"float16 and bfloat16 cannot be mixed, got {feats.dtype}, {weight.dtype}")
-    if halves:
-        return halves.pop()
-    return torch.promote_types(feats.dtype, weight.dtype)

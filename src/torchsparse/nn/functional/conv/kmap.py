@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from torchsparse._cache import Stamp, TensorCache
+from torchsparse._cache import Stamp, Step, TensorCache, Trail
 from torchsparse._flags import Complaint, complain_if
 from torchsparse._geometry import Geometry, conv_range
 from torchsparse._kernel_map import KernelMap, KernelMapKey
@@ -22,6 +22,7 @@ from torchsparse.tensor import SparseTensor
 
 __all__ = [
     "Level",
+    "between",
     "downsampled",
     "generated",
     "int32_coords",
@@ -61,6 +62,29 @@ class _Entry:
             stamp.unchanged() if coords is None else stamp.fits(coords)
             for stamp, coords in ((self.inputs, fine), (self.outputs, coarse))
         )
+
+    def start(self) -> tuple[Tensor, Range]:
+        """Coordinates and range of the fine level."""
+        return self.kmap.in_coords, self.kmap.in_range
+
+
+class _Told:
+    """What a compiled program tells of a strided layer, in place of an entry with its map."""
+
+    def __init__(self, step: Step) -> None:
+        self.step = step
+        self.geometry = Geometry(
+            "strided", step.kernel_size, step.stride, step.dilation, step.offset
+        )
+
+    def serves(self, fine: Tensor | None = None, coarse: Tensor | None = None) -> bool:
+        """Whether the given ends are those of the layer."""
+        ends = ((self.step.fine, fine), (self.step.coarse, coarse))
+        return all(coords is None or coords is level.coords for level, coords in ends)
+
+    def start(self) -> tuple[Tensor, Range]:
+        """Coordinates and range of the fine level."""
+        return self.step.fine.coords, self.step.fine.spatial_range
 
 
 # Maps under one key, for different coordinates: enough for the tensors of a batch that share a
@@ -160,10 +184,15 @@ def upsampled(
     geometry = Geometry(
         "strided", geometry.kernel_size, geometry.stride, geometry.dilation, offset
     )
-    for key, entry in _strided_entries(x._caches, fine.stride):
-        if key.geometry == geometry and entry.serves(fine.coords, coords):
-            return entry.kmap, fine
-    return _between(x._caches, fine, Level(coords, x.stride, x.spatial_range), geometry), fine
+    return between(x._caches, fine, Level(coords, x.stride, x.spatial_range), geometry), fine
+
+
+def between(cache: TensorCache, fine: Level, coarse: Level, geometry: Geometry) -> KernelMap:
+    """The map between two known levels, whichever layer asked for it first."""
+    for key, entry in _strided_entries(cache, fine.stride):
+        if key.geometry == geometry and entry.serves(fine.coords, coarse.coords):
+            return entry.kmap
+    return _between(cache, fine, coarse, geometry)
 
 
 def onto(x: SparseTensor, coords: Tensor, geometry: Geometry, target: Level) -> KernelMap:
@@ -328,6 +357,20 @@ def _strided_entries(
                     yield key, entry
 
 
+def _strided_layers(
+    cache: TensorCache, fine_stride: tuple[int, ...]
+) -> Iterator[tuple[Geometry, _Entry | _Told]]:
+    """Layers that created a coarser level from a level."""
+    for key, entry in _strided_entries(cache, fine_stride):
+        if key.sites != "given":
+            yield key.geometry, entry
+    if isinstance(cache, Trail):
+        for step in cache.steps:
+            if step.fine.stride == fine_stride:
+                told = _Told(step)
+                yield told.geometry, told
+
+
 def _fine_level(x: SparseTensor, coords: Tensor, stride: tuple[int, ...]) -> Level:
     if any(a % b for a, b in zip(x.stride, stride)):
         raise ValueError(
@@ -335,9 +378,10 @@ def _fine_level(x: SparseTensor, coords: Tensor, stride: tuple[int, ...]) -> Lev
             f"got {x.stride} and {stride}"
         )
     fine = tuple(a // b for a, b in zip(x.stride, stride))
-    for key, entry in _strided_entries(x._caches, fine):
-        if key.geometry.stride == stride and key.sites != "given" and entry.serves(coarse=coords):
-            return Level(entry.kmap.in_coords, fine, entry.kmap.in_range)
+    for geometry, layer in _strided_layers(x._caches, fine):
+        if geometry.stride == stride and layer.serves(coarse=coords):
+            level_coords, level_range = layer.start()
+            return Level(level_coords, fine, level_range)
     known = x._caches.level(fine, coords.device)
     if known is None:
         raise ValueError(
@@ -354,17 +398,16 @@ def _encoder_offset(
 ) -> tuple[int, ...]:
     """The offset of the strided layer that a transposed one inverts; else the layer's own."""
     found = None
-    for key, entry in _strided_entries(cache, fine_stride):
+    for known, layer in _strided_layers(cache, fine_stride):
         same = (
-            key.sites != "given"
-            and key.geometry.kernel_size == geometry.kernel_size
-            and key.geometry.stride == geometry.stride
-            and key.geometry.dilation == geometry.dilation
+            known.kernel_size == geometry.kernel_size
+            and known.stride == geometry.stride
+            and known.dilation == geometry.dilation
         )
-        if same and entry.serves(coarse=coords):
-            return key.geometry.offset
+        if same and layer.serves(coarse=coords):
+            return known.offset
         if same and found is None:
-            found = key.geometry.offset
+            found = known.offset
     return geometry.offset if found is None else found
 
 

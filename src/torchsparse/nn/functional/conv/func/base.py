@@ -9,7 +9,7 @@ from torch import Tensor
 from torchsparse._autograd.conv import sparse_conv
 from torchsparse._kernel_map import KernelMap
 from torchsparse._recipe import Dataflow
-from torchsparse.nn.functional.conv.conv import resolve
+from torchsparse.nn.functional.conv.choices import resolve
 
 __all__ = ["apply"]
 

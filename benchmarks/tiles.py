@@ -1,0 +1,188 @@
+"""Which tile shapes of the implicit GEMM are fastest for which layers: what `tiles.py` ships.
+
+    PYTHONPATH=src python benchmarks/tiles.py --scene street-fine scan.npz
+    PYTHONPATH=src python benchmarks/tiles.py --scene street-fine --layers 3:384:256 --top 8
+
+Submanifold 3x3x3 layers, given as halvings:C_in:C_out, on the levels that halvings of a scene
+make. All candidates are compiled at once; each is compared with a float64 product before it is
+timed, together with the sum of its shares if its taps are split. Microseconds, of replays of a
+CUDA graph.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from torch import Tensor
+
+from benchmarks import floors, oracle, scenes, timing
+from benchmarks.cases import tensor
+from torchsparse import SparseTensor
+from torchsparse import nn as spnn
+from torchsparse._geometry import Geometry
+from torchsparse._ops.dispatch import forced
+from torchsparse._reference import conv as reference
+from torchsparse.nn.functional.conv.kmap import same_sites
+
+CUBE = Geometry.submanifold((3, 3, 3), (1, 1, 1))
+# The layers of a MinkUNet 1.0, without those that repeat.
+LAYERS = (
+    "0:32:32", "1:32:32", "2:64:64", "3:128:128", "4:128:256", "4:256:256", "3:384:256",
+    "3:256:256", "2:192:128", "2:128:128", "1:128:96", "1:96:96", "0:128:96", "0:96:96",
+)  # fmt: skip
+# Rows, channels per turn, stages, warps; columns are the layer's up to 128, and all of 256.
+HALF = (
+    (64, 32, 3, 4), (64, 32, 4, 4), (64, 32, 6, 4), (64, 64, 3, 4), (64, 64, 4, 4),
+    (64, 128, 2, 4), (64, 128, 3, 4), (128, 32, 4, 4), (128, 64, 3, 4), (128, 64, 3, 8),
+    (128, 64, 4, 8),
+)  # fmt: skip
+FULL = (
+    (64, 32, 3, 4), (64, 32, 4, 4), (64, 64, 2, 4), (64, 64, 3, 4), (128, 32, 3, 4),
+    (128, 32, 3, 8),
+)  # fmt: skip
+AGREE = {"fp16": 2e-3, "bf16": 2e-2, "tf32": 4e-3, "fp32": 1e-5}  # shares of the largest entry
+Tile = tuple[int, ...]
+
+
+class Layer(NamedTuple):
+    """Channels on a level."""
+
+    level: int
+    c_in: int
+    c_out: int
+
+    @staticmethod
+    def of(text: str) -> Layer:
+        level, c_in, c_out = map(int, text.split(":"))
+        return Layer(level, c_in, c_out)
+
+
+def tables(scene: scenes.Scene, levels: int, device: torch.device) -> list[tuple[Tensor, Any]]:
+    """The neighbour table and the sort keys of each level."""
+    x = tensor(scene, 4, device, torch.float32)
+    down = spnn.Conv3d(4, 4, 2, 2).to(device)
+    found = []
+    with torch.no_grad():
+        for level in range(levels):
+            x = down(x) if level else x
+            here = SparseTensor(x.feats, x.coords)
+            kmap = same_sites(here, here.coords, CUBE)
+            found.append((kmap.neighbors, kmap.sort_keys))
+    return found
+
+
+def candidates(layer: Layer, half: bool, splits: list[int]) -> Iterator[Tile]:
+    """Tiles and the numbers of shares of their taps."""
+    from torchsparse._triton.launch import next_power
+
+    columns = {min(max(next_power(layer.c_out), 16), 128), 256 if layer.c_out == 256 else 0} - {0}
+    for (bm, bk, stages, warps), bn, shares in itertools.product(
+        HALF if half else FULL, columns, splits
+    ):
+        if bk <= max(2 * next_power(layer.c_in), 16) and bm * bn <= 128 * 32 * warps:
+            yield bm, bn, bk, stages, warps, shares
+
+
+def sweep(
+    layer: Layer, table: Tensor, keys: Any, dtype: str, splits: list[int], seconds: float
+) -> list[tuple[float, Tile, bool]]:
+    """Microseconds and tile of each candidate, fastest first; True for the shipped one.
+
+    Raises:
+        oracle.WrongResult: The shipped one is wrong. Others that are, or do not compile, are left
+            out.
+    """
+    from torchsparse._triton import conv, tiles
+    from torchsparse._triton.conv import product
+
+    device, floating = table.device, floors.DTYPES[dtype]
+    precision = "tf32" if dtype == "tf32" else "ieee"
+    rows = table.shape[1]
+    torch.manual_seed(0)
+    feats = torch.randn(rows, layer.c_in, device=device).to(floating)
+    weight = torch.randn(CUBE.volume, layer.c_in, layer.c_out, device=device).to(floating)
+    if floating == torch.float32:  # as the tensor cores want it: see `product._must_turn`
+        weight = weight.transpose(1, 2).contiguous().transpose(1, 2)
+    exact = reference.gather_gemm(
+        feats.double(), weight.double(), None,
+        reference.make_plan(table, None, None, None, reference.choose_layout(layer.c_out)),
+        "ieee",
+    )  # fmt: skip
+    plan = conv.make_plan(table, keys, CUBE, ("gemm", True, 1))
+    shipped = tuple(
+        tiles.shipped_gemm_tile(rows, layer.c_in, layer.c_out, CUBE.volume, floating, precision)
+    )
+    wanted = dict.fromkeys([shipped, *candidates(layer, floating != torch.float32, splits)])
+
+    def step_of(tile: Tile) -> Callable[[], Tensor]:
+        def step() -> Tensor:
+            return conv.gather_gemm(feats, weight, None, plan, precision)
+
+        plan.memo.clear()
+        return mock.patch.object(product, "gemm_tile", lambda *_, **__: tiles.GemmTile(*tile))(
+            step
+        )
+
+    def rehearse(tile: Tile) -> Callable[[], Any]:
+        return lambda: step_of(tile)()
+
+    conv.compile_ahead(map(rehearse, wanted))
+    found = []
+    for tile in wanted:
+        try:
+            step = step_of(tile)
+            error = ((step().double() - exact).abs().max() / exact.abs().max()).item()
+            if not error <= AGREE[dtype]:
+                raise oracle.WrongResult(f"{layer} {tile} {dtype}: off by {error:.1e}")
+            if device.type == "cuda":
+                step = timing.captured(step)
+            found.append((1e3 * timing.fastest(step, device, seconds), tile, tile == shipped))
+        except Exception as error:
+            if tile == shipped:
+                raise
+            print(f"  {tile}: {type(error).__name__}: {str(error)[:80]}")
+    return sorted(found)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print a line for each layer, type and scene; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else "")
+    parser.add_argument("--scene", nargs="+", default=["street-fine"])
+    parser.add_argument("--scenes", type=Path, default=scenes.FOLDER, help="folder of the files")
+    parser.add_argument("--layers", nargs="+", default=list(LAYERS), help="halvings:C_in:C_out")
+    parser.add_argument("--dtypes", nargs="+", default=["fp16", "tf32"], choices=list(AGREE))
+    parser.add_argument("--splits", nargs="+", type=int, default=[1, 2, 4])
+    parser.add_argument("--top", type=int, default=5, help="so many of the fastest")
+    parser.add_argument("--device", type=torch.device, default=torch.device("cuda"))
+    parser.add_argument("--seconds", type=float, default=0.1, help="for each, on a CPU")
+    options = parser.parse_args(argv)
+    layers = list(map(Layer.of, options.layers))
+    with forced("_triton"):  # also in Triton's interpreter, to try this script
+        for name in options.scene:
+            scene = scenes.load(name, options.scenes)
+            found = tables(scene, 1 + max(layer.level for layer in layers), options.device)
+            dtypes: list[str] = options.dtypes
+            for layer, dtype in ((layer, dtype) for layer in layers for dtype in dtypes):
+                table, keys = found[layer.level]
+                rows = sweep(layer, table, keys, dtype, options.splits, options.seconds)
+                own = next(time for time, _, shipped in rows if shipped)
+                print(
+                    f"{Path(name).stem} {':'.join(map(str, layer))} {dtype}, "
+                    f"{table.shape[1]} rows: shipped {own:.1f} us, "
+                    f"{own / rows[0][0]:.2f} of the best;",
+                    *(f"{time:.1f} {tile}" for time, tile, _ in rows[: options.top]), flush=True,
+                )  # fmt: skip
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
