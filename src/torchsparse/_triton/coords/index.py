@@ -346,8 +346,8 @@ def _by_bins(filled: _Filled, sites: Tensor, limit: Tensor | None) -> None:
         slots, bins, rows, D=ndim, BLOCK=512,
     )  # fmt: skip
     launch(
-        rank_kernel, (cdiv(rows, 128),), sites, bucketed, starts, sites, index.layout,
-        index.values, limit, rows, bins, slots - 1, D=ndim, BR=128,
+        rank_kernel, (cdiv(rows, 64),), sites, bucketed, starts, sites, index.layout,
+        index.values, limit, rows, bins, slots - 1, D=ndim, BR=64, num_warps=1,
     )  # fmt: skip
 
 

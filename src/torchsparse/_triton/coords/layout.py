@@ -147,10 +147,10 @@ def write_sites(key, live, rows, inside, coords, layout, D: tl.constexpr):
         weight = tl.maximum(tl.load(layout + (D + 1) + column).to(key.dtype), 1)
         digit = rest // weight
         rest -= digit * weight
-        c = digit.to(tl.int64) + tl.load(layout + column)
+        c = (digit.to(tl.int64) + tl.load(layout + column)).to(tl.int32)
         c = tl.where(live, c, INT_MIN)
-        tl.store(coords + rows.to(tl.int64) * (D + 1) + column, c.to(tl.int32), mask=inside)
+        tl.store(coords + rows.to(tl.int64) * (D + 1) + column, c, mask=inside)
         upper = layout + 3 * (D + 1) + column
-        top = tl.max(c, axis=0)
+        top = tl.max(c, axis=0).to(tl.int64)
         # What is read may be old, but never larger than what is there.
         tl.atomic_max(upper, top, mask=top > tl.load(upper), sem="relaxed")
