@@ -210,9 +210,9 @@ def test_float64_is_left_to_pytorch(device, monkeypatch):
 def run(layers: list[torch.nn.Module], dtype: torch.dtype, device: torch.device) -> list[Tensor]:
     """Outputs of a way down, there and up again, and the gradient of the input."""
     down, here, up = layers
-    coords = torch.from_numpy(clouds.scatter("small", 37, (6, 5, 6))).to(device)
+    coords = torch.from_numpy(clouds.scatter("small", 25, (5, 4, 5))).to(device)
     feats = randn(len(coords), 6, dtype=dtype, device=device).requires_grad_()
-    x = SparseTensor(feats, coords, spatial_range=(clouds.BATCH, 6, 5, 6))
+    x = SparseTensor(feats, coords, spatial_range=(clouds.BATCH, 5, 4, 5))
     y, *rows = found if isinstance(found := down(x), tuple) else (found,)
     z = up(here(y), *rows)
     push = randn(*z.feats.shape, dtype=dtype, device=device, seed=3)
@@ -220,8 +220,9 @@ def run(layers: list[torch.nn.Module], dtype: torch.dtype, device: torch.device)
     return [y.feats, *rows, z.feats, grad]
 
 
-@pytest.mark.parametrize("dtype", FLOATS, ids=str)
-@pytest.mark.parametrize("args", [(2,), (3, 2, 1), (3, 1)], ids=str)
+@pytest.mark.parametrize(
+    ("args", "dtype"), [((2,), FLOATS[0]), ((3, 2, 1), FLOATS[1]), ((3, 1), FLOATS[2])], ids=str
+)
 @pytest.mark.parametrize("how", ["max", "mean", "sum"])
 def test_modules_down_and_up(how, args, dtype, device):
     layers: dict[str, list[torch.nn.Module]] = {
@@ -236,11 +237,9 @@ def test_modules_down_and_up(how, args, dtype, device):
     want = run(layers[how], dtype, device)
     with forced("_triton"):
         got = run(layers[how], dtype, device)
-        again = run(layers[how], dtype, device)
     # The way up of a maximum adds what meets.
     exact = 2 if how == "max" else 0
-    for k, (one, two, other) in enumerate(zip(got, again, want)):
-        same(two, one)
+    for k, (one, other) in enumerate(zip(got, want)):
         if k < exact:
             same(one, other)
         else:

@@ -154,6 +154,20 @@ def test_pools(roomy: torch.device) -> None:
     assert mean.shape == (2, C) and mean.abs().max() < 0.01
 
 
+def test_windows(roomy: torch.device) -> None:
+    """Maxima of 3x3x3 sites, and the gradient: how many windows each entry won."""
+    feats = random_feats(roomy).requires_grad_()
+    x = SparseTensor(feats, full_grid(roomy))
+    out, index = F.max_pool3d(x, 3, 1, return_indices=True)
+    (grad,) = torch.autograd.grad(out.feats, feats, torch.ones_like(out.feats))
+    total, feats = F.sum_pool3d(x, 3, 1).feats.detach(), feats.detach()
+    for row in picked().tolist():
+        near = [n for _, n in around(row)]
+        assert torch.equal(out.feats[row], feats[near].amax(0))
+        assert torch.equal(grad[row], (index[near] == row).sum(0).to(HALF))
+        assert_near(total[row], feats[near].double().sum(0))
+
+
 def test_dense(roomy: torch.device) -> None:
     feats = random_feats(roomy)
     out = to_dense(feats, full_grid(roomy), (1, SIDE, SIDE, SIDE))

@@ -99,6 +99,23 @@ def test_a_kept_map_needs_no_wait(training: bool, gpu: torch.device) -> None:
 
 
 @pytest.mark.parametrize("training", [False, True])
+def test_pools_on_kept_maps_need_no_wait(training: bool, gpu: torch.device) -> None:
+    x = cloud(gpu)
+    x.feats.requires_grad_(training)
+    down, up = spnn.MaxPool3d(2, return_indices=True), spnn.MaxUnpool3d(2)
+
+    def step() -> None:
+        with torch.set_grad_enabled(training):
+            total = up(*down(x)).feats.sum() + spnn.AvgPool3d(3, 1)(x).feats.sum()
+        if training:
+            total.backward()
+
+    warm(step)
+    with forbidden():
+        step()
+
+
+@pytest.mark.parametrize("training", [False, True])
 def test_waits_per_u_net(training: bool, gpu: torch.device) -> None:
     """Backward waits for nothing: all its maps are views of those of the forward pass."""
     model = SparseResUNet42(width_multiplier=0.25).to(gpu).train(training)

@@ -209,8 +209,8 @@ def _raise(best, winner, alone, value, row, WINNERS: tl.constexpr):
 
 
 # ------------------------------------------------------------------ kernels
-# Each turn takes four taps: their rows are on their way together, and so are the places of the
-# next four in the table.
+# Each turn takes four taps and asks for what the table has at the next four, so that several rows
+# are on their way at once and none waits for the table.
 @triton.jit(do_not_specialize=["M", "taps", "n_tap", "n_row", "units"])
 def _pool_sum_kernel(
     feats, table, shares, out, limit, M, taps, n_tap, n_row, units,
