@@ -79,7 +79,7 @@ CASTS: list[tuple[str, Callable[[Any], Any], torch.dtype]] = [
 ]
 
 
-@pytest.mark.parametrize(("name", "cast", "dtype"), CASTS, ids=lambda v: str(v))
+@pytest.mark.parametrize(("name", "cast", "dtype"), CASTS, ids=[name for name, *_ in CASTS])
 def test_casts_touch_floating_features_alone(name: str, cast: Any, dtype: torch.dtype) -> None:
     x = sparse(torch.device("cpu"))
     coords = x.coords
