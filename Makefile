@@ -5,6 +5,10 @@ BIN    := $(VENV)/bin
 # TORCH_INDEX=https://... picks a wheel index, for example one with CPU builds of PyTorch.
 PIP_FLAGS := -c requirements/constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
+# A process per core; threads of one core would wait for each other.
+WORKERS ?= auto
+THREADS ?= 1
+
 # On a GPU nothing is installed: $(PYTHON) brings PyTorch, Triton, pytest and hypothesis.
 # The packages there are whatever they are, so their deprecations are shown and do not fail.
 GPU_ENV    := PYTHONPATH=src PYTHONUNBUFFERED=1 TORCHSPARSE_TEST_DEVICE=cuda
@@ -27,7 +31,7 @@ demo: $(VENV)/.app
 	$(BIN)/torchsparse demo
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest -n $(WORKERS)
 
 test-gpu:
 	@status=0; for shard in $(or $(SHARD),$(SHARDS)); do \

@@ -50,9 +50,9 @@ def without_kernels() -> Iterator[None]:
     """Kernels are chosen for CPU tensors and not run; a level has two thirds of its input's
     sites."""
     from torchsparse._triton import launch
-    from torchsparse._triton.coords import index
+    from torchsparse._triton.coords import create
 
-    fill = index._fill
+    fill = create._fill
 
     def counted(*args: Any) -> Any:
         filled = fill(*args)
@@ -65,7 +65,7 @@ def without_kernels() -> Iterator[None]:
             launch, _resolved=_Everything(), _stream=lambda _: 0, watched=lambda: False,
             INTERPRETED=False,
         ),
-        mock.patch.object(index, "_fill", counted),
+        mock.patch.object(create, "_fill", counted),
     ):  # fmt: skip
         yield
 

@@ -13,6 +13,7 @@ from tests import oracles
 from tests.cases import assert_close, assert_rows, convolve
 from tests.oracles import Layer
 from torchsparse import SparseTensor
+from torchsparse import nn as spnn
 from torchsparse.nn import functional as F
 
 F64 = torch.float64
@@ -170,3 +171,32 @@ def test_speed_switches_change_nothing(
     got = convolve(layer, tensor(coords, feats, device), kernel.to(device), config=config)
     assert_rows(got.coords, want.coords.cpu().numpy())
     assert_close(got.feats, want.feats, F64)
+
+
+def test_the_same_bits_on_two_threads() -> None:
+    """On a CPU with several threads, a step gives the same bits in every run."""
+    torch.manual_seed(0)
+    sites = torch.cartesian_prod(*[torch.arange(18)] * 3)
+    sites = sites[torch.rand(len(sites)) < 0.5]
+    coords = torch.nn.functional.pad(sites, (1, 0)).int()
+    feats = torch.randn(len(coords), 64)
+    net = torch.nn.Sequential(
+        spnn.Conv3d(64, 64, 3), spnn.BatchNorm(64), spnn.ReLU(), spnn.Conv3d(64, 32, 2, stride=2)
+    )
+
+    def step() -> list[torch.Tensor]:
+        x = SparseTensor(feats.clone().requires_grad_(), coords)
+        net.zero_grad()
+        out = net(x).feats
+        out.square().sum().backward()
+        grads = [p.grad.clone() for p in net.parameters() if p.grad is not None]
+        return [out.detach(), x.feats.grad, *grads]
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        first = step()
+        for _ in range(5):
+            assert all(map(torch.equal, first, step()))
+    finally:
+        torch.set_num_threads(before)

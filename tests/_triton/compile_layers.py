@@ -31,7 +31,7 @@ from torchsparse._triton.conv import (
     weight_grad,
 )
 from torchsparse._triton.conv.order import new_sort_keys
-from torchsparse._triton.coords import index as levels
+from torchsparse._triton.coords import create as levels
 
 ONES = (1, 1, 1)
 CUBE = Geometry.submanifold((3, 3, 3), ONES)

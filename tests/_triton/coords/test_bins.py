@@ -16,7 +16,7 @@ from torchsparse._capacity import PAD, Growth, Room, growing, row_count
 from torchsparse._geometry import Geometry
 from torchsparse._reference import coords as reference
 from torchsparse._triton.coords import build_index, find_taps, generative_sites, strided_sites
-from torchsparse._triton.coords import index as levels
+from torchsparse._triton.coords import create as levels
 from torchsparse._triton.coords.index import CoordIndex
 from torchsparse._triton.zeros import Zeros
 

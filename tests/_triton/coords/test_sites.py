@@ -21,7 +21,7 @@ from torchsparse._triton.coords import (
     strided_sites,
 )
 from torchsparse._triton.coords import (
-    index as levels,
+    create as levels,
 )
 
 NONE = (None, None, None)
