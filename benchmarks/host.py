@@ -11,6 +11,7 @@ nothing checked: that is what the tests are for.
 from __future__ import annotations
 
 import argparse
+import copy
 import gc
 import statistics
 import sys
@@ -48,11 +49,12 @@ class _Everything(dict[Any, Any]):
 @contextmanager
 def without_kernels() -> Iterator[None]:
     """Kernels are chosen for CPU tensors and not run; a level has two thirds of its input's
-    sites."""
+    sites, and layers are launched as on large maps, whose taps are not shared out."""
     from torchsparse._triton import launch
+    from torchsparse._triton.conv import product
     from torchsparse._triton.coords import create
 
-    fill = create._fill
+    fill, tile = create._fill, product.gemm_tile
 
     def counted(*args: Any) -> Any:
         filled = fill(*args)
@@ -66,6 +68,9 @@ def without_kernels() -> Iterator[None]:
             INTERPRETED=False,
         ),
         mock.patch.object(create, "_fill", counted),
+        mock.patch.object(
+            product, "gemm_tile", lambda *args, **kw: tile(*args, **kw)._replace(splits=1)
+        ),
     ):  # fmt: skip
         yield
 
@@ -96,46 +101,38 @@ def cloud(device: torch.device, channels: int) -> SparseTensor:
 def layers(device: torch.device) -> Rows:
     """Single layers on kept maps, in evaluation and in training."""
     x = cloud(device, CHANNELS)
-    conv = spnn.Conv3d(CHANNELS, CHANNELS, 3).to(device)
-    norm, relu, plain = spnn.BatchNorm(CHANNELS).to(device), spnn.ReLU(), nn.ReLU()
-    block, feats = nn.Sequential(conv, norm, relu), x.feats
-    other = nn.BatchNorm1d(CHANNELS).to(device).eval()
-    learning = cloud(device, CHANNELS)
-
-    def no_grad(call: Callable[[], Any]) -> Callable[[], Any]:
-        block.eval()
-        return torch.no_grad()(call)
-
-    def train() -> Any:
-        return block.train()(learning).feats
-
+    conv = spnn.Conv3d(CHANNELS, CHANNELS, 3)
+    norm, relu = spnn.BatchNorm(CHANNELS), spnn.ReLU()
+    block = nn.Sequential(conv, norm, relu).to(device).eval()
+    plain_norm, plain_relu = nn.BatchNorm1d(CHANNELS).to(device).eval(), nn.ReLU()
+    learner, learning = copy.deepcopy(block).train(), cloud(device, CHANNELS)
+    feats = x.feats
     grad = torch.ones_like(feats)
     return {
-        "conv": no_grad(lambda: conv(x).feats),
-        "conv + norm + relu": no_grad(lambda: block.eval()(x).feats),
-        "norm, alone": no_grad(lambda: norm.eval()(x).feats),
-        "norm, PyTorch's": no_grad(lambda: other(feats)),
-        "relu, alone": no_grad(lambda: relu(x).feats),
-        "relu, PyTorch's": no_grad(lambda: plain(feats)),
-        "conv + norm + relu, training": train,
-        "conv + norm + relu, and backward": lambda: train().backward(grad),
+        "conv": lambda: conv(x).feats,
+        "conv + norm + relu": lambda: block(x).feats,
+        "norm, alone": lambda: norm(x).feats,
+        "norm, PyTorch's": lambda: plain_norm(feats),
+        "relu, alone": lambda: relu(x).feats,
+        "relu, PyTorch's": lambda: plain_relu(feats),
+        "conv + norm + relu, training": lambda: learner(learning).feats,
+        "conv + norm + relu, and backward": lambda: learner(learning).feats.backward(grad),
     }
 
 
 def networks(device: torch.device) -> Rows:
     """A MinkUNet from coordinates to features, maps and all."""
-    network = SparseResUNet42(width_multiplier=0.25).to(device)
+    network = SparseResUNet42(width_multiplier=0.25).to(device).eval()
+    learner = copy.deepcopy(network).train()
     x = cloud(device, 4)
 
-    def forward(training: bool) -> Any:
-        with torch.set_grad_enabled(training):
-            y = network.train(training)(SparseTensor(x.feats, x.coords))
-            return y[-1].feats
+    def forward(net: nn.Module) -> Any:
+        return net(SparseTensor(x.feats, x.coords))[-1].feats
 
     return {
-        "MinkUNet, new maps": lambda: forward(False),
-        "MinkUNet, training, new maps": lambda: forward(True),
-        "MinkUNet, and backward": lambda: forward(True).sum().backward(),
+        "MinkUNet, new maps": lambda: forward(network),
+        "MinkUNet, training, new maps": lambda: forward(learner),
+        "MinkUNet, and backward": lambda: forward(learner).sum().backward(),
     }
 
 
@@ -153,6 +150,8 @@ def main(argv: list[str] | None = None) -> int:
         gc.collect()
         for make, repeats in ((layers, options.repeats), (networks, options.repeats // 5 + 1)):
             for name, call in make(device).items():
+                learns = "training" in name or "backward" in name
+                stack.enter_context(torch.set_grad_enabled(learns))
                 print(f"{name:<32}{microseconds(call, device, repeats):>10.1f} us", flush=True)
     return 0
 
