@@ -24,7 +24,7 @@ def relu(input: SparseTensor, inplace: bool = True) -> SparseTensor:
     joined = _join(input, 0.0, inplace)
     if joined is not None:
         return joined
-    return fapply(input, torch.nn.functional.relu, inplace=inplace)
+    return fapply(input, torch.relu_ if inplace else torch.relu)
 
 
 def silu(input: SparseTensor, inplace: bool = True) -> SparseTensor:
