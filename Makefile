@@ -31,7 +31,7 @@ demo: $(VENV)/.app
 	$(BIN)/torchsparse demo
 
 test: $(VENV)/.dev
-	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest -n $(WORKERS)
+	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8
 
 test-gpu:
 	@status=0; for shard in $(or $(SHARD),$(SHARDS)); do \
