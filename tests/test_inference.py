@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
 
 import torchsparse
 from tests.scans import Dense, again, assert_agree, flat, network, scan
+from torchsparse import inference
 from torchsparse.backbones import SparseResNet21D, SparseResUNet42
 from torchsparse.inference import graphed, warmup
 
@@ -53,3 +56,34 @@ def test_warmup(device: torch.device) -> None:
     assert (compiled > 0) == (device.type == "cuda")
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     torchsparse.backends.check_errors()
+
+
+def test_what_a_graph_holds_is_noticed_when_it_goes() -> None:
+    """Values may be written; a layer more, less or other, a new or moved parameter may not."""
+
+    def fresh() -> nn.Sequential:
+        return nn.Sequential(nn.Linear(3, 4, bias=False), nn.BatchNorm1d(4), nn.ReLU())
+
+    def write(net: Any) -> None:
+        net[0].weight.data.mul_(2)
+        net.load_state_dict({name: value + 1 for name, value in net.state_dict().items()})
+
+    def new_bias(net: Any) -> None:
+        net[0].bias = nn.Parameter(torch.zeros(4))
+
+    def move(net: Any) -> None:
+        net[0].weight.data = net[0].weight.data.clone()
+
+    changes: list[tuple[Any, bool]] = [
+        (write, True), (new_bias, False), (move, False),
+        (lambda net: net.append(nn.ReLU()), False),
+        (lambda net: net.pop(2), False),
+        (lambda net: net.__setitem__(2, nn.Sigmoid()), False),
+        (lambda net: net.double(), False),
+    ]  # fmt: skip
+    for change, holds in changes:
+        net = fresh()
+        parts = inference._Parts.of(net)
+        assert parts.hold()
+        change(net)
+        assert parts.hold() is holds, change

@@ -443,31 +443,30 @@ class _Parts(NamedTuple):
     """What a network was when it was captured."""
 
     modules: list[nn.Module]
-    children: list[tuple[dict[str, Any], str, Any]]
-    tensors: list[tuple[dict[str, Any], str, Tensor, int]]  # parameters, buffers, their addresses
+    children: list[tuple[dict[str, Any], dict[str, Any]]]  # of each module: now, and then
+    tensors: list[tuple[dict[str, Any], str, Tensor | None, int]]  # and their addresses
 
     @staticmethod
     def of(model: nn.Module) -> _Parts:
         modules = list(model.modules())
-        children = [
-            (m._modules, name, child) for m in modules for name, child in m._modules.items()
-        ]
+        children = [(m._modules, dict(m._modules)) for m in modules]
         tensors = [
-            (table, name, tensor, tensor.data_ptr())
+            (table, name, tensor, 0 if tensor is None else tensor.data_ptr())
             for m in modules
             for table in (m._parameters, m._buffers)
             for name, tensor in table.items()
-            if tensor is not None
         ]
         return _Parts(modules, children, tensors)
 
     def hold(self) -> bool:
         """Whether a graph would read what the modules hold: values may change, places may not."""
-        for table, name, child in self.children:
-            if table.get(name) is not child:
+        for table, then in self.children:
+            if table != then:
                 return False
         for table, name, tensor, address in self.tensors:
-            if table.get(name) is not tensor or tensor.data_ptr() != address:
+            if table.get(name) is not tensor:
+                return False
+            if tensor is not None and tensor.data_ptr() != address:
                 return False
         return True
 
