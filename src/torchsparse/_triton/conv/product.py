@@ -148,14 +148,15 @@ def dense(feats: Tensor, weight: Tensor, bias: Tensor | None, epilogue: Epilogue
     out = feats.new_empty(m, c_out)
     if m and c_out:
         end = _end(bias, epilogue)
-        name = ("dense", feats.get_device(), feats.dtype, weight.shape, weight.stride(), end.kind)
         tile = dense_tile(m, c_in, c_out)
+        name = (
+            "dense", feats.get_device(), feats.dtype, tile, weight.shape, weight.stride(), end.kind
+        )  # fmt: skip
         options = {
             "CI": c_in, "CO": c_out, "BM": tile.BM, "BN": tile.BN, "BK": tile.BK, **end.flags,
             "num_warps": tile.warps, "num_stages": tile.stages,
         }  # fmt: skip
         grid = (cdiv(m, tile.BM) * cdiv(c_out, tile.BN), 1)
-        name = (*name, tile)
         step = Repeated(
             dense_kernel, grid, (None,), (m, *weight.stride()), options, _known.get(name)
         )
