@@ -87,7 +87,9 @@ def _block_k(channels: int, widest: int) -> int:
     return min(max(next_power(channels), 16), widest)
 
 
-FEW_PROGRAMS = 300
+# Up to so many, programs wait for each turn's loads longer than they multiply, and take 128
+# channels in one turn: of 65 to 127 channels, padded, and of 128.
+FEW_PADDED, FEW_WHOLE = 300, 200
 # Turns of a program's loop from which its shares pay for their sum, and programs at most then.
 LONG_LOOP, MOST_SHARES = 54, 600
 
@@ -178,9 +180,9 @@ def shipped_gemm_tile(
         if bk < 64:
             stages = 4
         programs = cdiv(rows, bm) * cdiv(c_out, bn)
-        if 64 < c_in < 128 and bk < 64 and programs <= FEW_PROGRAMS:
-            bk, stages = 128, 3  # one turn per tap: waiting costs more than the zeros
-        elif c_in == 128 and programs <= 200:
+        if 64 < c_in < 128 and bk < 64 and programs <= FEW_PADDED:
+            bk, stages = 128, 3
+        elif c_in == 128 and programs <= FEW_WHOLE:
             bk, stages, work = 128, 2, 2
         if c_out > 128 and cdiv(rows, 128) * cdiv(c_out, 128) >= 2 * PROCESSORS:
             bm, warps = 128, 8 if rows >= 1 << 15 else 4
