@@ -31,10 +31,10 @@ STOREYS: dict[int, tuple[str, ...]] = {
     2: ("_ops", "_ops.*"),
     3: ("_kernel_map", "_lazy", "_autograd", "_autograd.*"),
     4: ("_cache", "_forms", "_search", "backends", "backend", "tensor"),
-    5: ("operators", "nn.utils", "nn.utils.*", "nn.functional", "nn.functional.*", "utils",
-        "utils.*"),
+    5: ("_graphs", "operators", "nn.utils", "nn.utils.*", "nn.functional", "nn.functional.*",
+        "utils", "utils.*"),
     6: ("nn", "nn.modules", "nn.modules.*", "backbones", "backbones.*", "models", "models.*",
-        "compat", "inference", "sparse_tensor", "point_tensor",
+        "compat", "inference", "training", "sparse_tensor", "point_tensor",
         "checkpoints", "utils.tune", "(root)"),
     7: ("datasets", "datasets.*", "viz", "segmentation", "cli", "cli.*", "__main__"),
 }  # fmt: skip

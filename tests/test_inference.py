@@ -10,7 +10,7 @@ from torch import nn
 
 import torchsparse
 from tests.scans import Dense, again, assert_agree, flat, network, scan
-from torchsparse import inference
+from torchsparse import _graphs
 from torchsparse.backbones import SparseResNet21D, SparseResUNet42
 from torchsparse.inference import graphed, warmup
 
@@ -83,7 +83,7 @@ def test_what_a_graph_holds_is_noticed_when_it_goes() -> None:
     ]  # fmt: skip
     for change, holds in changes:
         net = fresh()
-        parts = inference._Parts.of(net)
+        parts = _graphs.Parts.of(net)
         assert parts.hold()
         change(net)
         assert parts.hold() is holds, change

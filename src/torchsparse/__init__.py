@@ -1,6 +1,16 @@
 """Sparse convolution for point clouds and voxels, in pure PyTorch and Triton."""
 
-from torchsparse import backend, backends, compat, inference, nn, operators, tensor, utils
+from torchsparse import (
+    backend,
+    backends,
+    compat,
+    inference,
+    nn,
+    operators,
+    tensor,
+    training,
+    utils,
+)
 from torchsparse import point_tensor as point_tensor
 from torchsparse import sparse_tensor as sparse_tensor
 from torchsparse.operators import cat, generative_add
@@ -21,6 +31,7 @@ __all__ = [
     "nn",
     "operators",
     "tensor",
+    "training",
     "tune",
     "utils",
 ]

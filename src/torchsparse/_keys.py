@@ -54,7 +54,8 @@ class KeyLayout:
 
     def delta(self, offsets: Tensor) -> Tensor:
         """Key distance of spatial offsets.  [K, D] -> [K] in the dtype of the keys."""
-        return (offsets.to(self.stride) @ self.stride[1:]).to(self.dtype)
+        # Not a product of matrices: CUDA has none of integers.
+        return (offsets.to(self.stride) * self.stride[1:]).sum(1).to(self.dtype)
 
 
 def fit_layout(lower: Tensor, upper: Tensor) -> KeyLayout:

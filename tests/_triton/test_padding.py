@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 
 from tests.scans import Dense, again, flat, network, scan
-from torchsparse import inference
+from torchsparse import _graphs
 from torchsparse._capacity import PAD, Growth, Room, growing, rounded
 from torchsparse._ops import dispatch
 from torchsparse.backbones import SparseResUNet42
@@ -32,7 +34,7 @@ def test_padding_changes_nothing(kind: type[nn.Module], sure: bool, device: torc
             want = model(again(x))
         counts = [level.sites for level in seen.levels]
         rooms = [Room(None if sure else rounded(c), not sure) for c in counts]
-        got, growth, report = inference._padded(model, x, coords, feats, count, rooms)
+        got, growth, report = _graphs.padded(model, x, coords, feats, count, rooms)
     *levels, complaints = report.tolist()
     assert levels[0::4] == counts
     assert not any(levels[1::4])
@@ -49,6 +51,52 @@ def test_padding_changes_nothing(kind: type[nn.Module], sure: bool, device: torc
             assert (a[b.shape[0] :] == PAD).all()
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered")
+def test_padding_leaves_no_trace_in_gradients(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Batch statistics and all gradients count real rows alone; padding has zeros everywhere."""
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    model, x = network(Dense, device).train(), scan(70, 1, device, ranged=True)
+    usual = copy.deepcopy(model)
+    n = x.coords.shape[0]
+    rows = rounded(2 * n)
+    coords = torch.full((rows, 4), PAD, dtype=torch.int32, device=device)
+    feats = torch.zeros(rows, 4, device=device)
+    coords[:n], feats[:n] = x.coords, x.feats
+    feats.requires_grad_()
+    x.feats.requires_grad_()
+    count = torch.tensor([n], device=device)
+    torch.use_deterministic_algorithms(True)  # so that unwritten memory is NaN
+    try:
+        with dispatch.forced("_triton"):
+            with growing(Growth()) as seen:
+                want = [t for t in flat(usual(x)) if t.requires_grad]
+            rooms = [Room(rounded(level.sites), True) for level in seen.levels]
+            got, growth, _ = _graphs.padded(model, x, coords, feats, count, rooms)
+            got = [t for t in flat(got) if t.requires_grad]
+            real = dict(zip(growth.given, [level.sites for level in seen.levels])) | {rows: n}
+            grads = [torch.randn(t.shape, device=device) for t in want]
+            padded = [torch.zeros_like(t) for t in got]
+            for a, b, g, p in zip(got, want, grads, padded, strict=True):
+                some = real.get(a.shape[0], a.shape[0])
+                torch.testing.assert_close(a[:some], b, rtol=1e-4, atol=1e-5)
+                assert not a[some:].any()
+                p[: g.shape[0]] = g
+            inputs = ([feats, *model.parameters()], [x.feats, *usual.parameters()])
+            found, expected = (
+                torch.autograd.grad(outputs, wanted, given, allow_unused=True)
+                for outputs, wanted, given in zip((got, want), inputs, (padded, grads))
+            )
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert not found[0][n:].any()
+    for a, b in zip(found, expected):
+        torch.testing.assert_close(a[: b.shape[0]], b, rtol=1e-4, atol=1e-5)
+    for a, b in zip(model.buffers(), usual.buffers()):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
 @torch.no_grad()
 def test_a_level_that_overflows_says_so(device: torch.device) -> None:
     """What has no room is left out, reported, and never read from beyond the end."""
@@ -58,7 +106,7 @@ def test_a_level_that_overflows_says_so(device: torch.device) -> None:
         with growing(Growth()) as seen:
             model(again(x))
         rooms = [Room(128, True)] * len(seen.levels)
-        _, growth, report = inference._padded(model, x, x.coords, x.feats, count, rooms)
+        _, growth, report = _graphs.padded(model, x, x.coords, x.feats, count, rooms)
     assert seen.levels[0].sites > 128
     assert growth.given == [128]
     assert report[0] == seen.levels[0].sites
@@ -68,4 +116,4 @@ def test_other_levels_than_planned(device: torch.device) -> None:
     model, x = network(Dense, device), scan(50, 3, device, ranged=True)
     count = torch.tensor([x.coords.shape[0]], device=device)
     with torch.no_grad(), dispatch.forced("_triton"), pytest.raises(RuntimeError, match="levels"):
-        inference._padded(model, x, x.coords, x.feats, count, [])
+        _graphs.padded(model, x, x.coords, x.feats, count, [])

@@ -35,35 +35,39 @@ class _BatchNorm(Function):
         moments: Tensor,
         slope: float | None,
         eps: float,
+        limit: Tensor | None,
     ) -> Tensor:
-        out = batch_norm.normalise(feats, moments, weight, bias, residual, slope)
+        out = batch_norm.normalise(feats, moments, weight, bias, residual, slope, limit)
         signs = None if residual is None or slope is None else out
         ctx.save_for_backward(feats, weight, bias, moments, signs)
-        ctx.slope, ctx.eps = slope, eps
+        ctx.slope, ctx.eps, ctx.limit = slope, eps, limit
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         feats, weight, bias, moments, signs = ctx.saved_tensors
-        slope, (by_feats, by_weight, by_bias, by_residual, *_) = ctx.slope, ctx.needs_input_grad
+        slope, limit = ctx.slope, ctx.limit
+        by_feats, by_weight, by_bias, by_residual, *_ = ctx.needs_input_grad
         if torch.is_grad_enabled():  # these gradients are to be differentiated again
+            if limit is not None:
+                raise RuntimeError("padded rows have first derivatives alone")
             wanted = by_feats, by_weight, by_bias, by_residual
             found = _in_pytorch(grad, (feats, weight, bias), wanted, signs, slope, ctx.eps)
-            return *found, None, None, None
+            return *found, None, None, None, None
         grad_feats = grad_weight = grad_bias = grad_residual = means = None
         if by_feats or by_weight or by_bias:
             means, grad_weight, grad_bias = batch_norm.grad_sums(
-                grad, feats, moments, weight, bias, signs, slope
+                grad, feats, moments, weight, bias, signs, slope, limit
             )
         if by_residual and slope is None:
             grad_residual, by_residual = grad, False
         if by_feats or by_residual:
             grad_feats, found = batch_norm.grad_rows(
                 grad, feats, moments, weight, bias, signs, slope,
-                means if by_feats else None, by_residual,
+                means if by_feats else None, by_residual, limit,
             )  # fmt: skip
             grad_residual = found if grad_residual is None else grad_residual
-        return grad_feats, grad_weight, grad_bias, grad_residual, None, None, None
+        return grad_feats, grad_weight, grad_bias, grad_residual, None, None, None, None
 
 
 def _in_pytorch(
@@ -98,6 +102,7 @@ def normalise_batch(
     moments: Tensor,
     slope: float | None,
     eps: float,
+    limit: Tensor | None = None,
 ) -> Tensor:
     """Normalise rows by their own statistics, add, activate.
 
@@ -108,6 +113,7 @@ def normalise_batch(
         moments: Of these feats, from `_ops.batch_norm.batch_moments_`.
         slope: Of negative values, at least 0; None = no activation.
         eps: That of ``moments``.
+        limit: [1] int64 on the device, how many rows are real (`_capacity`); None: all.
 
     Returns:
         [N, C] in the dtype of feats. Differentiable in feats (also through ``moments``), weight,
@@ -119,5 +125,6 @@ def normalise_batch(
         or (bias is not None and bias.requires_grad)
         or (residual is not None and residual.requires_grad)
     ):
-        return _BatchNorm.apply(feats, weight, bias, residual, moments, slope, eps)  # pyright: ignore[reportReturnType]
-    return batch_norm.normalise(feats, moments, weight, bias, residual, slope)
+        found: Any = _BatchNorm.apply(feats, weight, bias, residual, moments, slope, eps, limit)
+        return found
+    return batch_norm.normalise(feats, moments, weight, bias, residual, slope, limit)

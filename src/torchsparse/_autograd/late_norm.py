@@ -32,6 +32,7 @@ def late_batch_norm(
     batches: Tensor | None,
     momentum: float | None,
     eps: float,
+    limit: Tensor | None = None,
 ) -> Lazy:
     """Normalise by the statistics of these rows, when somebody needs it.
 
@@ -40,12 +41,13 @@ def late_batch_norm(
         weight, bias: [C] or None.
         mean, var, batches: Running statistics, which follow now, as in `batch_moments_`.
         momentum, eps: Of ``nn.BatchNorm1d``.
+        limit: [1] int64 on the device, how many rows are real (`_capacity`); None: all.
 
     Returns:
         [N, C] in the dtype of feats, with gradients if they are enabled now.
     """
-    moments = batch_moments_(feats, eps, mean, var, batches, momentum)
-    make = _Pass(feats, weight, bias, moments, eps)
+    moments = batch_moments_(feats, eps, mean, var, batches, momentum, limit)
+    make = _Pass(feats, weight, bias, moments, eps, limit)
     inputs = tuple(t for t in (feats, weight, bias) if t is not None)
     shape = (feats.shape[0], feats.shape[1])
     chain = _LateNorm(make, shape, feats.dtype, feats.device, inputs)
@@ -59,7 +61,7 @@ NOTHING = Epilogue()
 class _Pass:
     """The pass that writes the features of a chain."""
 
-    __slots__ = ("bias", "eps", "feats", "learns", "moments", "weight")
+    __slots__ = ("bias", "eps", "feats", "learns", "limit", "moments", "weight")
 
     def __init__(
         self,
@@ -68,15 +70,23 @@ class _Pass:
         bias: Tensor | None,
         moments: Tensor,
         eps: float,
+        limit: Tensor | None,
     ) -> None:
         self.feats, self.weight, self.bias = feats, weight, bias
-        self.moments, self.eps = moments, eps
+        self.moments, self.eps, self.limit = moments, eps, limit
         self.learns = torch.is_grad_enabled()
 
     def __call__(self, epilogue: Epilogue | None) -> Tensor:
         _, residual, slope = epilogue or NOTHING
         return normalise_batch(
-            self.feats, self.weight, self.bias, residual, self.moments, slope, self.eps
+            self.feats,
+            self.weight,
+            self.bias,
+            residual,
+            self.moments,
+            slope,
+            self.eps,
+            self.limit,
         )
 
 

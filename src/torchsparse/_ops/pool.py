@@ -31,7 +31,7 @@ def pool_sum(
         table: [K, M] int32, rows of feats, -1 = none.
         shares: [N] floating factors, None = 1.
         mean: Divide by the number of neighbours.
-        limit: [1] int64, how many outputs are real (`_capacity`): the rest may have any value.
+        limit: [1] int64, how many outputs are real (`_capacity`): the rest gets zeros.
             None: all.
 
     Returns:
@@ -61,7 +61,7 @@ def pool_max(feats: Tensor, table: Tensor, limit: Tensor | None = None) -> tuple
         feats: [N, C] floating.
         table: [K, M] int32, rows of feats, -1 = none.
         limit: [1] int64, how many outputs are real (`_capacity`): the rest comes from row -1, and
-            may have any value. None: all.
+            is 0. None: all.
 
     Returns:
         [M, C] in the dtype of feats, 0 without neighbours, NaN where one of them is NaN; and
@@ -82,8 +82,8 @@ def unpool_max(values: Tensor, rows: Tensor, table: Tensor, limit: Tensor | None
         values: [M, C] floating.
         rows: [M, C] int32, from `pool_max`.
         table: [K, N] int32, the transposed of the table that `pool_max` read.
-        limit: [1] int64, how many of the N rows are real (`_capacity`): the rest may have any
-            value. None: all.
+        limit: [1] int64, how many of the N rows are real (`_capacity`): the rest gets zeros.
+            None: all.
 
     Returns:
         [N, C] in the dtype of values: the sum over taps, in their order, of ``values[m, c]`` for

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -18,21 +20,40 @@ def batch_moments_(
     var: Tensor | None,
     batches: Tensor | None,
     momentum: float | None,
+    limit: Tensor | None = None,
 ) -> Tensor:
     """Mean and 1 / sqrt(var + eps) of each channel; running statistics follow.  -> [2, C]."""
-    found, centre = torch.var_mean(feats.to(sum_dtype(feats.dtype)), 0, correction=0)
+    feats = feats.to(sum_dtype(feats.dtype))
+    if limit is None:
+        rows: Any = feats.shape[0]
+        found, centre = torch.var_mean(feats, 0, correction=0)
+        unbiased = found * (rows / max(rows - 1, 1))
+    else:
+        rows = limit.to(feats.dtype).clamp(min=1)
+        centre = _unpadded(feats, limit).sum(0) / rows
+        found = _unpadded((feats - centre).square(), limit).sum(0) / rows
+        unbiased = found * (rows / (rows - 1).clamp(min=1))
     if batches is not None:
-        batches.add_(1)
+        batches.add_(1 if limit is None else limit[0] > 0)
     if mean is not None and var is not None:
         if momentum is None:
             assert batches is not None
-            share = 1 / batches.to(found.dtype)
+            share = 1 / batches.to(found.dtype).clamp(min=1)
         else:
             share = found.new_full((), momentum)  # filled on the device
-        rows = feats.shape[0]
+        if limit is not None:  # no rows, as in padding alone, move nothing
+            share = torch.where(limit > 0, share, 0)
         mean.copy_(mean * (1 - share) + centre * share)
-        var.copy_(var * (1 - share) + found * (rows / max(rows - 1, 1)) * share)
+        var.copy_(var * (1 - share) + unbiased * share)
     return torch.stack([centre, 1 / (found + eps).sqrt()])
+
+
+def _unpadded(rows: Tensor, limit: Tensor | None) -> Tensor:
+    """The same with zeros from row ``limit`` on, whatever is there."""
+    if limit is None:
+        return rows
+    live = torch.arange(rows.shape[0], device=rows.device) < limit
+    return torch.where(live[:, None], rows, 0)
 
 
 def _centred(
@@ -51,6 +72,7 @@ def normalise(
     bias: Tensor | None,
     residual: Tensor | None,
     slope: float | None,
+    limit: Tensor | None = None,
 ) -> Tensor:
     """``act((feats - mean) * invstd * weight + bias + residual)``.  -> [N, C]."""
     _, _, rows = _centred(feats, moments, weight, bias)
@@ -58,7 +80,7 @@ def normalise(
         rows = rows + residual
     if slope is not None:
         rows = torch.where(rows < 0, rows * slope if slope else 0, rows)
-    return rows.to(feats.dtype)
+    return _unpadded(rows, limit).to(feats.dtype)
 
 
 def _passed(grad: Tensor, normalised: Tensor, out: Tensor | None, slope: float | None) -> Tensor:
@@ -78,12 +100,15 @@ def grad_sums(
     bias: Tensor | None,
     out: Tensor | None,
     slope: float | None,
+    limit: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Means [2, C] for `grad_rows`, gradients of weight and bias."""
     rows, _, normalised = _centred(feats, moments, weight, bias)
     grad = _passed(grad, normalised, out, slope)
-    total, along = grad.sum(0), (grad * rows).sum(0) * moments[1]
-    means = torch.stack([total, along * moments[1]]) / feats.shape[0]
+    total = _unpadded(grad, limit).sum(0)
+    along = _unpadded(grad * rows, limit).sum(0) * moments[1]
+    count = feats.shape[0] if limit is None else limit.clamp(min=1)
+    means = torch.stack([total, along * moments[1]]) / count
     return (
         means,
         None if weight is None else along.to(weight.dtype),
@@ -101,11 +126,12 @@ def grad_rows(
     slope: float | None,
     means: Tensor | None,
     residual: bool,
+    limit: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of feats and residual."""
     rows, scale, normalised = _centred(feats, moments, weight, bias)
     grad = _passed(grad, normalised, out, slope)
-    return (
-        None if means is None else (scale * (grad - means[0] - rows * means[1])).to(feats.dtype),
-        grad.to(feats.dtype) if residual else None,
-    )
+    grad_feats = None
+    if means is not None:
+        grad_feats = _unpadded(scale * (grad - means[0] - rows * means[1]), limit).to(feats.dtype)
+    return grad_feats, _unpadded(grad, limit).to(feats.dtype) if residual else None

@@ -22,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from torchsparse._triton.launch import cdiv, launch, next_power
+from torchsparse._triton.primitives import real_rows
 from torchsparse._triton.rows import Tile, divide, row_tile
 
 __all__ = ["batch_moments_", "grad_rows", "grad_sums", "normalise"]
@@ -77,6 +78,7 @@ def batch_moments_(
     var: Tensor | None,
     batches: Tensor | None,
     momentum: float | None,
+    limit: Tensor | None = None,
 ) -> Tensor:
     """Mean and 1 / sqrt(var + eps) of each channel; running statistics follow.  -> [2, C]."""
     n, channels = feats.shape
@@ -86,12 +88,12 @@ def batch_moments_(
     moments = torch.empty((2, channels), dtype=torch.float32, device=device)
     tile = cut.tile
     launch(
-        _moments_kernel, cut.grid, feats, feats, partial, batches, n, tile.units,
+        _moments_kernel, cut.grid, feats, feats, partial, batches, limit, n, tile.units,
         **cut.constants,
     )  # fmt: skip
     launch(
         _moments_end_kernel, cut.few, feats, partial, moments, mean, var, batches,
-        n, tile.rows, cut.shares, tile.units, float(eps), float(momentum or 0),
+        limit, n, tile.rows, cut.shares, tile.units, float(eps), float(momentum or 0),
         AVERAGED=momentum is None, **cut.end,
     )  # fmt: skip
     return moments
@@ -113,14 +115,15 @@ def _steps(n, share, shares, rows):
 
 @triton.jit(do_not_specialize=["n", "units"])
 def _moments_kernel(
-    feats, partial, batches, n, units,
+    feats, partial, batches, limit, n, units,
     UNIT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     """partial[0, s], [1, s]: mean of share s, and the sum of squared distances from it.
 
     Each lane follows its own mean (Welford), so nothing cancels: step i adds its (i + 1)-th row.
-    Only the last tile of all may be short.
+    Only the last tile of all may be short. Shares may be empty.
     """
+    n = real_rows(n, limit)
     width = units * UNIT
     share, col, shares = _place(width, COLS)
     inside = col < width
@@ -137,7 +140,7 @@ def _moments_kernel(
         spread += apart * (value - mean)
         row += shares * ROWS
     seen = tl.where(row - shares * ROWS < n, steps, steps - 1).to(tl.float32)
-    middle = divide(tl.sum(mean * seen[:, None], 0), tl.sum(seen, 0))
+    middle = divide(tl.sum(mean * seen[:, None], 0), tl.maximum(tl.sum(seen, 0), 1))
     off = mean - middle[None, :]
     spread += off * off * seen[:, None]
     at = share.to(tl.int64) * width + col
@@ -145,15 +148,16 @@ def _moments_kernel(
     tl.store(partial + shares.to(tl.int64) * width + at, tl.sum(spread, 0), mask=inside)
     if batches is not None:
         if tl.program_id(0) == 0:
-            tl.store(batches, tl.load(batches) + 1)
+            tl.store(batches, tl.load(batches) + (n > 0))
 
 
 @triton.jit(do_not_specialize=["n", "step", "shares", "units"])
 def _moments_end_kernel(
-    partial, moments, mean, var, batches, n, step, shares, units, eps, momentum,
+    partial, moments, mean, var, batches, limit, n, step, shares, units, eps, momentum,
     AVERAGED: tl.constexpr, UNIT: tl.constexpr, SHARES: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     """Moments of all rows from those of each share (Chan, Golub, LeVeque); tiles of ``step``."""
+    n = real_rows(n, limit)
     width = units * UNIT
     col = tl.program_id(0) * COLS + tl.arange(0, COLS)
     share = tl.arange(0, SHARES)
@@ -166,7 +170,7 @@ def _moments_end_kernel(
     rows = _steps(n, share, shares, step) * step
     rows -= tl.where(share == (tiles - 1) % shares, tiles * step - n, 0)
     rows = tl.where(share < shares, rows, 0).to(tl.float32)[:, None]
-    every = n.to(tl.float32)
+    every = tl.maximum(n, 1).to(tl.float32)
     centre = divide(tl.sum(middle * rows, 0), every)
     off = tl.where(mask, middle - centre[None, :], 0)
     squares = tl.sum(spread + off * off * rows, 0)
@@ -177,7 +181,8 @@ def _moments_end_kernel(
     if mean is not None:
         new_share = momentum
         if AVERAGED:
-            new_share = 1.0 / tl.load(batches).to(tl.float32)
+            new_share = 1.0 / tl.maximum(tl.load(batches), 1).to(tl.float32)
+        new_share = tl.where(n > 0, new_share, 0.0)  # no rows, as in padding alone, move nothing
         old = tl.load(mean + col, mask=inside, other=0).to(tl.float32)
         new = old * (1 - new_share) + centre * new_share
         tl.store(mean + col, new.to(mean.dtype.element_ty), mask=inside)
@@ -208,6 +213,7 @@ def normalise(
     bias: Tensor | None,
     residual: Tensor | None,
     slope: float | None,
+    limit: Tensor | None = None,
 ) -> Tensor:
     """``act((feats - mean) * invstd * weight + bias + residual)``.  -> [N, C]."""
     n, channels = feats.shape
@@ -217,15 +223,15 @@ def normalise(
     tile = cut.wide
     launch(
         _normalise_kernel, cut.wide_grid, feats,
-        feats, moments, _rows(weight), _rows(bias), residual, out, slope or 0.0, n, tile.units,
-        ACT=act, **cut.wide_constants,
+        feats, moments, _rows(weight), _rows(bias), residual, out, limit, slope or 0.0, n,
+        tile.units, ACT=act, **cut.wide_constants,
     )  # fmt: skip
     return out
 
 
 @triton.jit(do_not_specialize=["n", "units"])
 def _normalise_kernel(
-    feats, moments, weight, bias, residual, out, slope, n, units,
+    feats, moments, weight, bias, residual, out, limit, slope, n, units,
     ACT: tl.constexpr, UNIT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     width = units * UNIT
@@ -242,7 +248,16 @@ def _normalise_kernel(
         value = tl.where(value < 0, 0.0, value)
     if ACT == 2:
         value = tl.where(value < 0, value * slope, value)
+    value = _unpadded(value, row, n, limit)
     tl.store(out + at, value.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _unpadded(value, row, n, limit):
+    """Zeros in rows of padding."""
+    if limit is not None:
+        value = tl.where((row < real_rows(n, limit))[:, None], value, 0.0)
+    return value
 
 
 # ------------------------------------------------------------------ backward
@@ -254,6 +269,7 @@ def grad_sums(
     bias: Tensor | None,
     out: Tensor | None,
     slope: float | None,
+    limit: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Means [2, C] for `grad_rows`, gradients of weight and bias."""
     n, channels = feats.shape
@@ -263,7 +279,7 @@ def grad_sums(
     partial = torch.empty((2, cut.shares, channels), dtype=torch.float32, device=feats.device)
     launch(
         _sums_kernel, cut.grid, feats, grad, feats, moments, _rows(weight), _rows(bias), out,
-        partial, slope or 0.0, n, tile.units,
+        partial, limit, slope or 0.0, n, tile.units,
         ACT=act, **cut.constants,
     )  # fmt: skip
     means = torch.empty_like(moments)
@@ -271,7 +287,7 @@ def grad_sums(
     grad_bias = None if bias is None else torch.empty_like(bias)
     launch(
         _sums_end_kernel, cut.few, feats, partial, moments, means, grad_weight, grad_bias,
-        n, cut.shares, tile.units,
+        limit, n, cut.shares, tile.units,
         **cut.end,
     )  # fmt: skip
     return means, grad_weight, grad_bias
@@ -294,10 +310,11 @@ def _passed(grad, value, out, at, mask, mean, scale, shift, slope, ACT: tl.const
 
 @triton.jit(do_not_specialize=["n", "units"])
 def _sums_kernel(
-    grad, feats, moments, weight, bias, out, partial, slope, n, units,
+    grad, feats, moments, weight, bias, out, partial, limit, slope, n, units,
     ACT: tl.constexpr, UNIT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     """partial[0, s], [1, s]: sums of g and of g * (x - mean) over share s."""
+    n = real_rows(n, limit)
     width = units * UNIT
     share, col, shares = _place(width, COLS)
     inside = col < width
@@ -321,10 +338,11 @@ def _sums_kernel(
 
 @triton.jit(do_not_specialize=["n", "shares", "units"])
 def _sums_end_kernel(
-    partial, moments, means, grad_weight, grad_bias, n, shares, units,
+    partial, moments, means, grad_weight, grad_bias, limit, n, shares, units,
     UNIT: tl.constexpr, SHARES: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     """Sums over all shares, and what the gradients make of them."""
+    n = real_rows(n, limit)
     width = units * UNIT
     col = tl.program_id(0) * COLS + tl.arange(0, COLS)
     share = tl.arange(0, SHARES)
@@ -335,7 +353,7 @@ def _sums_end_kernel(
     along = tl.sum(tl.load(partial + shares * width + at, mask=mask, other=0), 0)
     invstd = tl.load(moments + width + col, mask=inside, other=0)
     along *= invstd
-    every = n.to(tl.float32)
+    every = tl.maximum(n, 1).to(tl.float32)
     tl.store(means + col, divide(total, every), mask=inside)
     tl.store(means + width + col, divide(along * invstd, every), mask=inside)
     if grad_weight is not None:
@@ -354,6 +372,7 @@ def grad_rows(
     slope: float | None,
     means: Tensor | None,
     residual: bool,
+    limit: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of feats and residual."""
     n, channels = feats.shape
@@ -364,7 +383,7 @@ def grad_rows(
     tile = cut.wide
     launch(
         _rows_kernel, cut.wide_grid, feats, grad, feats, moments, _rows(weight), _rows(bias), out,
-        means, grad_feats, grad_residual, slope or 0.0, n, tile.units,
+        means, grad_feats, grad_residual, limit, slope or 0.0, n, tile.units,
         ACT=act, **cut.wide_constants,
     )  # fmt: skip
     return grad_feats, grad_residual
@@ -372,7 +391,8 @@ def grad_rows(
 
 @triton.jit(do_not_specialize=["n", "units"])
 def _rows_kernel(
-    grad, feats, moments, weight, bias, out, means, grad_feats, grad_residual, slope, n, units,
+    grad, feats, moments, weight, bias, out, means, grad_feats, grad_residual, limit, slope, n,
+    units,
     ACT: tl.constexpr, UNIT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     width = units * UNIT
@@ -383,11 +403,12 @@ def _rows_kernel(
     g = tl.load(grad + at, mask=mask, other=0).to(tl.float32)
     value = tl.load(feats + at, mask=mask, other=0).to(tl.float32)
     mean, scale, shift = _columns(moments, weight, bias, col, width)
-    g = _passed(g, value, out, at, mask, mean, scale, shift, slope, ACT)
+    g = _unpadded(_passed(g, value, out, at, mask, mean, scale, shift, slope, ACT), row, n, limit)
     if grad_residual is not None:
         tl.store(grad_residual + at, g.to(grad_residual.dtype.element_ty), mask=mask)
     if grad_feats is not None:
         plain = tl.load(means + col, mask=col < width, other=0)
         along = tl.load(means + width + col, mask=col < width, other=0)
         value = scale[None, :] * (g - plain[None, :] - (value - mean[None, :]) * along[None, :])
+        value = _unpadded(value, row, n, limit)
         tl.store(grad_feats + at, value.to(grad_feats.dtype.element_ty), mask=mask)

@@ -53,7 +53,7 @@ def pool_sum(
         table: [K, M] int32, rows of feats, -1 = none; any strides.
         shares: [N] float32 factors, None = 1.
         mean: Divide by the number of neighbours.
-        limit: [1] int64, how many outputs are real: the rest is not written. None: all.
+        limit: [1] int64, how many outputs are real: the rest gets zeros. None: all.
 
     Returns:
         [M, C] in the dtype of feats, summed in float32 in the order of the taps and rounded once;
@@ -96,7 +96,7 @@ def pool_max(feats: Tensor, table: Tensor, limit: Tensor | None = None) -> tuple
     Args:
         feats: [N, C] float16, bfloat16 or float32.
         table: [K, M] int32, rows of feats, -1 = none; any strides.
-        limit: [1] int64, how many outputs are real: the rest comes from row -1, and has no value.
+        limit: [1] int64, how many outputs are real: the rest comes from row -1, and is 0.
             None: all.
 
     Returns:
@@ -131,7 +131,7 @@ def unpool_max(values: Tensor, rows: Tensor, table: Tensor, limit: Tensor | None
         values: [M, C] float16, bfloat16 or float32.
         rows: [M, C] int32, from `pool_max`.
         table: [K, N] int32, the transposed of the table that `pool_max` read; any strides.
-        limit: [1] int64, how many of the N rows are real: the rest is not written. None: all.
+        limit: [1] int64, how many of the N rows are real: the rest gets zeros. None: all.
 
     Returns:
         [N, C] in the dtype of values: the sum over taps, in their order, of ``values[m, c]`` for
@@ -252,7 +252,7 @@ def _pool_sum_kernel(
         by = tl.maximum(count, 1).to(tl.float32)
         total = divide(total, by[:, None] + tl.zeros_like(total))
     at = row[:, None] * width + col[None, :]
-    tl.store(out + at, total.to(out.dtype.element_ty), mask=live[:, None] & inside)
+    tl.store(out + at, total.to(out.dtype.element_ty), mask=(row < M)[:, None] & inside)
 
 
 @triton.jit(do_not_specialize=["M", "taps", "n_tap", "n_row"])
@@ -305,7 +305,7 @@ def _pool_max_kernel(
         best, winner, alone = _raise(best, winner, alone, of_d, d, WINNERS)
         a, b, c, d = next_a, next_b, next_c, next_d
     at = row[:, None] * width + col[None, :]
-    tl.store(out + at, best, mask=live[:, None] & inside)
+    tl.store(out + at, best, mask=(row < M)[:, None] & inside)
     if WINNERS:  # also of padding: a row that exists nowhere would be complained about
         tl.store(rows + at, winner, mask=(row < M)[:, None] & inside)
 
@@ -344,7 +344,7 @@ def _unpool_max_kernel(
         total = _won(total, of_b, from_b, own)
         a, b = next_a, next_b
     at = row[:, None] * width + col[None, :]
-    tl.store(out + at, total.to(out.dtype.element_ty), mask=live[:, None] & inside)
+    tl.store(out + at, total.to(out.dtype.element_ty), mask=(row < N)[:, None] & inside)
 
 
 @triton.jit

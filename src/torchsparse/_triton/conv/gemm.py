@@ -81,6 +81,15 @@ def _add_taps(
     return acc
 
 
+@triton.jit
+def _with_padding(acc, there, live, rm, cols, limit, M, CO):
+    """What is stored where: zeros in rows of padding, which sums over all rows may then count."""
+    if limit is not None:
+        acc = tl.where(live[:, None], acc, 0.0)
+        there = (rm < M)[:, None] & (cols < CO)[None, :]
+    return acc, there
+
+
 @triton.jit(do_not_specialize=["M", "T"])
 def gemm_kernel(
     x, w, out, table, order, masks, limit, bias, mean, var, gamma, beta, eps, residual, slope,
@@ -93,8 +102,8 @@ def gemm_kernel(
     """out[order[m]] = epilogue(sum over taps k of x[table[k, m]] @ w[k]).
 
     With SPLITS > 1, program (., s) adds share s of the taps, as far as its tile has them, and out
-    is [SPLITS, M, CO] float32 without epilogue: `sum_kernel` finishes. Rows at places from
-    ``limit`` on are padding and not written.
+    is [SPLITS, M, CO] float32 without epilogue: `sum_kernel` finishes. Rows from ``limit`` on are
+    padding, have no place in the order, and get zeros.
     """
     COLS: tl.constexpr = (CO + BN - 1) // BN
     WORDS: tl.constexpr = (K + 31) // 32
@@ -106,6 +115,8 @@ def gemm_kernel(
     live = rm < real_rows(M, limit)
     if SORTED:
         rows = tl.load(order + rm, mask=live, other=0).to(tl.int64)
+        if limit is not None:
+            rows = tl.where(live, rows, rm.to(tl.int64))
     else:
         rows = rm.to(tl.int64)
     table += rm
@@ -137,6 +148,7 @@ def gemm_kernel(
             acc, rows, cols, there, bias, mean, var, gamma, beta, eps, residual, slope, CO,
             BIAS, NORM, RESIDUAL, ACT,
         )  # fmt: skip
+        acc, there = _with_padding(acc, there, live, rm, cols, limit, M, CO)
     tl.store(out + rows[:, None] * CO + cols[None, :], acc.to(out.dtype.element_ty), mask=there)
 
 
@@ -149,7 +161,8 @@ def sum_kernel(
     """out[m] = epilogue(sum over s of partial[s, m]), in the order of s."""
     rm = tl.program_id(0) * BM + tl.arange(0, BM)
     cols = tl.program_id(1) * BN + tl.arange(0, BN)
-    there = (rm < real_rows(M, limit))[:, None] & (cols < CO)[None, :]
+    live = rm < real_rows(M, limit)
+    there = live[:, None] & (cols < CO)[None, :]
     rows = rm.to(tl.int64)
     at = rows[:, None] * CO + cols[None, :]
     size = tl.cast(M, tl.int64) * CO
@@ -160,6 +173,7 @@ def sum_kernel(
         acc, rows, cols, there, bias, mean, var, gamma, beta, eps, residual, slope, CO,
         BIAS, NORM, RESIDUAL, ACT,
     )  # fmt: skip
+    acc, there = _with_padding(acc, there, live, rm, cols, limit, M, CO)
     tl.store(out + at, acc.to(out.dtype.element_ty), mask=there)
 
 
@@ -194,6 +208,7 @@ def dense_kernel(
         acc, rows, cols, there, bias, mean, var, gamma, beta, eps, residual, slope, CO,
         BIAS, NORM, RESIDUAL, ACT,
     )  # fmt: skip
+    acc, there = _with_padding(acc, there, live, rm, cols, limit, M, CO)
     tl.store(out + rows[:, None] * CO + cols[None, :], acc.to(out.dtype.element_ty), mask=there)
 
 
@@ -248,4 +263,5 @@ def narrow_kernel(
         acc, rows, cols, there, bias, mean, var, gamma, beta, eps, residual, slope, CO,
         BIAS, NORM, RESIDUAL, ACT,
     )  # fmt: skip
+    acc, there = _with_padding(acc, there, live, rm, cols, limit, M, CO)
     tl.store(out + rows[:, None] * CO + cols[None, :], acc.to(out.dtype.element_ty), mask=there)

@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from torchsparse._autograd.late_norm import late_batch_norm
 from torchsparse._autograd.sync_norm import normalise_together
+from torchsparse._capacity import row_count
 from torchsparse._ops.dispatch import is_served
 from torchsparse._recipe import Norm, sum_dtype
 from torchsparse._settings import settings
@@ -28,6 +29,12 @@ from torchsparse.tensor import SparseTensor, pending, put_off, wrap
 
 __all__ = ["BatchNorm", "GroupNorm", "InstanceNorm", "SyncBatchNorm", "convert_sync_batchnorm"]
 
+_ONLY_REAL_ROWS = (
+    "batch statistics of rows that are not all real, as in training.graphed, need CUDA features "
+    "other than float64, torchsparse.backends.fuse, eps > 0 and running statistics, or none, "
+    "beside the features"
+)
+
 # The base classes take dense tensors.
 # pyright: reportIncompatibleMethodOverride=false
 
@@ -40,6 +47,8 @@ class _OverRows(_BatchNorm):
             joined = self._by_batch(input)
             if joined is not None:
                 return joined
+            if row_count(input.coords) is not None:
+                raise RuntimeError(_ONLY_REAL_ROWS)
         elif not torch.is_grad_enabled():
             joined = self._join(input)
             if joined is not None:
@@ -109,7 +118,9 @@ class _OverRows(_BatchNorm):
         if not _fit(feats, weight, bias, mean, var):
             return None
         momentum, eps = self.momentum, self.eps
-        joined = late_batch_norm(feats, weight, bias, mean, var, batches, momentum, eps)
+        joined = late_batch_norm(
+            feats, weight, bias, mean, var, batches, momentum, eps, row_count(input.coords)
+        )
         return wrap(joined, input)
 
 
@@ -179,6 +190,8 @@ class SyncBatchNorm(_OverRows, nn.SyncBatchNorm):
         group = self._company()
         if group is None:
             return super().forward(input)
+        if row_count(input.coords) is not None:
+            raise RuntimeError("graphs cannot hold batch statistics that processes share")
         return fapply(input, self._together, group)
 
     def _company(self) -> Any:

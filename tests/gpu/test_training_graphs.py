@@ -1,0 +1,240 @@
+"""Training passes as CUDA graphs against the usual ones."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import torchsparse
+from tests.scans import Dense, again, flat, network, scan
+from torchsparse import SparseTensor
+from torchsparse import nn as spnn
+from torchsparse.backbones import SparseResUNet42
+from torchsparse.training import graphed
+
+CLOSE: dict[str, Any] = {"rtol": 1e-3, "atol": 1e-4}
+
+
+class Several(nn.Module):
+    """Layers of every kind that a graph may hold."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(spnn.Conv3d(4, 8, 3, bias=True), spnn.LeakyReLU(0.1))
+        self.down = spnn.Conv3d(8, 16, 2, stride=2)
+        self.pool = spnn.MaxPool3d(3)
+        self.mid = nn.Sequential(
+            spnn.Conv3d(16, 16, 3, groups=16), spnn.BatchNorm(16, momentum=None), spnn.ReLU(True),
+            spnn.Conv3d(16, 16, 1, bias=True), spnn.Conv3d(16, 16, (3, 1, 3)), spnn.BatchNorm(16),
+        )  # fmt: skip
+        self.up = spnn.Conv3d(16, 8, 2, stride=2, transposed=True)
+        self.head = nn.Linear(16, 5)
+
+    def forward(self, x: SparseTensor) -> dict[str, Any]:
+        fine = self.stem(x)
+        coarse = self.down(fine)
+        coarse = coarse + self.mid(self.pool(coarse))
+        both = torchsparse.cat([self.up(coarse), fine])
+        return {"logits": self.head(both.feats), "coarse": coarse, "fine": [fine]}
+
+
+def pair(kind: type[nn.Module], gpu: torch.device) -> tuple[nn.Module, nn.Module]:
+    """Two equal networks in training mode."""
+    model = network(kind, gpu).train()
+    return model, copy.deepcopy(model)
+
+
+def learned(value: Any) -> list[Tensor]:
+    return [t for t in flat(value) if t.requires_grad]
+
+
+def step(
+    call: Callable[[SparseTensor], Any], x: SparseTensor, dtype: torch.dtype | None, seed: int
+) -> tuple[list[Tensor], Tensor | None]:
+    """One forward and backward pass: the outputs, and the gradient of the input."""
+    x = again(x)
+    x.feats = x.feats.detach().clone().requires_grad_()
+    with torch.autocast("cuda", dtype, enabled=dtype is not None):
+        outputs = learned(call(x))
+    draw = torch.Generator(x.feats.device).manual_seed(seed)
+    loss = sum(
+        (t.float() * torch.randn(t.shape, generator=draw, device=t.device)).sum() for t in outputs
+    )
+    loss.backward()  # pyright: ignore[reportAttributeAccessIssue]
+    return outputs, x.feats.grad
+
+
+def assert_same_state(model: nn.Module, other: nn.Module, **close: Any) -> None:
+    for (name, a), (_, b) in zip(model.named_parameters(), other.named_parameters()):
+        assert (a.grad is None) is (b.grad is None), name
+        if a.grad is not None and b.grad is not None:
+            scale = b.grad.abs().max().item()
+            atol = close["atol"] * max(scale, 1.0) * 10
+            torch.testing.assert_close(a.grad, b.grad, rtol=close["rtol"], atol=atol, msg=name)
+    for (name, a), (_, b) in zip(model.named_buffers(), other.named_buffers()):
+        torch.testing.assert_close(a, b, **close, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("kind", [SparseResUNet42, Dense, Several])
+def test_steps_are_those_of_the_usual_passes(kind: type[nn.Module], gpu: torch.device) -> None:
+    """Outputs, gradients and running statistics, for scans of changing sizes."""
+    model, other = pair(kind, gpu)
+    net = graphed(model)
+    ranged = kind is Dense
+    scans = [scan(rows, seed, gpu, ranged=ranged) for seed, rows in enumerate((900, 1000, 850))]
+    for seed, x in enumerate([*scans, *scans, scan(3000, 9, gpu, ranged=ranged), *scans]):
+        got, of_input = step(net, x, None, seed)
+        want, of_usual = step(other, x, None, seed)
+        assert len(got) == len(want)
+        for a, b in zip(got, want):
+            torch.testing.assert_close(a, b, **CLOSE)
+        torch.testing.assert_close(of_input, of_usual, rtol=1e-2, atol=1e-2)
+        assert_same_state(model, other, **CLOSE)
+        # Gradients add up where nobody clears them.
+        if seed % 2:
+            for p in (*model.parameters(), *other.parameters()):
+                p.grad = None
+    assert net.replays >= 6
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_mixed_precision(dtype: torch.dtype, gpu: torch.device) -> None:
+    model, other = pair(Several, gpu)
+    net = graphed(model)
+    x = scan(900, 1, gpu)
+    for seed in range(3):
+        got, _ = step(net, x, dtype, seed)
+        want, _ = step(other, x, dtype, seed)
+        for a, b in zip(got, want):
+            assert a.dtype == b.dtype
+            torch.testing.assert_close(a.float(), b.float(), rtol=0.05, atol=0.05)
+    assert_same_state(model, other, rtol=0.1, atol=0.1)
+    assert net.replays == 2
+
+
+def test_the_same_bits_every_time(gpu: torch.device) -> None:
+    model, _ = pair(SparseResUNet42, gpu)
+    net = graphed(model)
+    x = scan(900, 1, gpu)
+    found = []
+    state = copy.deepcopy(model.state_dict())
+    for _ in range(6):
+        model.load_state_dict(state)
+        for p in model.parameters():
+            p.grad = None
+        outputs, of_input = step(net, x, torch.float16, 0)
+        grads = [p.grad for p in model.parameters() if p.grad is not None]
+        found.append([*outputs, of_input, *grads, *(b.clone() for b in model.buffers())])
+    for again_ in found[2:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[1], again_))  # pyright: ignore[reportArgumentType]
+
+
+def test_training_goes_on(gpu: torch.device) -> None:
+    """An optimiser's steps reach the graph."""
+    model, other = pair(Several, gpu)
+    net = graphed(model)
+    x = scan(900, 1, gpu)
+    optimizers = [torch.optim.SGD(m.parameters(), 1e-3) for m in (model, other)]
+    for seed in range(5):
+        for call, optimizer in zip((net, other), optimizers):
+            optimizer.zero_grad()
+            step(call, x, None, seed)
+            optimizer.step()
+    for a, b in zip(model.parameters(), other.parameters()):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
+    assert (net.captures, net.replays) == (1, 4)
+
+
+def test_overflow_leaves_no_trace(gpu: torch.device) -> None:
+    """A scan without room runs as usual, and running statistics see it once."""
+    model, other = pair(SparseResUNet42, gpu)
+    net = graphed(model)
+    for seed, spread in enumerate((8, 8, 200, 200, 8)):
+        x = scan(800, 1 + (spread > 8), gpu, spread)
+        step(net, x, None, seed)
+        step(other, x, None, seed)
+    assert net.overflows == 1
+    assert_same_state(model, other, **CLOSE)
+
+
+def test_frozen_parts_and_modes(gpu: torch.device) -> None:
+    """What trains and learns may change; the graphs follow."""
+    model, other = pair(Several, gpu)
+    net = graphed(model)
+    x = scan(900, 1, gpu)
+
+    def check(seed: int) -> None:
+        for p in (*model.parameters(), *other.parameters()):
+            p.grad = None
+        step(net, x, None, seed)
+        step(other, x, None, seed)
+        assert_same_state(model, other, **CLOSE)
+
+    check(0)
+    check(1)
+    for m in (model, other):
+        m.get_submodule("stem").requires_grad_(False)
+    check(2)
+    check(3)
+    for m in (model, other):
+        m.get_submodule("mid").eval()
+    check(4)
+    check(5)
+    assert net.captures == 3
+    model.eval()
+    other.eval()
+    with torch.no_grad():
+        for a, b in zip(flat(net(again(x))), flat(other(again(x)))):
+            torch.testing.assert_close(a, b, **CLOSE)
+    assert net.captures == 3
+
+
+def test_an_input_without_gradient_and_dropout(gpu: torch.device) -> None:
+    model = nn.Sequential(spnn.Conv3d(4, 8, 3), spnn.Dropout(0.5), spnn.Conv3d(8, 4, 3)).to(gpu)
+    net = graphed(model)
+    x = scan(900, 1, gpu)
+    seen = []
+    for _ in range(4):
+        model.zero_grad()
+        y = net(again(x)).feats
+        y.sum().backward()
+        assert all(p.grad is not None for p in model.parameters())
+        seen.append(y.detach())
+    assert not torch.equal(seen[2], seen[3])  # another mask each time
+
+
+def test_a_backward_pass_that_comes_too_late(gpu: torch.device) -> None:
+    model, _ = pair(Dense, gpu)
+    net = graphed(model)
+    x = scan(900, 1, gpu, ranged=True)
+    net(again(x))
+    first = net(again(x))["grid"].sum()
+    second = net(again(x))["grid"].sum()
+    with pytest.raises(RuntimeError, match="before its next call"):
+        first.backward()
+    second.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="once"):
+        second.backward()
+
+
+def test_what_cannot_be_captured(gpu: torch.device) -> None:
+    with pytest.raises(ValueError, match="rows of padding"):
+        graphed(nn.Sequential(spnn.Conv3d(4, 8, 3), nn.BatchNorm1d(8)).to(gpu))
+
+    class Waits(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = spnn.Conv3d(4, 4, 3)
+
+        def forward(self, x: SparseTensor) -> SparseTensor:
+            y = self.conv(x)
+            return y * float(y.feats.sum())
+
+    net = graphed(Waits().to(gpu))
+    with pytest.raises(RuntimeError, match="cannot be captured"):
+        net(scan(300, 1, gpu))
