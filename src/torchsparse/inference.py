@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torchsparse._cache import TensorCache
 from torchsparse._capacity import (
     PAD,
+    Found,
     Growth,
     Room,
     growing,
@@ -86,27 +87,44 @@ def graphed(
 def warmup(model: nn.Module, *examples: SparseTensor, graph: Graphed | None = None) -> int:
     """Compile the kernels that a network needs, many at once, and run it on each example.
 
+    A network in training mode runs forward and backward. Its running statistics, the gradients of
+    its parameters and the random generators of PyTorch are left as they are. Where mixed precision
+    is wanted, call this under autocast.
+
     Args:
-        model: Called with one `SparseTensor`, without gradients, in the mode that it has.
-        *examples: Typical inputs, on the device that the network will work on.
-        graph: Captured too, if given.
+        model: Called with one `SparseTensor` in the mode that it has, without gradients in
+            evaluation mode.
+        *examples: Typical inputs, on the device that the network will work on. In training, their
+            features have gradients if they require them.
+        graph: Captured too, if given; what it launches is compiled with the rest.
 
     Returns:
         The number of different kernels compiled ahead, those in Triton's cache of compiled kernels
         included; 0 on a CPU.
     """
     compiled = 0
-    served = [x for x in examples if x.coords.is_cuda]
-    if served:
-        compiled = compile_ahead(
-            served[0].coords, [lambda x=x: _rehearse(model, x) for x in served]
-        )
-    with torch.no_grad():
+    # In float64 PyTorch computes: no kernel to compile, and garbage is no index to read with.
+    served = [x for x in examples if x.coords.is_cuda and x.feats.dtype != torch.float64]
+    with _left_alone(model, examples) if model.training else nullcontext():
+        if served:
+            compiled = _compile(model, served, graph)
         for x in examples:
-            model(_fresh(x))
-            if graph is not None:
+            _step(model, _fresh(x))
+    if graph is not None:
+        for x in examples:
+            with nullcontext() if model.training else torch.no_grad():
                 graph(_fresh(x))
     return compiled
+
+
+def _compile(model: nn.Module, examples: Sequence[SparseTensor], graph: Any) -> int:
+    """First what makes maps, then, with the levels that it makes, all the rest."""
+    like = examples[0].coords
+    with _unflagged(like.device):
+        guesses = [partial(_guess, model, x) for x in examples]
+        maps = compile_ahead(like, guesses, maps_only=True)
+        passes = [partial(_rehearse, model, x, graph) for x in examples]
+        return max(maps, compile_ahead(like, passes, make_maps=True))
 
 
 def _fresh(x: SparseTensor) -> SparseTensor:
@@ -116,14 +134,111 @@ def _fresh(x: SparseTensor) -> SparseTensor:
     return out
 
 
-def _rehearse(model: nn.Module, x: SparseTensor) -> None:
+def _guess(model: nn.Module, x: SparseTensor) -> None:
     """A pass in which nothing is launched: sizes are guesses, values garbage."""
-    word = pending_word(x.coords.device)
-    before = word.clone()
+    rows = x.coords.shape[0]
     # Values that a network reads may be anything here, and so may be what it makes of them.
-    with suppress(Exception), torch.no_grad(), growing(Growth(guess=True)):
+    with suppress(Exception), torch.no_grad(), growing(Growth(guess=True, rows=rows)):
         model(_fresh(x))
-    word.copy_(before)
+
+
+def _rehearse(model: nn.Module, x: SparseTensor, graph: Any) -> None:
+    """Passes in which maps are made; features are garbage."""
+    with suppress(Exception), growing(Growth()) as seen:
+        _step(model, _fresh(x))
+    if graph is not None:
+        with suppress(Exception):
+            _rehearse_padded(model, x, seen.levels, graph)
+
+
+def _rehearse_padded(
+    model: nn.Module, x: SparseTensor, levels: Sequence[Found], graph: Any
+) -> None:
+    """The same on padded coordinates, as a graph would have it."""
+    n = x.coords.shape[0]
+    rows = _room(n, getattr(graph, "max_points", None))
+    coords = x.coords.new_full((rows, x.coords.shape[1]), PAD)
+    coords[:n] = x.coords
+    feats = x.feats.new_zeros(rows, x.feats.shape[1])
+    count = torch.full((1,), n, dtype=torch.int64, device=coords.device)
+    wait = getattr(graph, "wait", True)
+    rooms = [
+        Room(None)
+        if level.each == 1 and not wait
+        else Room(rounded(int(level.sites / n * rows * SPARE) + 1), level.cells < NARROW)
+        for level in levels
+    ]
+    feats.requires_grad_(model.training and x.feats.requires_grad)
+    with torch.set_grad_enabled(model.training), _autocast_without_cache():
+        output, *_ = _padded(model, x, coords, feats, count, rooms)
+    if model.training:
+        _differentiate(model, feats, output)
+
+
+def _step(model: nn.Module, x: SparseTensor) -> None:
+    """Forward, and in training mode backward; nobody gets the gradients."""
+    training = model.training
+    x.feats = x.feats.detach().requires_grad_(training and x.feats.requires_grad)
+    with torch.set_grad_enabled(training):
+        output = _read(_inner(model)(x))
+    if training:
+        _differentiate(model, x.feats, output)
+
+
+def _inner(model: nn.Module) -> nn.Module:
+    """Without what waits for the gradients of other processes."""
+    parallel = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+    return model.module if isinstance(model, parallel) else model
+
+
+def _differentiate(model: nn.Module, feats: Tensor, output: Any) -> None:
+    wanted = [t for t in (feats, *model.parameters()) if t.requires_grad]
+    given = [t for t in _features(output) if t.requires_grad]
+    if wanted and given:
+        with torch.autocast(feats.device.type, enabled=False):
+            zeros = [torch.zeros_like(t) for t in given]
+            torch.autograd.grad(given, wanted, zeros, allow_unused=True)
+
+
+def _features(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, SparseTensor):
+        yield value.feats
+    elif isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for entry in value.values():
+            yield from _features(entry)
+    elif isinstance(value, (list, tuple)):
+        for entry in value:
+            yield from _features(entry)
+
+
+@contextmanager
+def _left_alone(model: nn.Module, examples: Sequence[SparseTensor]) -> Iterator[None]:
+    """Let steps write into copies of a model's buffers, and draw random numbers of their own."""
+    tables = [module._buffers for module in model.modules()]
+    before = [dict(table) for table in tables]
+    devices = {x.coords.device for x in examples if x.coords.is_cuda}
+    try:
+        for table in tables:
+            table.update({n: None if b is None else b.clone() for n, b in table.items()})
+        with torch.random.fork_rng(devices=list(devices)):
+            yield
+    finally:
+        for table, buffers in zip(tables, before):
+            table.clear()
+            table.update(buffers)
+
+
+@contextmanager
+def _unflagged(device: torch.device) -> Iterator[None]:
+    """Complaints about garbage are forgotten."""
+    word = pending_word(device)
+    before = word.clone()
+    try:
+        yield
+    finally:
+        word.copy_(before)
 
 
 @dataclass
