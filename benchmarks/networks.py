@@ -49,8 +49,9 @@ WAYS = ("eager", "graphed", "nowait")
 RESULTS = Path(__file__).parent / "results"
 COLUMNS = (
     "network", "scene", "mode", "dtype", "library", "way", "voxels", "gflop", "error",
-    "gradient_error", "parameter_error", "to_eager", "to_itself", "wall_ms", "min_ms", "repeats",
-    "gpu_ms", "launches", "host_ms", "replay_ms", "replay_kernels_ms", "replay_nodes",
+    "gradient_error", "parameter_error", "to_eager", "gradient_to_eager", "parameter_to_eager",
+    "to_itself", "wall_ms", "min_ms", "repeats", "gpu_ms", "launches", "host_ms", "replay_ms",
+    "replay_kernels_ms", "replay_nodes",
     *(f"{name}_ms" for name in accounts.GROUPS), "floor_ms", "share_of_floor", "peak_mb",
     "reserved_mb", "remarks", "copy_gb_per_s", "matmul_tflop_per_s", "threads", "device", "torch",
     "triton", "version",

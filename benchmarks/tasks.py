@@ -24,6 +24,9 @@ SCALE = {"fp16": 2.0**16}  # of the loss, as a gradient scaler has it: nothing v
 ASTRAY = 0.7
 
 
+GRADIENTS = {"gradient": "input", "parameter": "parameters"}  # of what, by their names below
+
+
 class Inputs(NamedTuple):
     """What a step starts from, on the device."""
 
@@ -36,7 +39,7 @@ class Truth(NamedTuple):
 
     answer: judging.Answer
     gradient: Tensor | None  # [N, C] of the input, in its order; when training
-    parameters: Tensor | None  # [n] gradients of all parameters; when training
+    parameter: Tensor | None  # [n] gradients of all parameters; when training
 
 
 class Task(NamedTuple):
@@ -110,7 +113,7 @@ class Step(NamedTuple):
 
     output: Any
     gradient: Tensor | None = None  # [N, C] of the input, scaled as the loss
-    parameters: Tensor | None = None  # [n] gradients, scaled, too; a copy
+    parameter: Tensor | None = None  # [n] gradients of all, scaled, too; a copy
 
 
 class Subject:
@@ -181,7 +184,7 @@ class Subject:
         found = self.step(x, call)
         if found.gradient is None:
             return found
-        return found._replace(gradient=found.gradient.clone(), parameters=gradients(self.network))
+        return found._replace(gradient=found.gradient.clone(), parameter=gradients(self.network))
 
     def distance(self, output: Any, other: Any) -> float:
         """Of two outputs, relative to the largest entry of the other."""
@@ -212,7 +215,7 @@ def judge(subject: Subject, timed: list[Inputs]) -> dict[str, Any]:
     row |= _beside_truth(subject, rounds[0][0], must)
     if subject.way != "eager":
         eager = [subject.full_step(x, subject.network) for x in timed]
-        row |= _beside_eager(subject, rounds[1], eager, row)
+        row |= _beside_eager(subject, rounds[1], eager)
     return row
 
 
@@ -224,12 +227,11 @@ def _beside_itself(subject: Subject, rounds: list[list[Step]], ours: bool) -> di
             away = max(away, subject.distance(other.output, one.output))
             if ours:
                 raise WrongResult(f"the same scan gave other bits, off by {away:.1e}")
-        for what in ("gradient", "parameters") if ours else ():
-            a, b = getattr(one, what), getattr(other, what)
+        for name, whose in GRADIENTS.items() if ours else ():
+            a, b = getattr(one, name), getattr(other, name)
             if a is not None and not torch.equal(a, b):
                 raise WrongResult(
-                    f"the same scan gave other bits in the gradient of the "
-                    f"{'input' if what == 'gradient' else what}, off by "
+                    f"the same scan gave other bits in the gradient of the {whose}, off by "
                     f"{judging.apart(b, a):.1e} of its length"
                 )
     row: dict[str, Any] = {"to_itself": away}
@@ -246,34 +248,43 @@ def _beside_truth(subject: Subject, found: Step, must: bool) -> dict[str, Any]:
     if not error <= judging.AGREE[subject.dtype] and must:
         raise WrongResult(f"off by {error:.1e} of the largest entry")
     row = {"error": error}
-    for name, whose in (("gradient", "input"), ("parameters", "parameters")):
-        got, want = getattr(found, name), getattr(truth, name)
-        # Another library may lay out its weights in another way.
-        if got is None or want is None or got.shape != want.shape:
+    for name, whose in GRADIENTS.items():
+        away = _away(subject, found, name)
+        if away is None:
             continue
-        if name == "parameters" and subject.engine.name != "torchsparse":
-            continue
-        away = judging.apart(got.double() / subject.scale, want)
-        row[f"{name.removesuffix('s')}_error"] = away
+        row[f"{name}_error"] = away
         if not away <= ASTRAY and must:
             raise WrongResult(f"the gradient of the {whose} is off by {away:.1e} of its length")
     return row
 
 
-def _beside_eager(
-    subject: Subject, found: list[Step], eager: list[Step], row: dict[str, Any]
-) -> dict[str, Any]:
+def _away(subject: Subject, found: Step, name: str) -> float | None:
+    """The distance of a gradient from the truth, relative to its length; None if not known."""
+    got, want = getattr(found, name), getattr(subject.task.truth, name)
+    if got is None or want is None:
+        return None
+    if name == "parameter" and subject.engine.name != "torchsparse":
+        return None  # another library may lay out its weights in another way
+    return judging.apart(got.double() / subject.scale, want)
+
+
+def _beside_eager(subject: Subject, found: list[Step], eager: list[Step]) -> dict[str, Any]:
     """A graph beside eager calls on the same variants."""
     limit = judging.AGREE[subject.dtype]
     away = max(subject.distance(a.output, b.output) for a, b in zip(found, eager))
     if not away <= limit:
         raise WrongResult(f"off by {away:.1e} from eager calls")
-    for name in ("gradient", "parameters"):
-        pairs = [(getattr(a, name), getattr(b, name)) for a, b in zip(found, eager)]
-        apart = [judging.apart(a, b) for a, b in pairs if a is not None and b is not None]
-        # Both are as far from the truth as roundings put them, thus twice as far from each other.
-        allowed = 2 * row.get(f"{name.removesuffix('s')}_error", 0.0) + limit
-        if apart and not max(apart) <= allowed:
-            raise WrongResult(f"{name}: off by {max(apart):.1e} of the length from eager calls")
-        away = max(away, *apart) if name == "parameters" and apart else away
-    return {"to_eager": away}
+    row = {"to_eager": away}
+    for name, whose in GRADIENTS.items():
+        usual = _away(subject, eager[0], name)
+        if usual is None:
+            continue
+        away = max(judging.apart(getattr(a, name), getattr(b, name)) for a, b in zip(found, eager))
+        row[f"{name}_to_eager"] = away
+        # Roundings put a graph as far from the truth as eager calls, in another direction.
+        if not away <= 2 * usual + limit:
+            raise WrongResult(
+                f"the gradient of the {whose} is off by {away:.1e} of its length from eager calls,"
+                f" which are off by {usual:.1e} themselves"
+            )
+    return row
