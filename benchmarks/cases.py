@@ -26,6 +26,20 @@ class Case(NamedTuple):
     in_channels: int
 
 
+class Last(nn.Module):
+    """A network that returns its last tensor alone, as one for segmentation does.
+
+    Graphs copy whatever a network returns, so that levels in between would be part of its time.
+    """
+
+    def __init__(self, body: nn.Module) -> None:
+        super().__init__()
+        self.body = body
+
+    def forward(self, x: Any) -> Any:
+        return self.body(x)[-1]
+
+
 def _layer(name: str, c_in: int, c_out: int, *args: Any) -> Case:
     return Case(name, lambda: spnn.Conv3d(c_in, c_out, *args), c_in)
 
@@ -68,10 +82,10 @@ LAYERS = {
     )
 }
 NETWORKS = {
-    "minkunet": Case("minkunet", SparseResUNet42, 4),
-    "minkunet-half": Case("minkunet-half", lambda: SparseResUNet42(width_multiplier=0.5), 4),
+    "minkunet": Case("minkunet", lambda: Last(SparseResUNet42()), 4),
+    "minkunet-half": Case("minkunet-half", lambda: Last(SparseResUNet42(width_multiplier=0.5)), 4),
     "centerpoint": Case("centerpoint", centerpoint, 4),
-    "resnet21d": Case("resnet21d", SparseResNet21D, 4),
+    "resnet21d": Case("resnet21d", lambda: Last(SparseResNet21D()), 4),
 }
 CASES = LAYERS | NETWORKS
 
@@ -113,7 +127,8 @@ def pairs(conv: Any, x: SparseTensor) -> int:
     """Valid neighbours of a layer: the sum of its output for ones and a kernel of ones."""
     if conv.kernel_volume == 1 and max(conv.stride) == 1:
         return x.feats.shape[0]
-    ones = torch.ones(len(x.coords), 1, dtype=torch.float32, device=x.feats.device)
+    # In float64, for which nothing has to be compiled.
+    ones = torch.ones(len(x.coords), 1, dtype=torch.float64, device=x.feats.device)
     given = SparseTensor(ones, x.coords, x.stride, x.spatial_range)
     given._caches = x._caches
     kernel = ones.new_ones(conv.kernel_volume, 1, 1)
@@ -121,9 +136,9 @@ def pairs(conv: Any, x: SparseTensor) -> int:
         given, kernel, conv.kernel_size, None, conv.stride, conv.padding, conv.dilation,
         transposed=conv.transposed,
     )  # fmt: skip
-    return int(out.feats.double().sum())
+    return int(out.feats.sum())
 
 
 def features(output: Any) -> Tensor:
-    """The features of the last tensor that a network returned."""
-    return (output[-1] if isinstance(output, list) else output).feats
+    """What a network computed."""
+    return output.feats

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import torchsparse
-from benchmarks.cases import features
+from benchmarks.cases import Last, features
 from torchsparse import SparseTensor
 from torchsparse import nn as spnn
 from torchsparse.backbones.modules.blocks import SparseResBlock
@@ -54,7 +54,7 @@ class Torchsparse:
         return features(y)
 
     def sites(self, y: Any) -> Tensor:
-        return (y[-1] if isinstance(y, list) else y).coords
+        return y.coords
 
     @contextmanager
     def maps_alone(
@@ -170,6 +170,8 @@ class _Translator:
         if isinstance(m, SparseResBlock):
             residual = type("Residual", (_Residual, self.sp.SparseModule), {})  # fed with tensors
             return residual(self.module(m.main), self.module(m.shortcut))
+        if isinstance(m, Last):  # SpConv's return one tensor anyway
+            return self.module(m.body)
         if isinstance(m, SparseResUNet):
             return _UNet(self, m)
         if isinstance(m, (nn.Sequential, nn.ModuleList)):
@@ -232,13 +234,14 @@ class _UNet(nn.Module):
 
 def training_step(
     engine: Any, network: nn.Module, feats: Tensor, coords: Tensor, cast: Any, maps: Any = None,
-    scale: float = 1.0,
+    scale: float = 1.0, call: Callable[[Any], Any] | None = None,
 ) -> tuple[Any, Tensor | None]:  # fmt: skip
     """Forward, mean square times ``scale``, backward; the parameters' gradients are theirs.
 
     Args:
         cast: The autocast context of the forward pass.
         maps: Kept ones, or None.
+        call: What runs the network, if not it alone.
 
     Returns:
         The output, and the gradient of the features.
@@ -246,7 +249,7 @@ def training_step(
     network.zero_grad(set_to_none=True)
     feats = feats.detach().requires_grad_()
     with cast:
-        output = network(engine.start(feats, coords, maps))
+        output = (call or network)(engine.start(feats, coords, maps))
         found = engine.features(output)
     loss = found.float().square().mean()
     (loss if scale == 1 else loss * scale).backward()

@@ -32,7 +32,16 @@ from benchmarks import accounts, cold, engines, floors, scenes, timing
 from benchmarks.cases import NETWORKS, Case
 from benchmarks.oracle import WrongResult
 from benchmarks.reports import machine, number, read, write
-from benchmarks.tasks import VARIANTS, Inputs, Subject, Task, judge, prepare
+from benchmarks.tasks import (
+    VARIANTS,
+    Inputs,
+    Subject,
+    Task,
+    graphed_training,
+    judge,
+    prepare,
+    start,
+)
 
 DEFAULT = ("minkunet", "centerpoint")
 MODES = ("infer", "train")
@@ -40,10 +49,12 @@ WAYS = ("eager", "graphed", "nowait")
 RESULTS = Path(__file__).parent / "results"
 COLUMNS = (
     "network", "scene", "mode", "dtype", "library", "way", "voxels", "gflop", "error",
-    "gradient_error", "to_eager", "to_itself", "wall_ms", "min_ms", "repeats", "gpu_ms",
-    "launches", "host_ms", *(f"{name}_ms" for name in accounts.GROUPS), "floor_ms",
-    "share_of_floor", "peak_mb", "reserved_mb", "remarks", "copy_gb_per_s",
-    "matmul_tflop_per_s", "threads", "device", "torch", "triton", "version",
+    "gradient_error", "parameter_error", "to_eager", "gradient_to_eager", "parameter_to_eager",
+    "to_itself", "wall_ms", "min_ms", "repeats", "gpu_ms", "launches", "host_ms", "replay_ms",
+    "replay_kernels_ms", "replay_nodes",
+    *(f"{name}_ms" for name in accounts.GROUPS), "floor_ms", "share_of_floor", "peak_mb",
+    "reserved_mb", "remarks", "copy_gb_per_s", "matmul_tflop_per_s", "threads", "device", "torch",
+    "triton", "version",
 )  # fmt: skip
 CASE = ("network", "scene", "mode", "dtype")
 HEAD = (
@@ -97,7 +108,7 @@ def joined(table: list[dict[str, Any]]) -> Iterator[str]:
 
 # ------------------------------------------------------------------ measuring
 def measure(
-    subject: Subject, timed: list[Inputs], seconds: float
+    subject: Subject, timed: list[Inputs], seconds: float, phases: timing.Phases
 ) -> tuple[dict[str, Any], list[timing.Span]]:
     """A row, and the kernels of a step, longest first (none on a CPU)."""
     device, graph = subject.device, subject.call
@@ -111,7 +122,8 @@ def measure(
         torch.cuda.empty_cache()
     memory = timing.PeakMemory(device)
     memory.restart()
-    found = timing.times(step, device, seconds)
+    with phases("time"):
+        found = timing.times(step, device, seconds)
     row: dict[str, Any] = {
         "wall_ms": statistics.median(found), "min_ms": min(found), "repeats": len(found),
         "peak_mb": memory.read(),
@@ -119,8 +131,10 @@ def measure(
     spans = []
     if device.type == "cuda":
         row["reserved_mb"] = torch.cuda.max_memory_reserved(device) / 2**20
-        spans = timing.spans(step, 2 * VARIANTS)
-        row |= of_spans(spans, row["wall_ms"]) if spans else {}
+        with phases("profile"):
+            spans = timing.spans(step, 2 * VARIANTS)
+            row |= of_spans(spans, row["wall_ms"]) if spans else {}
+            row |= of_replay(graphs_of(graph))
     if subject.engine.name == "torchsparse":
         torchsparse.backends.check_errors()
     again = getattr(graph, "captures", 0) - captures
@@ -136,6 +150,42 @@ def of_spans(spans: list[timing.Span], wall_ms: float) -> dict[str, Any]:
         "gpu_ms": busy, "launches": sum(span.calls for span in spans),
         "host_ms": max(wall_ms - busy, 0.0), **accounts.account(spans),
     }  # fmt: skip
+
+
+def graphs_of(call: Any) -> list[Any]:
+    """The CUDA graphs that answered last: one, or one forward and one backward."""
+    buckets = list(getattr(call, "_buckets", {}).values())
+    if not buckets:
+        return []
+    parts = vars(max(buckets, key=lambda bucket: getattr(bucket, "used", 0))).values()
+    return [part for part in parts if hasattr(part, "replay")]
+
+
+def of_replay(graphs: list[Any]) -> dict[str, Any]:
+    """The time of replays alone, beside that of their kernels: the rest are gaps between nodes."""
+    if not graphs:
+        return {}
+
+    def step() -> None:
+        for graph in graphs:
+            graph.replay()
+
+    total = timing.kernels(step)
+    return {
+        "replay_ms": timing.replayed(graphs), "replay_kernels_ms": total["kernel_ms"],
+        "replay_nodes": total["launches"],
+    }  # fmt: skip
+
+
+def of_gaps(row: dict[str, Any]) -> Iterator[str]:
+    """A line on the replay of a graph, if there is one."""
+    if row.get("replay_ms"):
+        busy, nodes = row["replay_kernels_ms"], row["replay_nodes"]
+        gaps = row["replay_ms"] - busy
+        yield (
+            f"  replay {row['replay_ms']:.3f} ms, its {nodes:.0f} nodes {busy:.3f} ms, gaps "
+            f"{gaps:.3f} ms ({1e3 * gaps / max(nodes, 1):.2f} us each)"
+        )
 
 
 def against_floor(
@@ -180,39 +230,62 @@ class Run:
             products = (f"{k} {v / 1e12:.3g} TFLOP/s" for k, v in rates.matmul.items())
             print(f"copy {rates.copy / 1e9:.0f} GB/s, matmul {', '.join(products)}", flush=True)
         for (case, name), mode in itertools.product(options.pairs, options.modes):
-            scan = scenes.load(name, options.scenes)
+            phases = timing.Phases()
             try:
-                task = prepare(case, Path(name).stem, scan, mode, device)
+                task = self.task(case, name, mode, phases)
             except Exception as error:  # the others may do
                 self.failed = True
                 print(f"  not prepared: {case.name} {name} {mode}: {told(error)}", flush=True)
                 continue
+            if options.verbose:
+                print(f"  prepared in {phases}", flush=True)
             for dtype, library in itertools.product(options.dtypes, options.libraries):
                 for way in ways(library, mode, options.ways):
                     yield from self.row(task, library, way, dtype, rates)
 
+    def task(self, case: Case, name: str, mode: str, phases: timing.Phases) -> Task:
+        """A task and its truth; the first of its types is compiled on the way, maps and all."""
+        options = self.options
+        with phases("scan"):
+            scan = scenes.load(name, options.scenes)
+        with phases("compile"):
+            first = start(case, Path(name).stem, scan, mode)
+            subject = Subject(first, "torchsparse", "eager", options.dtypes[0], options.device)
+            subject.warm(subject.inputs(first.timed[0]))
+            del subject
+        with phases("truth"):
+            return prepare(case, Path(name).stem, scan, mode, options.device)
+
     def row(
         self, task: Task, library: str, way: str, dtype: str, rates: floors.Rates | None
     ) -> Iterator[dict[str, Any]]:
-        options = self.options
+        options, phases = self.options, timing.Phases()
         row: dict[str, Any] = {
             "network": task.case.name, "scene": task.scene, "mode": task.mode, "dtype": dtype,
             "library": library, "way": way, "voxels": len(task.timed[0].coords),
         }  # fmt: skip
         gc.collect()  # what the last one left
         try:
-            subject = Subject(task, library, way, dtype, options.device)
-            timed = [subject.inputs(scene) for scene in task.timed]
-            row |= {"version": subject.engine.version} | judge(subject, timed)
-            found, spans = measure(subject, timed, options.seconds)
+            with phases("build"):
+                subject = Subject(task, library, way, dtype, options.device)
+                timed = [subject.inputs(scene) for scene in task.timed]
+            if library == "torchsparse":
+                with phases("compile"):
+                    subject.warm(timed[0])
+                    timing.synchronize(options.device)
+            with phases("judge"):
+                row |= {"version": subject.engine.version} | judge(subject, timed)
+            found, spans = measure(subject, timed, options.seconds, phases)
         except Exception as error:  # what another library cannot do is a result too
             self.refuse(row, error)
             return
         remarks = [r["remarks"] for r in (row, found) if r.get("remarks")]
         row |= found | against_floor(found, task, dtype, rates)
         yield row | {"remarks": "; ".join(remarks)}
-        for text in costliest(spans, options.kernels):
+        for text in (*of_gaps(row), *costliest(spans, options.kernels)):
             print(text, flush=True)
+        if options.verbose:
+            print(f"  {phases}", flush=True)
 
     def refuse(self, row: dict[str, Any], error: Exception) -> None:
         ours = row["library"] == "torchsparse"
@@ -235,6 +308,7 @@ class Run:
                         str(options.scenes), "--device", str(options.device), "--seconds",
                         str(options.seconds), "--kernels", str(options.kernels), "--out", folder,
                         "--floors" if options.floors else "--no-floors",
+                        *["--verbose"] * options.verbose,
                     ]  # fmt: skip
                     done = subprocess.run(command, capture_output=True, text=True)
                     rows = [row for path in Path(folder).glob("*.csv") for row in read(path)]
@@ -254,8 +328,13 @@ def told(error: Exception) -> str:
 
 
 def ways(library: str, mode: str, wanted: list[str]) -> list[str]:
-    """Graphs are for inference with this library."""
-    return wanted if library == "torchsparse" and mode == "infer" else ["eager"]
+    """Graphs are for this library, and one kind of them for training."""
+    if library != "torchsparse":
+        return ["eager"]
+    if mode == "infer":
+        return wanted
+    there = ["eager", *["graphed"] * (graphed_training() is not None)]
+    return [way for way in there if way in wanted] or ["eager"]
 
 
 def pairs(names: Sequence[str], given: list[str]) -> list[tuple[Case, str]]:
@@ -280,13 +359,16 @@ def options_of(argv: list[str] | None) -> argparse.Namespace:
     add("--modes", nargs="+", choices=MODES, default=list(MODES))
     add("--dtypes", nargs="+", choices=floors.DTYPES, help="on a GPU fp16 and tf32")
     add("--libraries", nargs="+", choices=engines.ENGINES, help="on a GPU all that are there")
-    add("--ways", nargs="+", choices=WAYS, help="of inference; on a GPU all, else eager")
+    add(
+        "--ways", nargs="+", choices=WAYS, help="on a GPU all, else eager; nowait is for inference"
+    )
     add("--device", type=torch.device, default=torch.device("cpu"))
     add("--seconds", type=float, default=1.0, help="per measurement, about")
     add("--fresh", action="store_true", help="a process for every row")
     add("--floors", action=argparse.BooleanOptionalAction, default=True,
         help="measure the rates of the machine")  # fmt: skip
     add("--kernels", type=int, default=0, help="print so many of the costliest of each row")
+    add("--verbose", action="store_true", help="say how many seconds each part of a row took")
     add("--cold", action="store_true", help="time first results in fresh processes instead")
     add("--out", type=Path, default=RESULTS, help="folder of the CSV file")
     options = parser.parse_args(argv)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import resource
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -114,6 +115,42 @@ def kernels(step: Step, runs: int = 5) -> dict[str, float]:
     """Per step: the sum of the durations of all kernels, copies and fills, and their number."""
     found = spans(step, runs)
     return {"kernel_ms": sum(s.ms for s in found), "launches": sum(s.calls for s in found)}
+
+
+class Phases:
+    """Seconds of the parts of a program, by name, in their order."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        """Count what is done meanwhile to a part."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            spent = time.perf_counter() - start
+            self.seconds[name] = self.seconds.get(name, 0.0) + spent
+
+    def __str__(self) -> str:
+        parts = ", ".join(f"{name} {spent:.1f}" for name, spent in self.seconds.items())
+        return f"{sum(self.seconds.values()):.1f} s: {parts}"
+
+
+def replayed(graphs: Sequence[Any], repeats: int = 20) -> float:
+    """Milliseconds of CUDA graphs replayed one after the other, the median, gaps included."""
+    found = []
+    for _ in range(repeats):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        begin.record()
+        for graph in graphs:
+            graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        found.append(begin.elapsed_time(end))
+    return statistics.median(found)
 
 
 class PeakMemory:

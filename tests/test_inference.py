@@ -58,6 +58,28 @@ def test_warmup(device: torch.device) -> None:
     torchsparse.backends.check_errors()
 
 
+@pytest.mark.parametrize("enabled", [False, True])
+def test_warmup_for_training(enabled: bool, device: torch.device) -> None:
+    """Forward and backward run, and leave statistics, gradients and random numbers as they are."""
+    model = network(SparseResNet21D, device).train()
+    x = scan(100, 1, device)
+    x.feats.requires_grad_()
+    first, *others = model.parameters()
+    kept = first.grad = torch.ones_like(first)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    steps: list[Any] = []
+    first.register_hook(lambda grad: steps.append(grad.shape))
+    random = torch.get_rng_state()
+    with torch.set_grad_enabled(enabled):
+        compiled = warmup(model, x)
+    assert (compiled > 0) == (device.type == "cuda") and len(steps) >= 1
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert first.grad is kept and bool((kept == 1).all())
+    assert [p.grad for p in others] == [None] * len(others) and x.feats.grad is None
+    assert torch.equal(torch.get_rng_state(), random) and not x._caches.kmaps
+    torchsparse.backends.check_errors()
+
+
 def test_what_a_graph_holds_is_noticed_when_it_goes() -> None:
     """Values may be written; a layer more, less or other, a new or moved parameter may not."""
 

@@ -73,8 +73,8 @@ class Growth:
     Args:
         rooms: What is planned for each, or None to note sizes.
         rows: Of the network's input.
-        guess: Plan for a pass in which nothing is launched: any number of levels, of some size,
-            none of them marked as padded.
+        guess: Plan for a pass in which nothing is launched: any number of levels, none of them
+            larger than the input if ``rows`` says how large that is, none marked as padded.
 
     Attributes:
         levels: Noted: what each level was found to be.
@@ -110,7 +110,7 @@ class Growth:
             RuntimeError: The network creates more levels than in the pass before.
         """
         if self.guess:
-            return Room(rounded(most), True)
+            return Room(rounded(min(most, self.rows) if self.rows else most), True)
         if self.rooms is None or len(self.given) == len(self.rooms):
             raise RuntimeError(
                 "the network creates other levels than before: what it computes must not depend "

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torchsparse._cache import TensorCache
 from torchsparse._capacity import (
     PAD,
+    Found,
     Growth,
     Room,
     growing,
@@ -38,6 +39,7 @@ __all__ = [
     "Bucket",
     "Graphs",
     "Results",
+    "Seen",
     "autocast_without_cache",
     "capturable",
     "fresh",
@@ -45,6 +47,8 @@ __all__ = [
     "mapped",
     "no_waiting",
     "padded",
+    "placed",
+    "room_for",
 ]
 
 RATIO = 1.25  # of the capacities of neighbouring buckets
@@ -89,18 +93,29 @@ class Places(NamedTuple):
     rows: Tensor  # [1] int64, how many are real
 
 
-class _Seen(NamedTuple):
+class Seen(NamedTuple):
     """A level, as far as scans have shown."""
 
     share: float  # of rows, per row of the input
     cells: int
     bounded: bool  # no more rows than the level before
 
+    @staticmethod
+    def of(level: Found, rows: int) -> Seen:
+        """What a scan of so many rows has shown."""
+        return Seen(level.sites / rows, level.cells, level.each == 1)
+
+    def room(self, rows: int, wait: bool) -> Room:
+        """What to plan for inputs of so many rows; all there can be if nobody waits to see."""
+        if self.bounded and not wait:
+            return Room(None)
+        return Room(rounded(int(self.share * rows * SPARE) + 1), self.cells < NARROW)
+
 
 class Graphs:
     """Graphs of one network for scans of several size classes.
 
-    A subclass says what is captured: `_capture`.
+    A subclass says what is captured, and when a graph serves: `_capture`, `__call__`.
 
     Attributes:
         model: The network.
@@ -125,7 +140,7 @@ class Graphs:
         self.max_points, self.wait, self.keep, self.copy = max_points, wait, keep, copy
         self.captures = self.replays = self.overflows = 0
         self._buckets: dict[Hashable, Bucket] = {}
-        self._seen: dict[Hashable, list[_Seen]] = {}
+        self._seen: dict[Hashable, list[Seen]] = {}
         self._pool: Any = None
         self._stream: Any = None  # of the last call
         self._replayed: Any = None  # event
@@ -156,7 +171,7 @@ class Graphs:
             stream.wait_event(self._stream.record_event())
         self._stream = stream
         kind = self._kind(x)
-        rows = _room(x.coords.shape[0], self.max_points)
+        rows = room_for(x.coords.shape[0], self.max_points)
         bucket = self._buckets.get((kind, rows))
         if bucket is not None:
             self._clock += 1
@@ -192,7 +207,7 @@ class Graphs:
         with growing(Growth()) as seen:
             result = self.model(fresh(x))
         rows = x.coords.shape[0]
-        now = [_Seen(level.sites / rows, level.cells, level.each == 1) for level in seen.levels]
+        now = [Seen.of(level, rows) for level in seen.levels]
         before = self._seen.get(kind, now)
         if len(before) != len(now):
             raise RuntimeError(
@@ -200,28 +215,21 @@ class Graphs:
                 "on the data"
             )
         self._seen[kind] = [
-            _Seen(max(a.share, b.share), max(a.cells, b.cells), b.bounded)
+            Seen(max(a.share, b.share), max(a.cells, b.cells), b.bounded)
             for a, b in zip(before, now)
         ]
         for _ in leaves(result):
             pass  # computed now
         return result
 
+    def __call__(self, x: SparseTensor) -> Any:
+        """What ``model(x)`` returns."""
+        raise NotImplementedError
+
     # ------------------------------------------------------------------ capture
     def _capture(self, x: SparseTensor, kind: Hashable, rows: int) -> Bucket:
         """Record what a call for a scan of the size and kind of ``x`` does."""
         raise NotImplementedError
-
-    def _place(self, x: SparseTensor, rows: int) -> Places:
-        """Room for inputs, holding ``x``."""
-        n, device = x.coords.shape[0], x.coords.device
-        with torch.inference_mode(False):
-            coords = torch.full((rows, x.coords.shape[1]), PAD, dtype=torch.int32, device=device)
-            feats = x.feats.detach().new_zeros((rows, x.feats.shape[1]))
-            real = torch.full((1,), n, dtype=torch.int64, device=device)
-        coords[:n].copy_(x.coords)
-        feats[:n].copy_(x.feats.detach())
-        return Places(coords, feats, real)
 
     def _record(self, run: Callable[[], Any]) -> tuple[Any, Any]:
         """A graph of what ``run`` launches, and its result.
@@ -252,12 +260,7 @@ class Graphs:
 
     def _rooms(self, kind: Hashable, rows: int) -> list[Room]:
         """What to plan for each level."""
-        return [
-            Room(None)
-            if level.bounded and not self.wait
-            else Room(rounded(int(level.share * rows * SPARE) + 1), level.cells < NARROW)
-            for level in self._seen[kind]
-        ]
+        return [level.room(rows, self.wait) for level in self._seen[kind]]
 
     # ------------------------------------------------------------------ replay
     def _replay(self, bucket: Bucket, x: SparseTensor) -> tuple[bool, Any]:
@@ -349,8 +352,20 @@ def no_waiting() -> Iterator[None]:
         torch.cuda.set_sync_debug_mode(before)
 
 
+def placed(x: SparseTensor, rows: int) -> Places:
+    """Room for inputs of so many rows, holding ``x``."""
+    n, device = x.coords.shape[0], x.coords.device
+    with torch.inference_mode(False):
+        coords = torch.full((rows, x.coords.shape[1]), PAD, dtype=torch.int32, device=device)
+        feats = x.feats.detach().new_zeros((rows, x.feats.shape[1]))
+        real = torch.full((1,), n, dtype=torch.int64, device=device)
+    coords[:n].copy_(x.coords)
+    feats[:n].copy_(x.feats.detach())
+    return Places(coords, feats, real)
+
+
 @lru_cache(maxsize=1024)
-def _room(rows: int, most: int | None) -> int:
+def room_for(rows: int, most: int | None) -> int:
     """Rows of the bucket for so many: sizes grow by RATIO."""
     room = SMALLEST
     while room < rows:

@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
-from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import nn
 
-from torchsparse._capacity import Growth, growing
-from torchsparse._flags import pending_word
+from torchsparse._capacity import Growth
 from torchsparse._graphs import (
     Bucket,
     Graphs,
     autocast_without_cache,
     capturable,
-    fresh,
     no_waiting,
     padded,
+    placed,
 )
-from torchsparse._ops.conv import compile_ahead
+from torchsparse._warmup import warmup
 from torchsparse.tensor import SparseTensor
 
 __all__ = ["Graphed", "graphed", "warmup"]
@@ -68,42 +66,6 @@ def graphed(
     return Graphed(model, max_points, wait, keep, copy)
 
 
-def warmup(model: nn.Module, *examples: SparseTensor, graph: Graphed | None = None) -> int:
-    """Compile the kernels that a network needs, many at once, and run it on each example.
-
-    Args:
-        model: Called with one `SparseTensor`, without gradients, in the mode that it has.
-        *examples: Typical inputs, on the device that the network will work on.
-        graph: Captured too, if given.
-
-    Returns:
-        The number of different kernels compiled ahead, those in Triton's cache of compiled kernels
-        included; 0 on a CPU.
-    """
-    compiled = 0
-    served = [x for x in examples if x.coords.is_cuda]
-    if served:
-        compiled = compile_ahead(
-            served[0].coords, [lambda x=x: _rehearse(model, x) for x in served]
-        )
-    with torch.no_grad():
-        for x in examples:
-            model(fresh(x))
-            if graph is not None:
-                graph(fresh(x))
-    return compiled
-
-
-def _rehearse(model: nn.Module, x: SparseTensor) -> None:
-    """A pass in which nothing is launched: sizes are guesses, values garbage."""
-    word = pending_word(x.coords.device)
-    before = word.clone()
-    # Values that a network reads may be anything here, and so may be what it makes of them.
-    with suppress(Exception), torch.no_grad(), growing(Growth(guess=True)):
-        model(fresh(x))
-    word.copy_(before)
-
-
 class Graphed(Graphs):
     """What `graphed` returns.
 
@@ -141,7 +103,7 @@ class Graphed(Graphs):
             return self._serve(x)
 
     def _capture(self, x: SparseTensor, kind: Hashable, rows: int) -> Bucket:
-        places = self._place(x, rows)
+        places = placed(x, rows)
         rooms = self._rooms(kind, rows)
         on_host: list[torch.Tensor] = []
 

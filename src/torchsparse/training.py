@@ -29,6 +29,7 @@ from torchsparse._graphs import (
     mapped,
     no_waiting,
     padded,
+    placed,
 )
 from torchsparse.nn.modules.norm import BatchNorm, InstanceNorm, SyncBatchNorm
 from torchsparse.tensor import SparseTensor, wrap
@@ -186,7 +187,7 @@ class Graphed(Graphs):
 
     # ------------------------------------------------------------------ capture
     def _capture(self, x: SparseTensor, kind: Hashable, rows: int) -> Bucket:
-        places = self._place(x, rows)
+        places = placed(x, rows)
         places.feats.requires_grad_(x.feats.requires_grad)
         rooms = self._rooms(kind, rows)
         buffers = _Packed([b for b in self.model.buffers() if b.device == x.coords.device])

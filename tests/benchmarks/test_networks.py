@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -13,7 +13,8 @@ from benchmarks import engines, judging, networks, scenes, tasks
 from benchmarks.cases import NETWORKS, features
 from benchmarks.oracle import WrongResult
 from benchmarks.reports import read
-from benchmarks.timing import Span
+from benchmarks.timing import Phases, Span
+from torchsparse import SparseTensor
 from torchsparse.inference import Graphed
 
 CPU = torch.device("cpu")
@@ -169,19 +170,80 @@ def test_a_graph_is_compared_with_eager_calls(task, monkeypatch) -> None:
     assert isinstance(subject.call, Graphed) and not subject.call.wait
     timed = [subject.inputs(scene) for scene in task.timed]
     assert tasks.judge(subject, timed)["to_eager"] == 0
-    row, spans = networks.measure(subject, timed, 0.0)
+    row, spans = networks.measure(subject, timed, 0.0, Phases())
     assert row["wall_ms"] > 0 and not spans
     right = subject.infer
 
     def off(x: tasks.Inputs, call: Any) -> Any:
         out = right(x, call)
         if call is subject.network:
-            out[-1].feats = out[-1].feats * 1.1
+            out.feats = out.feats * 1.1
         return out
 
     monkeypatch.setattr(subject, "infer", off)
     with pytest.raises(WrongResult, match="from eager calls"):
         tasks.judge(subject, timed)
+
+
+class Graph(torch.nn.Module):
+    """In place of a captured training step; ``factor`` makes its gradients wrong."""
+
+    factor = 1.0
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: SparseTensor) -> SparseTensor:
+        out = self.model(x)
+        feats = out.feats
+        out.feats = feats * self.factor + feats.detach() * (1 - self.factor)
+        return out
+
+
+def test_training_may_be_graphed(folder, monkeypatch) -> None:
+    """Beside the truth and eager calls, gradients too."""
+    monkeypatch.setattr(networks, "graphed_training", lambda: Graph)
+    monkeypatch.setattr(tasks, "graphed_training", lambda: Graph)
+    assert networks.ways("torchsparse", "train", list(networks.WAYS)) == ["eager", "graphed"]
+    assert networks.ways("spconv", "train", list(networks.WAYS)) == ["eager"]
+    scan = scenes.load("tiny", folder)
+    task = tasks.prepare(NETWORKS["resnet21d"], "tiny", scan, "train", CPU)
+    subject = tasks.Subject(task, "torchsparse", "graphed", "fp32", CPU)
+    timed = [subject.inputs(scene) for scene in task.timed]
+    assert subject.warm(timed[0]) == 0
+    row = tasks.judge(subject, timed)
+    assert 0 < row["parameter_error"] < 0.01 and row["to_eager"] == row["to_itself"] == 0
+    assert row["gradient_to_eager"] == row["parameter_to_eager"] == 0
+    monkeypatch.setattr(Graph, "factor", 1.5)
+    with pytest.raises(WrongResult, match="of its length from eager calls"):
+        tasks.judge(subject, timed)
+    monkeypatch.setattr(Graph, "factor", 2.0)
+    with pytest.raises(WrongResult, match="the gradient of the input is off by 1"):
+        tasks.judge(subject, timed)
+
+
+def test_without_graphs_training_is_eager(monkeypatch) -> None:
+    monkeypatch.setattr(networks, "graphed_training", lambda: None)
+    assert networks.ways("torchsparse", "train", list(networks.WAYS)) == ["eager"]
+    assert networks.ways("torchsparse", "infer", ["nowait"]) == ["nowait"]
+
+
+def test_the_gaps_of_a_replay_are_told() -> None:
+    row = {"replay_ms": 1.5, "replay_kernels_ms": 1.0, "replay_nodes": 100.0}
+    (text,) = networks.of_gaps(row)
+    assert text == "  replay 1.500 ms, its 100 nodes 1.000 ms, gaps 0.500 ms (5.00 us each)"
+    assert not list(networks.of_gaps({})) and networks.of_replay([]) == {}
+
+    class Bucket:
+        def __init__(self, used: int) -> None:
+            self.used, self.graph, self.rows = used, torch.cuda.CUDAGraph, 5
+
+    class Call:
+        _buckets: ClassVar = {1: Bucket(3), 2: Bucket(9), 3: Bucket(4)}
+
+    assert networks.graphs_of(Call()) == [torch.cuda.CUDAGraph]
+    assert networks.graphs_of(torch.nn.Identity()) == []
 
 
 def test_the_time_of_a_gpu_is_accounted_for() -> None:

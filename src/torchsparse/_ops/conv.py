@@ -172,11 +172,25 @@ def weight_grad(feats: Tensor, grad: Tensor, planned: Planned, precision: str) -
     return planned.chosen.weight_grad(feats, grad, planned.plan, precision)
 
 
-def compile_ahead(like: Tensor, calls: Iterable[Callable[[], Any]]) -> int:
+def compile_ahead(
+    like: Tensor,
+    calls: Iterable[Callable[[], Any]],
+    *,
+    maps_only: bool = False,
+    make_maps: bool = False,
+) -> int:
     """Compile, several at once, what calls on the device of ``like`` would launch; run nothing.
+
+    Args:
+        like: On the device.
+        calls: Whose launches to look at; their results are garbage.
+        maps_only: Compile the kernels of maps alone.
+        make_maps: Let these run, so that the sizes of levels are the true ones.
 
     Returns:
         The number of kernels; 0 where there are none.
     """
     chosen = twin("conv", like)
-    return 0 if chosen is reference("conv") else chosen.compile_ahead(calls)
+    if chosen is reference("conv"):
+        return 0
+    return chosen.compile_ahead(calls, maps_only=maps_only, make_maps=make_maps)

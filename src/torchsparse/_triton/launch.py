@@ -14,7 +14,7 @@ Every launch is one of these:
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -69,6 +69,8 @@ class _Launch(NamedTuple):
 
 
 _noted: list[_Launch] | None = None  # a list while `compile_ahead` looks
+_makes_maps = False  # whether it lets the kernels of maps run
+MAPS = "torchsparse._triton.coords"  # where these are defined
 _resolved: dict[Any, Resolved | None] = {}
 _stream: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 _current: Any = getattr(torch._C, "_cuda_getDevice", lambda: -1)  # -1: the device of CPU tensors
@@ -93,7 +95,8 @@ def launch(
         return None
     if _noted is not None:
         _noted.append(_Launch(kernel, grid, like.device, tuple(map(_light, args)), options))
-        return None
+        if not (_makes_maps and _of_maps(kernel)):
+            return None
     if INTERPRETED:
         kernel[grid](*args, **options)
         return None
@@ -319,28 +322,45 @@ def _resolve(kernel: Any, compiled: Any, given: int, options: dict[str, Any]) ->
     )
 
 
-def compile_ahead(calls: Iterable[Callable[[], Any]]) -> int:
+def compile_ahead(
+    calls: Iterable[Callable[[], Any]], *, maps_only: bool = False, make_maps: bool = False
+) -> int:
     """Compile what calls would launch, several kernels at once, and launch nothing.
 
     Their results are garbage. A kernel that does not compile says so when it is launched.
 
+    Args:
+        calls: Whose launches to look at, those of autograd's threads included.
+        maps_only: Compile the kernels of maps alone.
+        make_maps: Let these run, so that the sizes of levels are the true ones.
+
     Returns:
         The number of kernels.
     """
-    global _noted
-    _noted = noted = []
+    global _noted, _makes_maps
+    noted: list[_Launch] = []
+    _noted, _makes_maps = noted, make_maps
     try:
         for call in calls:
             call()
     finally:
-        _noted = None
-    kernels = {
-        (job.kernel, job.device, *map(_kind, job.args), *job.options.items()): job for job in noted
-    }
+        _noted, _makes_maps = None, False
+    kernels = different(job for job in noted if not maps_only or _of_maps(job.kernel))
     if kernels and not INTERPRETED:
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             list(pool.map(_compile, kernels.values()))
     return len(kernels)
+
+
+def different(jobs: Iterable[_Launch]) -> dict[Hashable, _Launch]:
+    """One launch for each kernel that has to be compiled."""
+    return {
+        (job.kernel, job.device, *map(_kind, job.args), *job.options.items()): job for job in jobs
+    }
+
+
+def _of_maps(kernel: Any) -> bool:
+    return kernel.fn.__module__.startswith(MAPS)
 
 
 def _light(arg: Any) -> Any:

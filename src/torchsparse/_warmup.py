@@ -1,0 +1,157 @@
+"""Kernels compiled before the first scan, many at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torchsparse._capacity import Found, Growth, growing
+from torchsparse._flags import pending_word
+from torchsparse._graphs import (
+    Graphs,
+    Seen,
+    autocast_without_cache,
+    fresh,
+    leaves,
+    padded,
+    placed,
+    room_for,
+)
+from torchsparse._ops.conv import compile_ahead
+from torchsparse.tensor import SparseTensor
+
+__all__ = ["warmup"]
+
+
+def warmup(model: nn.Module, *examples: SparseTensor, graph: Graphs | None = None) -> int:
+    """Compile the kernels that a network needs, many at once, and run it on each example.
+
+    A network in training mode runs forward and backward. Its running statistics, the gradients of
+    its parameters and the random generators of PyTorch are left as they are. Where mixed precision
+    is wanted, call this under autocast.
+
+    Args:
+        model: Called with one `SparseTensor` in the mode that it has, without gradients in
+            evaluation mode.
+        *examples: Typical inputs, on the device that the network will work on. In training, their
+            features have gradients if they require them.
+        graph: Captured too, if given; what it launches is compiled with the rest.
+
+    Returns:
+        The number of different kernels compiled ahead, those in Triton's cache of compiled kernels
+        included; 0 on a CPU.
+    """
+    compiled = 0
+    # In float64 PyTorch computes: no kernel to compile, and garbage is no index to read with.
+    served = [x for x in examples if x.coords.is_cuda and x.feats.dtype != torch.float64]
+    with _left_alone(model, examples) if model.training else nullcontext():
+        if served:
+            compiled = _compile(model, served, graph)
+        for x in examples:
+            _step(model, fresh(x))
+    if graph is not None:
+        for x in examples:
+            with nullcontext() if model.training else torch.no_grad():
+                graph(fresh(x))
+    return compiled
+
+
+def _compile(model: nn.Module, examples: Sequence[SparseTensor], graph: Graphs | None) -> int:
+    """First what makes maps, then, with the levels that it makes, all the rest."""
+    like = examples[0].coords
+    with _unflagged(like.device):
+        guesses = [partial(_guess, model, x) for x in examples]
+        maps = compile_ahead(like, guesses, maps_only=True)
+        passes = [partial(_rehearse, model, x, graph) for x in examples]
+        return max(maps, compile_ahead(like, passes, make_maps=True))
+
+
+def _guess(model: nn.Module, x: SparseTensor) -> None:
+    """A pass in which nothing is launched: sizes are guesses, values garbage."""
+    rows = x.coords.shape[0]
+    # Values that a network reads may be anything here, and so may be what it makes of them.
+    with suppress(Exception), torch.no_grad(), growing(Growth(guess=True, rows=rows)):
+        model(fresh(x))
+
+
+def _rehearse(model: nn.Module, x: SparseTensor, graph: Graphs | None) -> None:
+    """Passes in which maps are made; features are garbage."""
+    with suppress(Exception), growing(Growth()) as seen:
+        _step(model, fresh(x))
+    if graph is not None:
+        with suppress(Exception):
+            _rehearse_padded(model, x, seen.levels, graph)
+
+
+def _rehearse_padded(
+    model: nn.Module, x: SparseTensor, levels: Sequence[Found], graph: Any
+) -> None:
+    """The same on padded coordinates, as a graph would have it."""
+    n = x.coords.shape[0]
+    coords, feats, count = placed(x, room_for(n, graph.max_points))
+    rooms = [Seen.of(level, n).room(coords.shape[0], graph.wait) for level in levels]
+    feats.requires_grad_(model.training and x.feats.requires_grad)
+    with torch.set_grad_enabled(model.training), autocast_without_cache():
+        output, *_ = padded(model, x, coords, feats, count, rooms)
+    if model.training:
+        _differentiate(model, feats, output)
+
+
+def _step(model: nn.Module, x: SparseTensor) -> None:
+    """Forward, and in training mode backward; nobody gets the gradients."""
+    training = model.training
+    x.feats = x.feats.detach().requires_grad_(training and x.feats.requires_grad)
+    with torch.set_grad_enabled(training):
+        output = _inner(model)(x)
+        for _ in leaves(output):
+            pass  # computed now
+    if training:
+        _differentiate(model, x.feats, output)
+
+
+def _inner(model: nn.Module) -> nn.Module:
+    """Without what waits for the gradients of other processes."""
+    parallel = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+    return model.module if isinstance(model, parallel) else model
+
+
+def _differentiate(model: nn.Module, feats: Tensor, output: Any) -> None:
+    wanted = [t for t in (feats, *model.parameters()) if t.requires_grad]
+    given = [t for t in leaves(output) if t.requires_grad]
+    if wanted and given:
+        with torch.autocast(feats.device.type, enabled=False):
+            zeros = [torch.zeros_like(t) for t in given]
+            torch.autograd.grad(given, wanted, zeros, allow_unused=True)
+
+
+@contextmanager
+def _left_alone(model: nn.Module, examples: Sequence[SparseTensor]) -> Iterator[None]:
+    """Let steps write into copies of a model's buffers, and draw random numbers of their own."""
+    tables = [module._buffers for module in model.modules()]
+    before = [dict(table) for table in tables]
+    devices = {x.coords.device for x in examples if x.coords.is_cuda}
+    try:
+        for table in tables:
+            table.update({n: None if b is None else b.clone() for n, b in table.items()})
+        with torch.random.fork_rng(devices=list(devices)):
+            yield
+    finally:
+        for table, buffers in zip(tables, before):
+            table.clear()
+            table.update(buffers)
+
+
+@contextmanager
+def _unflagged(device: torch.device) -> Iterator[None]:
+    """Complaints about garbage are forgotten."""
+    word = pending_word(device)
+    before = word.clone()
+    try:
+        yield
+    finally:
+        word.copy_(before)
