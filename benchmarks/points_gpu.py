@@ -352,6 +352,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=30)
     parser.add_argument("--profile", action="store_true", help="also print the kernels of a call")
     args = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("it needs a GPU")
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
     print(f"{'operation':<62}{'GPU us':>9}{'host us':>9}{'GB/s':>8}{'x write':>9}")
     for rows in args.rows:

@@ -165,6 +165,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", type=torch.device, default=torch.device("cuda"))
     parser.add_argument("--seconds", type=float, default=0.1, help="for each, on a CPU")
     options = parser.parse_args(argv)
+    if options.device.type == "cuda" and not torch.cuda.is_available():
+        parser.error("there is no GPU; --device cpu uses Triton's interpreter")
     layers = list(map(Layer.of, options.layers))
     with forced("_triton"):  # also in Triton's interpreter, to try this script
         for name in options.scene:
