@@ -37,7 +37,6 @@ from benchmarks.tasks import (
     Inputs,
     Subject,
     Task,
-    graphed_training,
     judge,
     prepare,
     start,
@@ -157,8 +156,8 @@ def graphs_of(call: Any) -> list[Any]:
     buckets = list(getattr(call, "_buckets", {}).values())
     if not buckets:
         return []
-    parts = vars(max(buckets, key=lambda bucket: getattr(bucket, "used", 0))).values()
-    return [part for part in parts if hasattr(part, "replay")]
+    last = max(buckets, key=lambda bucket: bucket.used)
+    return [last.graph] if last.more is None else [last.graph, last.more.graph]
 
 
 def of_replay(graphs: list[Any]) -> dict[str, Any]:
@@ -333,7 +332,7 @@ def ways(library: str, mode: str, wanted: list[str]) -> list[str]:
         return ["eager"]
     if mode == "infer":
         return wanted
-    there = ["eager", *["graphed"] * (graphed_training() is not None)]
+    there = ["eager", "graphed"]
     return [way for way in there if way in wanted] or ["eager"]
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -14,7 +12,7 @@ import torchsparse
 from benchmarks import engines, floors, judging, scenes
 from benchmarks.cases import Case, counting, tensor
 from benchmarks.oracle import WrongResult
-from torchsparse import SparseTensor
+from torchsparse import SparseTensor, training
 from torchsparse.inference import graphed, warmup
 
 VARIANTS = 3
@@ -101,13 +99,6 @@ def gradients(network: nn.Module) -> Tensor:
     return torch.cat([p.grad.flatten() for p in network.parameters() if p.grad is not None])
 
 
-def graphed_training() -> Callable[[nn.Module], Any] | None:
-    """`torchsparse.training.graphed`, where there is one."""
-    if importlib.util.find_spec("torchsparse.training") is None:
-        return None
-    return getattr(importlib.import_module("torchsparse.training"), "graphed", None)
-
-
 class Step(NamedTuple):
     """What a step gave."""
 
@@ -142,10 +133,7 @@ class Subject:
             return self.network
         if not self.training:
             return graphed(self.network, wait=self.way == "graphed")
-        make = graphed_training()
-        if make is None:
-            raise RuntimeError("there is no torchsparse.training")
-        return make(self.network)
+        return training.graphed(self.network)
 
     def inputs(self, scene: scenes.Scene) -> Inputs:
         x = tensor(scene, self.task.case.in_channels, self.device, self.floating)

@@ -203,9 +203,10 @@ class Graph(torch.nn.Module):
 
 def test_training_may_be_graphed(folder, monkeypatch) -> None:
     """Beside the truth and eager calls, gradients too."""
-    monkeypatch.setattr(networks, "graphed_training", lambda: Graph)
-    monkeypatch.setattr(tasks, "graphed_training", lambda: Graph)
+    monkeypatch.setattr(tasks.training, "graphed", Graph)
     assert networks.ways("torchsparse", "train", list(networks.WAYS)) == ["eager", "graphed"]
+    assert networks.ways("torchsparse", "train", ["nowait"]) == ["eager"]
+    assert networks.ways("torchsparse", "infer", ["nowait"]) == ["nowait"]
     assert networks.ways("spconv", "train", list(networks.WAYS)) == ["eager"]
     scan = scenes.load("tiny", folder)
     task = tasks.prepare(NETWORKS["resnet21d"], "tiny", scan, "train", CPU)
@@ -223,12 +224,6 @@ def test_training_may_be_graphed(folder, monkeypatch) -> None:
         tasks.judge(subject, timed)
 
 
-def test_without_graphs_training_is_eager(monkeypatch) -> None:
-    monkeypatch.setattr(networks, "graphed_training", lambda: None)
-    assert networks.ways("torchsparse", "train", list(networks.WAYS)) == ["eager"]
-    assert networks.ways("torchsparse", "infer", ["nowait"]) == ["nowait"]
-
-
 def test_the_gaps_of_a_replay_are_told() -> None:
     row = {"replay_ms": 1.5, "replay_kernels_ms": 1.0, "replay_nodes": 100.0}
     (text,) = networks.of_gaps(row)
@@ -237,7 +232,7 @@ def test_the_gaps_of_a_replay_are_told() -> None:
 
     class Bucket:
         def __init__(self, used: int) -> None:
-            self.used, self.graph, self.rows = used, torch.cuda.CUDAGraph, 5
+            self.used, self.graph, self.more = used, torch.cuda.CUDAGraph, None
 
     class Call:
         _buckets: ClassVar = {1: Bucket(3), 2: Bucket(9), 3: Bucket(4)}
