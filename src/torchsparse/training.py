@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.func import functional_call
 from torch.nn.modules.batchnorm import _NormBase
 
 from torchsparse._cache import TensorCache
@@ -129,7 +130,7 @@ class _Backward(NamedTuple):
         outputs: Those that have gradients, without padding they are what the network returns.
         grads: Theirs, which the graph reads; zeros in rows of padding.
         filled: Rows of each that may hold something else than zeros.
-        wanted: The parameters that learn.
+        wanted: All parameters.
         places: Of the gradients found: 0 for the input's features, 1 + place in ``wanted``.
         found: These gradients, written by the graph.
         buffers: Of the model; the forward pass changes them.
@@ -191,14 +192,20 @@ class Graphed(Graphs):
         places.feats.requires_grad_(x.feats.requires_grad)
         rooms = self._rooms(kind, rows)
         buffers = _Packed([b for b in self.model.buffers() if b.device == x.coords.device])
-        params = [p for p in self.model.parameters() if p.requires_grad]
-        inputs = [places.feats, *params]
+        params = dict(self.model.named_parameters())
+        # Leaves of their own: those of the model may belong to passes of other streams, for which
+        # a captured one would have to wait.
+        leaves = {name: p.detach().requires_grad_(p.requires_grad) for name, p in params.items()}
+        inputs = [places.feats, *leaves.values()]
         on_host: list[Tensor] = []
+
+        def call(x: SparseTensor) -> Any:
+            return functional_call(self.model, leaves, (x,))
 
         def forward() -> tuple[Any, Growth, list[Tensor]]:
             before = buffers.pack()
             with autocast_without_cache():
-                output, growth, report = padded(self.model, x, *places, rooms)
+                output, growth, report = padded(call, x, *places, rooms)
             if not on_host:  # the first run compiles, and fills what is made once per process
                 on_host.append(torch.empty(report.shape, dtype=report.dtype, pin_memory=True))
             on_host[0].copy_(report, non_blocking=True)
@@ -231,7 +238,8 @@ class Graphed(Graphs):
         output = mapped(output, lambda t: outputs.get(id(t), t), lambda y: _relieved(y, outputs))
         bucket = self._bucket(places, rooms, graph, output, growth, on_host[0], x.coords.shape[0])
         bucket.more = _Backward(
-            _modes(bucket), back, list(outputs.values()), grads, [0] * len(grads), params,
+            _modes(bucket), back, list(outputs.values()), grads, [0] * len(grads),
+            list(params.values()),
             [place for place, t in enumerate(found) if t is not None],
             _Packed([t for t in found if t is not None]), buffers, before,
         )  # fmt: skip

@@ -27,7 +27,7 @@ class Several(nn.Module):
         super().__init__()
         self.stem = nn.Sequential(spnn.Conv3d(4, 8, 3, bias=True), spnn.LeakyReLU(0.1))
         self.down = spnn.Conv3d(8, 16, 2, stride=2)
-        self.pool = spnn.MaxPool3d(3)
+        self.pool = spnn.MaxPool3d(3, stride=1)
         self.mid = nn.Sequential(
             spnn.Conv3d(16, 16, 3, groups=16), spnn.BatchNorm(16, momentum=None), spnn.ReLU(True),
             spnn.Conv3d(16, 16, 1, bias=True), spnn.Conv3d(16, 16, (3, 1, 3)), spnn.BatchNorm(16),
