@@ -8,7 +8,7 @@ implementation likes better is a view, made when asked for and remembered beside
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -74,12 +74,12 @@ class KernelMap:
 
     def _view(self, key: Any, make: Callable[[], Any]) -> Any:
         """``make()``, remembered under ``key``; not stored while a compiler traces."""
-        if key not in self._views:
+        view = self._views.get(key)
+        if view is None:
             view = make()
-            if torch.compiler.is_compiling():
-                return view
-            self._views[key] = view
-        return self._views[key]
+            if not torch.compiler.is_compiling():
+                self._views[key] = view
+        return view
 
     # ------------------------------------------------------------------ views
     @property
@@ -94,17 +94,16 @@ class KernelMap:
             neighbors, keys = coords_ops.invert_taps(
                 self.neighbors, self.num_inputs, self.geometry
             )
-        return replace(
-            self,
-            neighbors=neighbors,
-            in_coords=self.out_coords,
-            out_coords=self.in_coords,
-            in_range=self.spatial_range,
-            spatial_range=self.in_range,
-            in_order=self.out_order,
-            out_order=self.in_order,
-            sort_keys=keys,
-            _views={},
+        return KernelMap(
+            neighbors,
+            self.out_coords,
+            self.in_coords,
+            self.geometry,
+            self.spatial_range,
+            self.in_range,
+            self.out_order,
+            self.in_order,
+            keys,
         )
 
     def plan(

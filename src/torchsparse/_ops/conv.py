@@ -36,11 +36,11 @@ class Planned(NamedTuple):
 
     def reversed(self) -> Planned:
         """Tap k of the table multiplies weight K - 1 - k."""
-        return self._replace(plan=self.plan._replace(reverse=True))
+        return Planned(self.chosen, self.plan._replace(reverse=True))
 
     def swapped(self) -> Planned:
         """Inputs and outputs of the listed pairs exchanged."""
-        return self._replace(plan=self.plan._replace(swap=True))
+        return Planned(self.chosen, self.plan._replace(swap=True))
 
 
 def _choose(tensor: Tensor, recipe: ConvRecipe) -> ModuleType:

@@ -247,8 +247,11 @@ class _Path(NamedTuple):
 
     @staticmethod
     def of(coords: Tensor, kmap: KernelMap, level: Level) -> _Path:
-        ends = {id(end): end for end in (kmap.in_coords, kmap.out_coords) if end is not coords}
-        return _Path(Stamp(coords), tuple(map(Stamp, ends.values())), kmap, level)
+        fine, coarse = kmap.in_coords, kmap.out_coords
+        ends = () if fine is coords else (Stamp(fine),)
+        if coarse is not coords and coarse is not fine:
+            ends = (*ends, Stamp(coarse))
+        return _Path(Stamp(coords), ends, kmap, level)
 
     def holds(self, x: SparseTensor) -> bool:
         """Whether ``x`` starts there, nothing was written to, and the cache knows both levels."""
@@ -422,7 +425,7 @@ def find_map(
     """
     coords = int32_coords(x._caches, x.coords)
     spatial_range = _needed_range(x.spatial_range, ndim)
-    x = wrap(x.feats, x, coords, site_stride(x), spatial_range)
+    x = wrap(x._feats, x, coords, site_stride(x), spatial_range)
     x._caches.record(x.stride, coords, spatial_range)
     if coordinates is not None:
         if transposed:
