@@ -126,8 +126,12 @@ class KernelMap:
     ) -> conv_ops.Planned:
         if transposed and self.identity is None:
             return self.transposed.plan(recipe, out_channels, backward=backward)
-        key, make = self.planner(recipe, out_channels, backward=backward)
-        plan = self._view(("plan", key), make)
+        plan = self._views.get(("plan", recipe, backward))
+        if plan is None:
+            key, make = self.planner(recipe, out_channels, backward=backward)
+            plan = self._view(("plan", key), make)
+            if plan.any_channels and not torch.compiler.is_compiling():
+                self._views["plan", recipe, backward] = plan
         # Reversed taps of a symmetric table are its transposed, pair for pair.
         return plan.reversed() if transposed else plan
 
@@ -159,11 +163,15 @@ class KernelMap:
         self, recipe: ConvRecipe, out_channels: int, transposed: bool = False
     ) -> conv_ops.Planned:
         """The layout that `_ops.conv.weight_grad` wants."""
-        found = conv_ops.pairs_key(self.neighbors, self.geometry, recipe)
-        if found is None:
-            return self.plan(recipe, out_channels, transposed, backward=True)
-        key, make = found
-        pairs = self._view(("pairs", key), make)
+        pairs = self._views.get(("pairs", recipe))
+        if pairs is None:
+            found = conv_ops.pairs_key(self.neighbors, self.geometry, recipe)
+            if found is None:
+                return self.plan(recipe, out_channels, transposed, backward=True)
+            key, make = found
+            pairs = self._view(("pairs", key), make)
+            if not torch.compiler.is_compiling():
+                self._views["pairs", recipe] = pairs
         return pairs.swapped() if transposed else pairs
 
     def pairs_planner(

@@ -189,8 +189,9 @@ class Step:
                 pointer = tensor.data_ptr()
                 bits |= pointer
                 values.append(pointer)
+        values.extend(numbers)
         like: Any = tensors[0]
-        if not self.again(like.get_device(), grid, bits, (*values, *numbers)):
+        if not self.again(like.get_device(), grid, bits, values):
             self.find(grid, like, (*tensors, *numbers))
 
     def again(self, device: int, grid: tuple[int, int], bits: int, values: Iterable[Any]) -> bool:

@@ -319,11 +319,10 @@ class _Form(NamedTuple):
 _forms: dict[Any, _Form] = {}  # by the keys of `Plan.memo`: another cloud finds them here
 
 
-def _form(
-    dtype: torch.dtype, shape: tuple[int, int, int], strides: tuple[int, ...], precision: str
-) -> _Form:
+def _form(weight: Tensor, precision: str) -> _Form:
     """``precision`` as for `gather_gemm`."""
-    volume, c_in, c_out = shape
+    dtype, strides = weight.dtype, weight.stride()
+    shape = volume, c_in, c_out = tuple(weight.shape)
     narrow = narrow_tile(c_in, c_out, volume, dtype, precision)
     # Nothing is read of it here.
     weight = torch.empty_strided(shape, strides, dtype=dtype, device="meta")
@@ -343,7 +342,7 @@ def _plan_product(
     dtype, m = feats.dtype, plan.neighbors.shape[1]
     form = _forms.get(key)
     if form is None:
-        form = _forms[key] = _form(dtype, weight.shape, weight.stride(), precision)
+        form = _forms[key] = _form(weight, precision)
     _, narrow, pad, turn, (volume, c_in, c_out), _, swapped = form
     if narrow is not None:
         call = _narrow(form, narrow, end, plan, precision)
@@ -362,7 +361,7 @@ def _by_shares(
     if _must_turn(weight, precision):
         weight = _turned(weight)
     volume, (m, c_out) = weight.shape[0], out.shape
-    form = _form(feats.dtype, weight.shape, weight.stride(), precision)
+    form = _form(weight, precision)
     tile = gemm_tile(
         m, form.shape[1], c_out, volume, feats.dtype, precision, form.swapped, feats.device
     )._replace(splits=1)
@@ -370,7 +369,7 @@ def _by_shares(
     for part, (first, last, tiles) in zip(parts, plan.shares):
         taps = slice(volume - last, volume - first) if plan.reverse else slice(first, last)
         own = weight[taps]
-        form = _form(feats.dtype, own.shape, own.stride(), precision)
+        form = _form(own, precision)
         _run(_gemm(form, tile, NO_END, tiles, plan, precision), feats, own, part, NO_END)
     _run(_sum(parts.dtype, out, len(plan.shares), end, plan.limit), parts, None, out, end)
 
@@ -502,7 +501,8 @@ def _grad_steps(
     rows: int, width: int, *dtypes: torch.dtype,
 ) -> tuple[Step, Step]:  # fmt: skip
     """Sums of chunks, and what adds these up; ``dtypes`` of the operands and of the ends."""
-    name = ("grad", c_in, c_out, volume, lists, swap, precision, tile, *dtypes)
+    # Without the target, which differs from cloud to cloud and is no part of the kernel.
+    name = (c_in, c_out, volume, lists, swap, precision, tile[:-1], *dtypes)
     known = _grads.get(name)
     if known is None:
         taps = next_power(volume)

@@ -296,8 +296,8 @@ def run_layer(
         settings.allow_negative_coordinates,
         settings.infer_spatial_range,
     )
-    paths = x._caches.kmaps.setdefault("paths", {})
-    path = paths.get(key) if coordinates is None else None
+    paths = x._caches.kmaps.get("paths")
+    path = paths.get(key) if paths and coordinates is None else None
     if path is not None and path.holds(x):
         feats = _product(layer, feats, weight, bias, path.kmap, recipe)
         if not layer.generative:
@@ -310,6 +310,7 @@ def run_layer(
     if weight.dim() == 2:
         weight = weight[None]
     if coordinates is None:
+        paths = x._caches.kmaps.setdefault("paths", {})
         paths[key] = _Path.of(x.coords, kmap, level)
     feats = _product(layer, feats, weight, bias, kmap, recipe)
     return on_level(feats, x, level, layer.generative)
@@ -390,6 +391,8 @@ def _fits(layer: Layer, feats: Any, x: SparseTensor, weight: Tensor, bias: Tenso
 
 def _together(a: Tensor, b: Tensor, c: Tensor) -> bool:
     """Whether tensors are on one device. Numbers of GPUs are read faster than devices."""
+    if a.is_cpu:
+        return b.is_cpu and c.is_cpu
     index = a.get_device()
     if index >= 0:
         return b.get_device() == index and c.get_device() == index

@@ -370,7 +370,7 @@ def _strided_layers(
 
 
 def _fine_level(x: SparseTensor, coords: Tensor, stride: tuple[int, ...]) -> Level:
-    if any([a % b for a, b in zip(x.stride, stride)]):
+    if any(a % b for a, b in zip(x.stride, stride)):
         raise ValueError(
             f"the tensor's stride must be divisible by the stride of a transposed convolution, "
             f"got {x.stride} and {stride}"
@@ -431,7 +431,7 @@ def _index(
     if not (
         isinstance(known, _Indexed)
         and known.stamp.fits(coords)
-        and all([a >= b for a, b in zip(known.index.margin, reach)])
+        and all(a >= b for a, b in zip(known.index.margin, reach))
     ):
         known = _Indexed(Stamp(coords), ops.build_index(coords, reach), set())
         cache.hashmaps[stride] = known
