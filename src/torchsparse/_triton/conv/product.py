@@ -299,9 +299,9 @@ def _turned(weight: Tensor) -> Tensor:
     return out.transpose(1, 2)
 
 
-def _must_turn(weight: Tensor, precision: str) -> bool:
+def _must_turn(dtype: torch.dtype, strides: tuple[int, ...], precision: str) -> bool:
     """The tensor cores take float32 operands only with the summed axis innermost."""
-    return weight.dtype == torch.float32 and weight.stride(1) != 1 and precision != "ieee"
+    return dtype == torch.float32 and strides[1] != 1 and precision != "ieee"
 
 
 class _Form(NamedTuple):
@@ -321,18 +321,20 @@ _forms: dict[Any, _Form] = {}  # by the keys of `Plan.memo`: another cloud finds
 
 def _form(weight: Tensor, precision: str) -> _Form:
     """``precision`` as for `gather_gemm`."""
+    volume, c_in, c_out = weight.shape
     dtype, strides = weight.dtype, weight.stride()
-    shape = volume, c_in, c_out = tuple(weight.shape)
     narrow = narrow_tile(c_in, c_out, volume, dtype, precision)
-    # Nothing is read of it here.
-    weight = torch.empty_strided(shape, strides, dtype=dtype, device="meta")
     if narrow is not None:
-        return _Form({}, narrow, False, False, shape, strides, False)
-    padded, weight = _aligned(weight.new_empty(0, c_in), weight)
-    turn, c_in = _must_turn(weight, precision), padded.shape[1]
-    strides = (c_in * c_out, 1, c_in) if turn else weight.stride()
+        return _Form({}, narrow, False, False, (volume, c_in, c_out), strides, False)
+    missing = -c_in % (16 // dtype.itemsize)
+    if missing:  # as `_aligned` leaves it
+        c_in += missing
+        strides = (c_in * c_out, c_out, 1)
+    turn = _must_turn(dtype, strides, precision)
+    if turn:
+        strides = (c_in * c_out, 1, c_in)
     swapped = strides[1] == 1 and strides[2] != 1
-    return _Form({}, None, c_in != shape[1], turn, (volume, c_in, c_out), strides, swapped)
+    return _Form({}, None, missing > 0, turn, (volume, c_in, c_out), strides, swapped)
 
 
 def _plan_product(
@@ -358,7 +360,7 @@ def _by_shares(
 ) -> None:
     """Shares of the taps one after another, then their sum."""
     feats, weight = _aligned(feats, weight)
-    if _must_turn(weight, precision):
+    if _must_turn(weight.dtype, weight.stride(), precision):
         weight = _turned(weight)
     volume, (m, c_out) = weight.shape[0], out.shape
     form = _form(weight, precision)
