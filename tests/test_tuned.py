@@ -304,6 +304,17 @@ def test_a_measured_gradient_tile_goes_before_the_shipped_one() -> None:
     assert tiles.grad_tile(*arguments, CPU) == shipped
 
 
+@pytest.mark.parametrize("dtype", [HALF, FULL])
+@pytest.mark.parametrize("channels", [(4, 16), (32, 64), (64, 96), (200, 300)])
+def test_gradient_tiles_of_alike_clouds_are_exact(
+    channels: tuple[int, int], dtype: torch.dtype
+) -> None:
+    """Numbers of pairs are rounded to find remembered answers, which changes none of them."""
+    for pairs in (1, 63, 64, 65, 4096, 4097, 99_999, (1 << 18) - 1, 1 << 18, 300_001, 1 << 22):
+        exact = tiles.shipped_grad_tile(pairs, *channels, dtype, "tf32")
+        assert tiles.grad_tile(pairs, *channels, dtype, "tf32") == exact
+
+
 @pytest.mark.parametrize(
     ("dtype", "precision"), [(HALF, "ieee"), (FULL, "tf32"), (FULL, "tf32x3")]
 )

@@ -44,7 +44,7 @@ class Stamp:
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor
-        self.version = _version(tensor)
+        self.version = None if tensor.is_inference() else tensor._version
 
     def unchanged(self) -> bool:
         """Whether nobody wrote into the tensor since."""

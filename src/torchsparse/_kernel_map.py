@@ -8,7 +8,7 @@ implementation likes better is a view, made when asked for and remembered beside
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -74,12 +74,12 @@ class KernelMap:
 
     def _view(self, key: Any, make: Callable[[], Any]) -> Any:
         """``make()``, remembered under ``key``; not stored while a compiler traces."""
-        if key not in self._views:
+        view = self._views.get(key)
+        if view is None:
             view = make()
-            if torch.compiler.is_compiling():
-                return view
-            self._views[key] = view
-        return self._views[key]
+            if not torch.compiler.is_compiling():
+                self._views[key] = view
+        return view
 
     # ------------------------------------------------------------------ views
     @property
@@ -94,17 +94,16 @@ class KernelMap:
             neighbors, keys = coords_ops.invert_taps(
                 self.neighbors, self.num_inputs, self.geometry
             )
-        return replace(
-            self,
-            neighbors=neighbors,
-            in_coords=self.out_coords,
-            out_coords=self.in_coords,
-            in_range=self.spatial_range,
-            spatial_range=self.in_range,
-            in_order=self.out_order,
-            out_order=self.in_order,
-            sort_keys=keys,
-            _views={},
+        return KernelMap(
+            neighbors,
+            self.out_coords,
+            self.in_coords,
+            self.geometry,
+            self.spatial_range,
+            self.in_range,
+            self.out_order,
+            self.in_order,
+            keys,
         )
 
     def plan(
@@ -127,8 +126,12 @@ class KernelMap:
     ) -> conv_ops.Planned:
         if transposed and self.identity is None:
             return self.transposed.plan(recipe, out_channels, backward=backward)
-        key, make = self.planner(recipe, out_channels, backward=backward)
-        plan = self._view(("plan", key), make)
+        plan = self._views.get(("plan", recipe, backward))
+        if plan is None:
+            key, make = self.planner(recipe, out_channels, backward=backward)
+            plan = self._view(("plan", key), make)
+            if plan.any_channels and not torch.compiler.is_compiling():
+                self._views["plan", recipe, backward] = plan
         # Reversed taps of a symmetric table are its transposed, pair for pair.
         return plan.reversed() if transposed else plan
 
@@ -160,11 +163,15 @@ class KernelMap:
         self, recipe: ConvRecipe, out_channels: int, transposed: bool = False
     ) -> conv_ops.Planned:
         """The layout that `_ops.conv.weight_grad` wants."""
-        found = conv_ops.pairs_key(self.neighbors, self.geometry, recipe)
-        if found is None:
-            return self.plan(recipe, out_channels, transposed, backward=True)
-        key, make = found
-        pairs = self._view(("pairs", key), make)
+        pairs = self._views.get(("pairs", recipe))
+        if pairs is None:
+            found = conv_ops.pairs_key(self.neighbors, self.geometry, recipe)
+            if found is None:
+                return self.plan(recipe, out_channels, transposed, backward=True)
+            key, make = found
+            pairs = self._view(("pairs", key), make)
+            if not torch.compiler.is_compiling():
+                self._views["pairs", recipe] = pairs
         return pairs.swapped() if transposed else pairs
 
     def pairs_planner(

@@ -42,6 +42,7 @@ __all__ = [
     "file_of",
     "forget",
     "generation",
+    "heard",
     "key",
     "listening",
     "lookup",
@@ -115,6 +116,11 @@ def choose(
     for heard in _listeners:
         heard.setdefault(name, Question(name, answer, others))
     return answer
+
+
+def heard() -> bool:
+    """Whether somebody collects the choices that are made."""
+    return bool(_listeners)
 
 
 @contextmanager

@@ -67,7 +67,7 @@ def operands(geometry: Geometry, c_in: int, c_out: int, dtype: torch.dtype) -> t
 
 def forward(geometry: Geometry, c_in: int, c_out: int, dtype: torch.dtype, precision: str) -> None:
     table, feats, weight, _ = operands(geometry, c_in, c_out, dtype)
-    keys = new_sort_keys(ROWS, geometry.volume, table.device)
+    keys = new_sort_keys(table, ROWS, geometry.volume)
     plan = make_plan(table, keys, geometry, ("gemm", True, 1))
     gather_gemm(feats, weight, None, plan, precision)
 

@@ -12,7 +12,7 @@ import torch
 import triton
 
 from torchsparse._triton import launch as module
-from torchsparse._triton.launch import Repeated, cdiv, compile_ahead, launch, next_power
+from torchsparse._triton.launch import Step, cdiv, compile_ahead, launch, next_power
 
 STREAM = 77
 KNOBS: Any = importlib.import_module("triton.knobs")
@@ -116,16 +116,45 @@ def test_none_and_floats(kernel: Kernel) -> None:
 def repeated(kernel: Kernel, x: torch.Tensor) -> Any:
     """A function that makes ``kernel[3, 2](y, x, 0.5, 7)`` again for any ``y``."""
     kernel.arg_names = ("y", "x", "eps", "n", "BLOCK")
-    step = Repeated(kernel, (3, 2), (x,), (7,), {"BLOCK": 64})
+    step = Step(kernel, BLOCK=64)
 
     def make(y: torch.Tensor) -> bool:
-        bits = y.data_ptr()
-        done = step.again(y.get_device(), (bits,), (0.5,), bits)
+        values = (y.data_ptr(), x.data_ptr(), 0.5, 7)
+        done = step.again(y.get_device(), (3, 2), values[0] | values[1], values)
         if not done:
-            step.learn(launch(kernel, (3, 2), y, y, x, 0.5, 7, BLOCK=64), bits)
+            step.find((3, 2), y, (y, x, 0.5, 7))
         return done
 
     return make
+
+
+def test_a_step_gives_tensors_to_the_public_way_and_addresses_to_the_direct_one(
+    kernel: Kernel,
+) -> None:
+    kernel.arg_names = ("y", "x", "limit", "n", "BLOCK")
+    step, x, y = Step(kernel, BLOCK=64), torch.zeros(8), torch.zeros(80)
+    for grid in ((3, 2), (4, 1), (5, 6)):
+        step(grid, (y, x, None), (7,))
+    assert kernel.public == [((3, 2), (y, x, None, 7), {"BLOCK": 64})]
+    same = (1, STREAM, 5, False, False, None, None, ("packed",), None, None, None)
+    given = (y.data_ptr(), x.data_ptr(), None, 7, 64)
+    assert kernel.direct == [(4, 1, *same, *given), (5, 6, *same, *given)]
+    step((0, 2), (y, x, None), (7,))
+    step((2, 0), (y, x, None), (7,))
+    step((3, 2), (y[1:], x, None), (7,))  # not aligned: another kernel
+    assert kernel.ways == (2, 2)
+
+
+def test_a_step_is_interpreted_like_any_launch(
+    kernel: Kernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also if it was found directly before: `benchmarks.host` launches nothing at all."""
+    step, x = Step(kernel, BLOCK=64), torch.zeros(8)
+    for _ in range(3):
+        step((3, 1), (x,), (7,))
+    monkeypatch.setattr(module, "INTERPRETED", True)
+    step((3, 1), (x,), (7,))
+    assert kernel.ways == (2, 2)
 
 
 def test_a_repeated_launch_remembers_all_but_addresses(kernel: Kernel) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from torchsparse._autograd.applied import applied
 from torchsparse._kernel_map import KernelMap
 from torchsparse._lazy import Lazy
 from torchsparse._ops.conv import dense, finish, gather_gemm, weight_grad
@@ -49,7 +50,7 @@ def sparse_conv(
     if torch.is_grad_enabled() and (
         feats.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     ):
-        return _SparseConv.apply(feats, weight, bias, kmap, transposed, recipe)
+        return _apply(feats, weight, bias, kmap, transposed, recipe)
     return conv_forward(feats, weight, bias, kmap, transposed, recipe)
 
 
@@ -153,6 +154,9 @@ class _SparseConv(torch.autograd.Function):
             total = grad.sum(0, dtype=sum_dtype(dtype))
             grad_bias = _cast(total, ctx.dtypes[2])
         return grad_feats, grad_weight, grad_bias, None, None, None
+
+
+_apply = applied(_SparseConv)
 
 
 def conv_feats_grad(

@@ -33,14 +33,15 @@ class Planned(NamedTuple):
 
     chosen: ModuleType
     plan: Any
+    any_channels: bool = False  # its layout does not depend on them
 
     def reversed(self) -> Planned:
         """Tap k of the table multiplies weight K - 1 - k."""
-        return self._replace(plan=self.plan._replace(reverse=True))
+        return Planned(self.chosen, self.plan._replace(reverse=True), self.any_channels)
 
     def swapped(self) -> Planned:
         """Inputs and outputs of the listed pairs exchanged."""
-        return self._replace(plan=self.plan._replace(swap=True))
+        return Planned(self.chosen, self.plan._replace(swap=True), self.any_channels)
 
 
 def _choose(tensor: Tensor, recipe: ConvRecipe) -> ModuleType:
@@ -86,7 +87,7 @@ def plan_key(
         )
     layout = chosen.choose_layout(neighbors.shape[1], geometry, recipe, backward)
     return layout, lambda: Planned(
-        chosen, chosen.make_plan(neighbors, keys, geometry, layout, limit)
+        chosen, chosen.make_plan(neighbors, keys, geometry, layout, limit), True
     )
 
 

@@ -7,8 +7,7 @@ Every launch is one of these:
    as in the versions it was tried with goes the public way, ``kernel[grid](...)``, which binds,
    specialises and looks up its arguments anew in every call (12.6 us on the host of an H100).
    So do the first launch of a kind, and all while a profiler listens.
-2. A `Step` knows what its kernel is compiled for, so that it need not look at what it is given.
-3. A `Repeated` launch remembers what `launch` found, and all arguments but a few tensors.
+2. A `Step` remembers what `launch` found, and need not look at what it is given.
 """
 
 from __future__ import annotations
@@ -23,7 +22,6 @@ import triton
 from torch import Tensor
 
 __all__ = [
-    "Repeated",
     "Resolved",
     "Step",
     "cdiv",
@@ -185,107 +183,48 @@ class Step:
     ) -> None:
         """Launch on the device of the first tensor, in its current stream; nothing for an empty
         grid."""
-        device = tensors[0].get_device()  # pyright: ignore[reportOptionalMemberAccess]
-        known = self._known.get(device)
-        if known is None or INTERPRETED or watched():
-            return self._find(grid, device, tensors, numbers)
         bits = 0
-        pointers: list[int | None] = []
+        values: list[Any] = []
         for tensor in tensors:
             if tensor is None:
-                pointers.append(None)
+                values.append(None)
             else:
                 pointer = tensor.data_ptr()
                 bits |= pointer
-                pointers.append(pointer)
-        x, y = grid
-        if bits & 15 or not x or not y or device != _current() != -1:
-            return self._find(grid, device, tensors, numbers)
-        start, function, cooperative, dependent, packed, constants, _ = known
-        start(
-            x, y, 1, _stream(device), function, cooperative, dependent, None, None, packed,
-            None, None, None, *pointers, *numbers, *constants,
-        )  # fmt: skip
-
-    def _find(
-        self,
-        grid: tuple[int, int],
-        device: int,
-        tensors: tuple[Tensor | None, ...],
-        numbers: tuple[Any, ...],
-    ) -> None:
-        """The same by `launch`; what that found is kept if it serves aligned tensors."""
+                values.append(pointer)
+        values.extend(numbers)
         like: Any = tensors[0]
-        known = launch(self.kernel, grid, like, *tensors, *numbers, **self.options)
-        if known is not None and all(t is None or t.data_ptr() & 15 == 0 for t in tensors):
-            self._known[device] = known
+        if not self.again(like.get_device(), grid, bits, values):
+            self.find(grid, like, (*tensors, *numbers))
 
-
-class Repeated:
-    """A launch that is made again and again with other tensors in two places, all else equal::
-
-        kernel[grid](*first, *middle, *then, *last, **options)
-
-    The caller sees to it that dtypes and whatever is no tensor in ``first`` and ``then`` stay, and
-    that somebody keeps the tensors of ``middle``.
-    """
-
-    __slots__ = ("_again", "_aligned", "grid", "kernel", "last", "middle", "options")
-
-    def __init__(
-        self,
-        kernel: Any,
-        grid: tuple[int, int],
-        middle: tuple[Tensor | None, ...],
-        last: tuple[int, ...],
-        options: dict[str, Any],
-        known: Resolved | None = None,
-    ) -> None:
-        """``known`` is what `learn` was given for another launch that differs in its grid, its
-        ``middle`` and numbers of one kind (`number_kind`) alone."""
-        self.kernel, self.grid, self.options = kernel, grid, options
-        self.middle, self.last = middle, last
-        self._again: Callable[[int, Any, Any], None] | None = None
-        self._aligned = True
-        for tensor in middle:
-            if tensor is not None and tensor.data_ptr() & 15:
-                self._aligned = False
-        self.learn(known, 0)
-
-    def again(self, device: int, first: Iterable[int], then: Iterable[Any], bits: int) -> bool:
+    def again(self, device: int, grid: tuple[int, int], bits: int, values: Iterable[Any]) -> bool:
         """Launch with these addresses and numbers, if the kernel is known for them.
 
         Args:
             device: Index of the tensors' device.
-            first, then: Addresses; in ``then`` also numbers and None.
+            grid: Two extents.
             bits: All addresses, or-ed.
+            values: Addresses and numbers, in the order of the parameters.
         """
-        if self._again is None or bits & 15 or INTERPRETED or watched():
+        known = self._known.get(device)
+        if known is None or bits & 15 or INTERPRETED or watched():
             return False
-        if device < 0 or device == _current():
-            self._again(device, first, then)
-        else:
-            with torch.cuda.device(device):
-                self._again(device, first, then)
-        return True
-
-    def learn(self, known: Resolved | None, bits: int) -> bool:
-        """Remember what `launch` found for tensors whose addresses or-ed are ``bits``."""
-        if known is None or bits & 15 or not self._aligned:
+        x, y = grid
+        if not x or not y or (device >= 0 and device != _current()):
             return False
-        x, y = self.grid
         start, function, cooperative, dependent, packed, constants, _ = known
-        middle = [None if t is None else t.data_ptr() for t in self.middle]
-        last = (*self.last, *constants)
-
-        def run(device: int, first: Iterable[int], then: Iterable[Any]) -> None:
-            start(
-                x, y, 1, _stream(device), function, cooperative, dependent, None, None, packed,
-                None, None, None, *first, *middle, *then, *last,
-            )  # fmt: skip
-
-        self._again = run
+        start(
+            x, y, 1, _stream(device), function, cooperative, dependent, None, None, packed,
+            None, None, None, *values, *constants,
+        )  # fmt: skip
         return True
+
+    def find(self, grid: tuple[int, int], like: Tensor, args: tuple[Any, ...]) -> None:
+        """`launch`, with tensors in place of addresses; what it finds is kept for `again`."""
+        known = launch(self.kernel, grid, like, *args, **self.options)
+        tensors = (arg for arg in args if isinstance(arg, Tensor))
+        if known is not None and all(tensor.data_ptr() & 15 == 0 for tensor in tensors):
+            self._known[like.get_device()] = known
 
 
 def watched() -> bool:

@@ -155,8 +155,10 @@ def _gemm_tile(
     shipped = shipped_gemm_tile(rows, c_in, c_out, volume, dtype, precision)
     if device is None:
         return shipped
-    op, arch = "dgrad" if swapped else "fwd", _tuned.architecture(device)
-    name = _tuned.key(op, rows, c_in, c_out, volume, _short(dtype), precision, arch)
+    op, bits = "dgrad" if swapped else "fwd", rows.bit_length()
+    name, measured = _measured(op, bits, c_in, c_out, volume, dtype, precision, device, generation)
+    if measured is None and not _tuned.heard():
+        return shipped
 
     def others() -> list[_tuned.Entry]:
         limits = Limits.of(device)
@@ -166,8 +168,15 @@ def _gemm_tile(
     return GemmTile(*_tuned.choose(name, device, shipped, others))
 
 
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+@lru_cache(maxsize=4096)
+def _measured(
+    op: str, bits: int, c_in: int, c_out: int, volume: int, dtype: torch.dtype, precision: str,
+    device: torch.device, generation: int,
+) -> tuple[str, _tuned.Entry | None]:  # fmt: skip
+    """Name and answer of a question about rows or pairs of so many bits."""
+    short, arch = str(dtype).removeprefix("torch."), _tuned.architecture(device)
+    name = _tuned.key(op, (1 << bits) - 1, c_in, c_out, volume, short, precision, arch)
+    return name, _tuned.lookup(name, device)
 
 
 def shipped_gemm_tile(
@@ -237,8 +246,8 @@ def grad_tile(
     device: torch.device | None = None,
 ) -> GradTile:
     """The tile for a weight gradient over at most ``pairs`` pairs of ``volume`` taps."""
-    if pairs >= 1 << 20:  # enough for every target: see `shipped_grad_tile`
-        pairs = _alike(pairs, 1 << 20)
+    # So many are enough for every target of `shipped_grad_tile`; 4 BK are a multiple of 64.
+    pairs = _alike(pairs, 1 << 18)
     return _grad_tile(pairs, c_in, c_out, dtype, precision, volume, device, _tuned.generation())
 
 
@@ -250,8 +259,12 @@ def _grad_tile(
     shipped = shipped_grad_tile(pairs, c_in, c_out, dtype, precision)
     if device is None:
         return shipped
-    arch = _tuned.architecture(device)
-    name = _tuned.key("wgrad", pairs, c_in, c_out, volume, _short(dtype), precision, arch)
+    bits = pairs.bit_length()
+    name, measured = _measured(
+        "wgrad", bits, c_in, c_out, volume, dtype, precision, device, generation
+    )
+    if measured is None and not _tuned.heard():
+        return shipped
 
     def others() -> list[_tuned.Entry]:
         found = grad_tiles(shipped, pairs, c_in, c_out, dtype, Limits.of(device))

@@ -18,15 +18,16 @@ class Zeros:
 
     def __init__(self, left: Tensor) -> None:
         self.left = left
+        self.taken = 0
         self.captured = _captured(left)
 
     def take(self, count: int) -> Tensor:
         """[count] int32 zeros that nobody else has; new ones if these do not suffice."""
-        left = self.left
-        if count > left.shape[0] or _captured(left) != self.captured:
+        left, first = self.left, self.taken
+        if first + count > left.shape[0] or _captured(left) != self.captured:
             return torch.zeros(count, dtype=torch.int32, device=left.device)
-        self.left = left[count:]
-        return left[:count]
+        self.taken = first + count
+        return left[first : first + count]
 
 
 def _captured(tensor: Tensor) -> bool:

@@ -68,7 +68,8 @@ def fakes(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     monkeypatch.setattr(module, "INTERPRETED", False)
     monkeypatch.setattr(module, "_stream", lambda device: 77)
     monkeypatch.setattr(module, "_resolved", {})
-    monkeypatch.setattr(product, "_known", {})
+    for memory in ("_steps", "_forms", "_grads"):
+        monkeypatch.setattr(product, memory, {})
     names = ("gemm_kernel", "narrow_kernel", "sum_kernel", "wgrad_kernel", "sum_chunks_kernel")
     found = {name: Kernel(getattr(product, name)) for name in names}
     for name, kernel in found.items():

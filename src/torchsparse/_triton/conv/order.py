@@ -15,7 +15,7 @@ ascending order, and a tap that it lacks adds an exact zero.
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import NamedTuple
 
 import torch
@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from torchsparse._geometry import Geometry, tap_list
-from torchsparse._triton.launch import cdiv, launch
+from torchsparse._triton.launch import Step, cdiv
 from torchsparse._triton.primitives import bit_or, real_rows
 
 __all__ = [
@@ -55,13 +55,12 @@ def sort_bins(volume: int) -> int:
     return 1 << min(volume, KEY_BITS)
 
 
-def new_sort_keys(
-    rows: int, volume: int, device: torch.device, counts: Tensor | None = None
-) -> SortKeys:
-    """Room for the keys of so many rows over so many taps; ``counts``, if given, are zeros."""
-    keys = torch.empty(rows, dtype=torch.int16, device=device)
+def new_sort_keys(like: Tensor, rows: int, volume: int, counts: Tensor | None = None) -> SortKeys:
+    """Room for the keys of so many rows over so many taps, on the device of ``like``; ``counts``,
+    if given, are zeros."""
+    keys = like.new_empty(rows, dtype=torch.int16)
     if counts is None:
-        counts = torch.zeros(sort_bins(volume), dtype=torch.int32, device=device)
+        counts = like.new_zeros(sort_bins(volume), dtype=torch.int32)
     return SortKeys(keys, counts)
 
 
@@ -215,29 +214,35 @@ def row_sort_keys(neighbors: Tensor, bits: Tensor, counts: Tensor | None = None)
     """The sort keys of the rows of a table [K, M] int32, any strides; bits of `key_bits`, counts
     of `new_sort_keys`."""
     volume, m = neighbors.shape
-    found = new_sort_keys(m, volume, neighbors.device, counts)
-    launch(
-        row_key_kernel, (cdiv(m, 64),), neighbors, neighbors, bits, *found, m,
-        neighbors.stride(1), neighbors.stride(0), K=volume, BR=64,
-    )  # fmt: skip
+    found = new_sort_keys(neighbors, m, volume, counts)
+    n_tap, n_row = neighbors.stride()
+    _row_keys(volume)((cdiv(m, 64), 1), (neighbors, bits, *found), (m, n_row, n_tap))
     return found
+
+
+@cache
+def _row_keys(volume: int) -> Step:
+    return Step(row_key_kernel, K=volume, BR=64)
 
 
 def _sort(found: SortKeys, limit: Tensor | None) -> Tensor:
     """[M] int32, rows by key, largest first: a counting sort. None behind ``limit``."""
-    m = found.keys.shape[0]
-    starts = torch.empty_like(found.counts)
-    bins = starts.shape[0]
-    order = starts.new_empty(m)
-    launch(
-        start_kernel, (1,), starts, found.counts, starts, BINS=bins,
-        num_warps=16 if bins >= 4096 else 4,
-    )  # fmt: skip
-    launch(
-        place_kernel, (cdiv(m, 32),), starts, found.keys, starts, order, limit, m,
-        BR=32, num_warps=1,
-    )  # fmt: skip
+    keys, counts = found
+    m, bins = keys.shape[0], counts.shape[0]
+    starts, order = counts.new_empty(bins), counts.new_empty(m)
+    start, place = _sorting(bins, limit is None)
+    start((1, 1), (counts, starts), ())
+    place((cdiv(m, 32), 1), (keys, starts, order, limit), (m,))
     return order
+
+
+@cache
+def _sorting(bins: int, whole: bool) -> tuple[Step, Step]:
+    """Two launches for so many keys; ``whole``: all rows are real."""
+    return (
+        Step(start_kernel, BINS=bins, num_warps=16 if bins >= 4096 else 4),
+        Step(place_kernel, BR=32, num_warps=1),
+    )
 
 
 def make_tiles(neighbors: Tensor, keys: SortKeys | None, limit: Tensor | None = None) -> Tiles:
@@ -252,9 +257,12 @@ def make_tiles(neighbors: Tensor, keys: SortKeys | None, limit: Tensor | None = 
     tiles, words = cdiv(m, TILE_ROWS), cdiv(volume, 32)
     order = None if keys is None else _sort(keys, limit)
     table, masks = neighbors.new_empty(volume, m), neighbors.new_empty(words, tiles)
-    launch(
-        tile_kernel, (tiles, words), neighbors, neighbors, order, table, masks, limit, m, tiles,
-        neighbors.stride(1), neighbors.stride(0),
-        K=volume, BR=TILE_ROWS, SORTED=order is not None,
-    )  # fmt: skip
+    n_tap, n_row = neighbors.stride()
+    tile = _tiling(volume, order is not None, limit is None)
+    tile((tiles, words), (neighbors, order, table, masks, limit), (m, tiles, n_row, n_tap))
     return Tiles(order, table, masks, limit)
+
+
+@cache
+def _tiling(volume: int, ordered: bool, whole: bool) -> Step:
+    return Step(tile_kernel, K=volume, BR=TILE_ROWS, SORTED=ordered)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -9,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from torchsparse._triton.launch import cdiv, launch
+from torchsparse._triton.launch import Step, cdiv
 
 __all__ = ["Pairs", "list_pairs"]
 
@@ -76,22 +77,25 @@ def list_pairs(neighbors: Tensor, symmetric: bool, most: int) -> Pairs:
         most: A bound for the number of pairs.
     """
     volume, m = neighbors.shape
-    device = neighbors.device
     lists = volume // 2 + 1 if symmetric else volume
     capacity = min(lists * m, most)
     blocks, words = cdiv(m, BLOCK_ROWS), cdiv(lists, 32)
-    strides = neighbors.stride(1), neighbors.stride(0)
-    counts = torch.empty((lists, blocks), dtype=torch.int32, device=device)
-    launch(
-        count_kernel, (blocks, words), neighbors, neighbors, counts, m, blocks, *strides,
-        L=lists, BR=BLOCK_ROWS, num_warps=1,
-    )  # fmt: skip
+    n_tap, n_row = neighbors.stride()
+    numbers = (m, blocks, n_row, n_tap)
+    count, write = _listing(lists, capacity >= 1 << 31)
+    counts = neighbors.new_empty(lists * blocks)
+    count((blocks, words), (neighbors, counts), numbers)
     wide = torch.int64 if capacity >= 1 << 31 else torch.int32
-    ends = torch.cumsum(counts.view(-1), 0, dtype=wide).view(lists, blocks)
-    inputs = torch.empty(capacity, dtype=torch.int32, device=device)
-    outputs = torch.empty_like(inputs)
-    launch(
-        list_kernel, (blocks, words), neighbors, neighbors, ends, inputs, outputs, m, blocks,
-        *strides, L=lists, BR=BLOCK_ROWS, num_warps=1,
-    )  # fmt: skip
+    ends = torch.cumsum(counts, 0, dtype=wide).view(lists, blocks)
+    inputs, outputs = neighbors.new_empty(capacity), neighbors.new_empty(capacity)
+    write((blocks, words), (neighbors, ends, inputs, outputs), numbers)
     return Pairs(inputs, outputs, ends, volume, lists, False, {})
+
+
+@cache
+def _listing(lists: int, wide: bool) -> tuple[Step, Step]:
+    """Two launches for so many lists; ``wide``: their ends have 64 bits."""
+    return (
+        Step(count_kernel, L=lists, BR=BLOCK_ROWS, num_warps=1),
+        Step(list_kernel, L=lists, BR=BLOCK_ROWS, num_warps=1),
+    )

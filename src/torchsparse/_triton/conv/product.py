@@ -19,15 +19,10 @@ from torchsparse._triton.conv.gemm import (
 from torchsparse._triton.conv.order import Tiles
 from torchsparse._triton.conv.pairs import Pairs
 from torchsparse._triton.conv.wgrad import sum_chunks_kernel, wgrad_kernel
-from torchsparse._triton.launch import (
-    Repeated,
-    Resolved,
-    cdiv,
-    launch,
-    next_power,
-)
+from torchsparse._triton.launch import Step, cdiv, launch, next_power
 from torchsparse._triton.tiles import (
     GemmTile,
+    GradTile,
     NarrowTile,
     dense_tile,
     gemm_tile,
@@ -129,9 +124,7 @@ def finish(feats: Tensor, epilogue: Epilogue) -> Tensor:
     m, channels = out.shape
     if m and channels:
         end = _end(None, epilogue)
-        name = ("finish", feats.get_device(), feats.dtype, channels, end.kind)
-        step = _sum(m, channels, 1, end, known=_known.get(name))
-        _run(step, feats.contiguous(), None, out, end, name)
+        _run(_sum(feats.dtype, out, 1, end), feats.contiguous(), None, out, end)
     return out
 
 
@@ -149,52 +142,74 @@ def dense(feats: Tensor, weight: Tensor, bias: Tensor | None, epilogue: Epilogue
     if m and c_out:
         end = _end(bias, epilogue)
         tile = dense_tile(m, c_in, c_out)
-        name = (
-            "dense", feats.get_device(), feats.dtype, tile, weight.shape, weight.stride(), end.kind
-        )  # fmt: skip
-        options = {
-            "CI": c_in, "CO": c_out, "BM": tile.BM, "BN": tile.BN, "BK": tile.BK, **end.flags,
-            "num_warps": tile.warps, "num_stages": tile.stages,
-        }  # fmt: skip
+        strides = weight.stride()
+        name = ("dense", feats.dtype, tile, weight.shape, strides, end.kind)
+        step = _steps.get(name)
+        if step is None:
+            step = _steps[name] = Step(
+                dense_kernel, CI=c_in, CO=c_out, BM=tile.BM, BN=tile.BN, BK=tile.BK, **end.flags,
+                num_warps=tile.warps, num_stages=tile.stages,
+            )  # fmt: skip
         grid = (cdiv(m, tile.BM) * cdiv(c_out, tile.BN), 1)
-        step = Repeated(
-            dense_kernel, grid, (None,), (m, *weight.stride()), options, _known.get(name)
-        )
-        _run(step, feats.contiguous(), weight, out, end, name)
+        _run(_call(step, grid, (None,), (m, *strides)), feats.contiguous(), weight, out, end)
     return out
 
 
-_known: dict[Any, Resolved] = {}  # kernels by name: another cloud need not look for them
+class _Call(NamedTuple):
+    """A launch ``kernel[grid](x, [w,] out, *middle, *end, *last)``; see `_run`."""
+
+    step: Step
+    grid: tuple[int, int]
+    middle: tuple[Tensor | None, ...]
+    places: tuple[int | None, ...]  # their addresses
+    bits: int  # or-ed
+    last: tuple[int, ...]
 
 
-def _run(
-    step: Repeated, x: Tensor, w: Tensor | None, out: Tensor, end: _End, name: Any = None
-) -> None:
-    """Launch a kernel whose parameters are ``x, [w,] out, ..., *end, ...``; what it is found to
-    be is remembered under ``name``."""
+_steps: dict[Any, Step] = {}  # by all that determines the kernel: another cloud finds them here
+
+
+def _call(
+    step: Step, grid: tuple[int, int], middle: tuple[Tensor | None, ...], last: tuple[int, ...]
+) -> _Call:
+    bits = 0
+    places: list[int | None] = []
+    for tensor in middle:
+        place = None if tensor is None else tensor.data_ptr()
+        bits |= place or 0
+        places.append(place)
+    return _Call(step, grid, middle, tuple(places), bits, last)
+
+
+def _run(call: _Call, x: Tensor, w: Tensor | None, out: Tensor, end: _End) -> None:
+    """Launch a kernel on given tensors."""
+    step, grid, middle, places, bits, last = call
+    a, c = x.data_ptr(), out.data_ptr()
+    bits |= end.bits | a | c
     if w is None:
-        first, pointers = (x, out), (x.data_ptr(), out.data_ptr())
-        bits = end.bits | pointers[0] | pointers[1]
+        values = (a, c, *places, *end.given, *last)
     else:
-        first, pointers = (x, w, out), (x.data_ptr(), w.data_ptr(), out.data_ptr())
-        bits = end.bits | pointers[0] | pointers[1] | pointers[2]
-    if not step.again(x.get_device(), pointers, end.given, bits):
-        known = launch(
-            step.kernel, step.grid, x, *first, *step.middle, *end.tensors, *step.last,
-            **step.options,
-        )  # fmt: skip
-        if known is not None and step.learn(known, bits) and name is not None:
-            _known[name] = known
+        b = w.data_ptr()
+        bits |= b
+        values = (a, b, c, *places, *end.given, *last)
+    if not step.again(x.get_device(), grid, bits, values):
+        first = (x, out) if w is None else (x, w, out)
+        step.find(grid, x, (*first, *middle, *end.tensors, *last))
 
 
 def _sum(
-    m: int, channels: int, parts: int, end: _End, limit: Tensor | None = None,
-    known: Resolved | None = None,
-) -> Repeated:  # fmt: skip
+    dtype: torch.dtype, out: Tensor, parts: int, end: _End, limit: Tensor | None = None
+) -> _Call:
+    """The launch that writes ``out`` [M, C]: the sum of so many parts in ``dtype``, finished."""
+    m, channels = out.shape
     width = min(max(next_power(channels), 16), 128)
-    options = {"CO": channels, "PARTS": parts, "BM": 32, "BN": width, **end.flags}
-    grid = cdiv(m, 32), cdiv(channels, width)
-    return Repeated(sum_kernel, grid, (limit,), (m,), options, known)
+    name = ("sum", dtype, out.dtype, channels, parts, limit is None, end.kind)
+    step = _steps.get(name)
+    if step is None:
+        step = _steps[name] = Step(
+            sum_kernel, CO=channels, PARTS=parts, BM=32, BN=width, **end.flags
+        )
+    return _call(step, (cdiv(m, 32), cdiv(channels, width)), (limit,), (m,))
 
 
 class _Product(NamedTuple):
@@ -204,10 +219,9 @@ class _Product(NamedTuple):
     channels: int
     pad: bool  # channels to 16 bytes
     turn: bool  # the weight, so that its summed axis is innermost
-    splits: int
-    gemm: Repeated
-    add: Repeated | None  # up the shares of the taps
-    name: Any = None  # what determines the kernel of ``gemm``, and after "sum" that of ``add``
+    splits: int  # their shares of the taps are added up
+    limit: Tensor | None  # of the plan
+    gemm: _Call
 
 
 def gather_gemm(
@@ -239,22 +253,23 @@ def gather_gemm(
     if known is not None:
         return _multiply(known, feats.contiguous(), weight, end)
     m, (_, c_in, c_out) = plan.neighbors.shape[1], weight.shape
+    empty = not (m and c_out and c_in and feats.shape[0])
+    feats = feats.contiguous()
+    precision = precision if feats.dtype == torch.float32 else "ieee"
+    if len(plan.shares) == 1 and not empty:
+        known = plan.memo[key] = _plan_product(feats, weight, end, plan, precision, key)
+        return _multiply(known, feats, weight, end)
     out = feats.new_empty((m, c_out))
     if out.numel() == 0:
         return out
-    if feats.shape[0] == 0 or c_in == 0:
+    if empty:
         out.zero_() if bias is None else out.copy_(bias.expand_as(out))
         return out if epilogue is None else finish(out, epilogue)
-    feats = feats.contiguous()
-    precision = precision if feats.dtype == torch.float32 else "ieee"
     if plan.pairs is not None:
         feats, weight = _aligned(feats, weight)
         _fetch(feats, weight, end, plan.pairs, plan.reverse, precision, out)
-    elif len(plan.shares) > 1:
-        _by_shares(feats, weight, end, plan, precision, out)
     else:
-        known = plan.memo[key] = _plan_product(feats, weight, end, plan, precision, key)
-        return _multiply(known, feats, weight, end)
+        _by_shares(feats, weight, end, plan, precision, out)
     return out
 
 
@@ -264,12 +279,12 @@ def _multiply(known: _Product, feats: Tensor, weight: Tensor, end: _End) -> Tens
         feats, weight = _aligned(feats, weight)
     if known.turn:
         weight = _turned(weight)
-    if known.add is None:
-        _run(known.gemm, feats, weight, out, end, known.name)
+    if known.splits == 1:
+        _run(known.gemm, feats, weight, out, end)
     else:
         parts = feats.new_empty((known.splits, *out.shape), dtype=torch.float32)
-        _run(known.gemm, feats, weight, parts, NO_END, known.name)
-        _run(known.add, parts, None, out, end, ("sum", *known.name))
+        _run(known.gemm, feats, weight, parts, NO_END)
+        _run(_sum(parts.dtype, out, known.splits, end, known.limit), parts, None, out, end)
     return out
 
 
@@ -284,43 +299,60 @@ def _turned(weight: Tensor) -> Tensor:
     return out.transpose(1, 2)
 
 
-def _must_turn(weight: Tensor, precision: str) -> bool:
+def _must_turn(dtype: torch.dtype, strides: tuple[int, ...], precision: str) -> bool:
     """The tensor cores take float32 operands only with the summed axis innermost."""
-    return weight.dtype == torch.float32 and weight.stride(1) != 1 and precision != "ieee"
+    return dtype == torch.float32 and strides[1] != 1 and precision != "ieee"
 
 
-def _tile(feats: Tensor, weight: Tensor, m: int, precision: str) -> GemmTile:
+class _Form(NamedTuple):
+    """What products of one kind have in common, whatever the map."""
+
+    steps: dict[Any, Step]  # by tile, and whether rows are sorted, and all of them real
+    narrow: NarrowTile | None
+    pad: bool  # channels to 16 bytes
+    turn: bool  # the weight, so that its summed axis is innermost
+    shape: tuple[int, int, int]  # of the weight, padded
+    strides: tuple[int, ...]  # as it lies then
+    swapped: bool  # its input channels are innermost
+
+
+_forms: dict[Any, _Form] = {}  # by the keys of `Plan.memo`: another cloud finds them here
+
+
+def _form(weight: Tensor, precision: str) -> _Form:
+    """``precision`` as for `gather_gemm`."""
     volume, c_in, c_out = weight.shape
-    swapped = weight.stride(1) == 1 and weight.stride(2) != 1
-    return gemm_tile(m, c_in, c_out, volume, feats.dtype, precision, swapped, feats.device)
+    dtype, strides = weight.dtype, weight.stride()
+    narrow = narrow_tile(c_in, c_out, volume, dtype, precision)
+    if narrow is not None:
+        return _Form({}, narrow, False, False, (volume, c_in, c_out), strides, False)
+    missing = -c_in % (16 // dtype.itemsize)
+    if missing:  # as `_aligned` leaves it
+        c_in += missing
+        strides = (c_in * c_out, c_out, 1)
+    turn = _must_turn(dtype, strides, precision)
+    if turn:
+        strides = (c_in * c_out, 1, c_in)
+    swapped = strides[1] == 1 and strides[2] != 1
+    return _Form({}, None, missing > 0, turn, (volume, c_in, c_out), strides, swapped)
 
 
 def _plan_product(
     feats: Tensor, weight: Tensor, end: _End, plan: Plan, precision: str, key: Any
 ) -> _Product:
     """Choose tiles for a plan of one share. ``key`` is that of `Plan.memo`."""
-    m = plan.neighbors.shape[1]
-    volume, c_in, c_out = weight.shape
-    narrow = narrow_tile(c_in, c_out, volume, feats.dtype, precision)
+    dtype, m = feats.dtype, plan.neighbors.shape[1]
+    form = _forms.get(key)
+    if form is None:
+        form = _forms[key] = _form(weight, precision)
+    _, narrow, pad, turn, (volume, c_in, c_out), _, swapped = form
     if narrow is not None:
-        step = _narrow(weight, end, plan, narrow, precision)
-        return _Product(m, c_out, False, False, 1, step, None)
-    padded, weight = _aligned(feats, weight)
-    turn = _must_turn(weight, precision)
-    if turn:  # as it will lie: nothing is read of it here
-        size = weight.shape[1] * weight.shape[2]
-        lies = (size, 1, weight.shape[1])
-        weight = torch.empty_strided(weight.shape, lies, dtype=weight.dtype, device="meta")
-    tile = _tile(feats, weight, m, precision)
+        call = _narrow(form, narrow, end, plan, precision)
+        return _Product(m, c_out, False, False, 1, None, call)
+    tile = gemm_tile(m, c_in, c_out, volume, dtype, precision, swapped, feats.device)
     own_end = end if tile.splits == 1 else NO_END
-    tiles = plan.shares[0].tiles
-    name = (feats.get_device(), tile, tiles.order is None, tiles.limit is None, *key)
-    known = _known.get(name)
-    step = _gemm(weight, own_end, tiles, plan.reverse, tile, precision, known)
-    add = None
-    if tile.splits > 1:
-        add = _sum(m, c_out, tile.splits, end, tiles.limit, _known.get(("sum", *name)))
-    return _Product(m, c_out, padded is not feats, turn, tile.splits, step, add, name)
+    call = _gemm(form, tile, own_end, plan.shares[0].tiles, plan, precision)
+    return _Product(m, c_out, pad, turn, tile.splits, plan.limit, call)
 
 
 def _by_shares(
@@ -328,49 +360,58 @@ def _by_shares(
 ) -> None:
     """Shares of the taps one after another, then their sum."""
     feats, weight = _aligned(feats, weight)
-    if _must_turn(weight, precision):
+    if _must_turn(weight.dtype, weight.stride(), precision):
         weight = _turned(weight)
     volume, (m, c_out) = weight.shape[0], out.shape
-    tile = _tile(feats, weight, m, precision)._replace(splits=1)
+    form = _form(weight, precision)
+    tile = gemm_tile(
+        m, form.shape[1], c_out, volume, feats.dtype, precision, form.swapped, feats.device
+    )._replace(splits=1)
     parts = feats.new_empty((len(plan.shares), m, c_out), dtype=torch.float32)
     for part, (first, last, tiles) in zip(parts, plan.shares):
         taps = slice(volume - last, volume - first) if plan.reverse else slice(first, last)
-        step = _gemm(weight[taps], NO_END, tiles, plan.reverse, tile, precision)
-        _run(step, feats, weight[taps], part, NO_END)
-    _run(_sum(m, c_out, len(plan.shares), end, plan.limit), parts, None, out, end)
+        own = weight[taps]
+        form = _form(own, precision)
+        _run(_gemm(form, tile, NO_END, tiles, plan, precision), feats, own, part, NO_END)
+    _run(_sum(parts.dtype, out, len(plan.shares), end, plan.limit), parts, None, out, end)
 
 
 def _gemm(
-    weight: Tensor, end: _End, tiles: Tiles, reverse: bool, tile: GemmTile, precision: str,
-    known: Resolved | None = None,
-) -> Repeated:  # fmt: skip
-    volume, c_in, c_out = weight.shape
-    m = tiles.table.shape[1]
-    grid = (cdiv(m, tile.BM) * cdiv(c_out, tile.BN), tile.splits)
-    options = {
-        "K": volume, "CI": c_in, "CO": c_out,
-        "BM": tile.BM, "BN": tile.BN, "BK": tile.BK, "SPLITS": tile.splits,
-        "SORTED": tiles.order is not None, "REVERSE": reverse, "PRECISION": precision,
-        **end.flags, "num_warps": tile.warps, "num_stages": tile.stages,
-    }  # fmt: skip
-    middle = (tiles.table, tiles.order, tiles.masks, tiles.limit)
-    last = (m, tiles.masks.shape[1], *weight.stride())
-    return Repeated(gemm_kernel, grid, middle, last, options, known)
-
-
-def _narrow(weight: Tensor, end: _End, plan: Plan, tile: NarrowTile, precision: str) -> Repeated:
-    volume, c_in, c_out = weight.shape
-    table = plan.neighbors
+    form: _Form, tile: GemmTile, end: _End, tiles: Tiles, plan: Plan, precision: str
+) -> _Call:
+    """The launch of a masked product over one share of a plan."""
+    (volume, c_in, c_out), strides = form.shape, form.strides
+    order, table, masks, limit = tiles
+    name = (tile, order is None, limit is None)
+    step = form.steps.get(name)
+    if step is None:
+        step = form.steps[name] = Step(
+            gemm_kernel, K=volume, CI=c_in, CO=c_out,
+            BM=tile.BM, BN=tile.BN, BK=tile.BK, SPLITS=tile.splits,
+            SORTED=order is not None, REVERSE=plan.reverse, PRECISION=precision,
+            **end.flags, num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
     m = table.shape[1]
-    options = {
-        "K": volume, "CI": c_in, "CO": c_out, "BM": tile.BM, "BN": tile.BN,
-        "BK": tile.BK, "REVERSE": plan.reverse, "PRECISION": precision, **end.flags,
-        "num_warps": tile.warps, "num_stages": 3,
-    }  # fmt: skip
-    last = (m, table.stride(1), table.stride(0), *weight.stride())
-    return Repeated(
-        narrow_kernel, (cdiv(m, tile.BM), cdiv(c_out, tile.BN)), (table, plan.limit), last, options
-    )
+    grid = (cdiv(m, tile.BM) * cdiv(c_out, tile.BN), tile.splits)
+    return _call(step, grid, (table, order, masks, limit), (m, masks.shape[1], *strides))
+
+
+def _narrow(form: _Form, tile: NarrowTile, end: _End, plan: Plan, precision: str) -> _Call:
+    """The launch of a product with few input channels."""
+    (volume, c_in, c_out), strides = form.shape, form.strides
+    table, limit = plan.neighbors, plan.limit
+    name = (tile, limit is None)
+    step = form.steps.get(name)
+    if step is None:
+        step = form.steps[name] = Step(
+            narrow_kernel, K=volume, CI=c_in, CO=c_out, BM=tile.BM, BN=tile.BN, BK=tile.BK,
+            REVERSE=plan.reverse, PRECISION=precision, **end.flags,
+            num_warps=tile.warps, num_stages=3,
+        )  # fmt: skip
+    m = table.shape[1]
+    n_tap, n_row = table.stride()
+    grid = (cdiv(m, tile.BM), cdiv(c_out, tile.BN))
+    return _call(step, grid, (table, limit), (m, n_row, n_tap, *strides))
 
 
 def _fetch(
@@ -394,7 +435,7 @@ def _fetch(
             SWAP=pairs.swap != (tap >= pairs.lists), PRECISION=precision,
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
-    _run(_sum(m, c_out, 1, end), total, None, out, end)
+    _run(_sum(total.dtype, out, 1, end), total, None, out, end)
 
 
 def weight_grad(feats: Tensor, grad: Tensor, pairs: Pairs, precision: str = "ieee") -> Tensor:
@@ -418,10 +459,10 @@ def weight_grad(feats: Tensor, grad: Tensor, pairs: Pairs, precision: str = "iee
     if known is None:
         if out.numel() == 0 or pairs.inputs.shape[0] == 0:
             return out.zero_()
-        known = pairs.memo[key] = _plan_grad(feats, grad, pairs, precision, key)
+        known = pairs.memo[key] = _plan_grad(feats, grad, pairs, precision)
     partial = out.new_empty(known.chunks, c_in, c_out)
-    _run(known.chunk, feats.contiguous(), grad.contiguous(), partial, NO_REST, known.name)
-    _run(known.add, partial, None, out, NO_REST, ("sum", *known.name))
+    _run(known.chunk, feats.contiguous(), grad.contiguous(), partial, NO_REST)
+    _run(known.add, partial, None, out, NO_REST)
     return out
 
 
@@ -432,43 +473,49 @@ class _Grad(NamedTuple):
     """The launches of one kind of weight gradient over one list of pairs."""
 
     chunks: int  # how many there may be
-    chunk: Repeated
-    add: Repeated
-    name: Any  # what determines the kernel of ``chunk``, and after "sum" that of ``add``
+    chunk: _Call
+    add: _Call
 
 
-def _plan_grad(feats: Tensor, grad: Tensor, pairs: Pairs, precision: str, key: Any) -> _Grad:
+def _plan_grad(feats: Tensor, grad: Tensor, pairs: Pairs, precision: str) -> _Grad:
     c_in, c_out, volume = feats.shape[1], grad.shape[1], pairs.volume
     precision = precision if feats.dtype == torch.float32 else "ieee"
     listed = pairs.inputs.shape[0]
     tile = grad_tile(listed, c_in, c_out, feats.dtype, precision, volume, feats.device)
-    blocks, taps = pairs.ends.shape[1], next_power(volume)
     most = tile.target + volume  # every tap may end with a short chunk
-    numbers = (blocks, pairs.lists, tile.target)
-    name = (
-        "grad", feats.get_device(), tile, volume, pairs.lists, pairs.ends.dtype, *key,
-    )  # fmt: skip
-    chunk = Repeated(
-        wgrad_kernel,
-        (most, cdiv(c_in, tile.BM) * cdiv(c_out, tile.BN)),
-        (pairs.inputs, pairs.outputs, pairs.ends),
-        numbers,
-        {
-            "K": volume, "KP": taps, "CI": c_in, "CO": c_out,
-            "BM": tile.BM, "BN": tile.BN, "BK": tile.BK,
-            "SWAP": pairs.swap, "PRECISION": precision,
-            "num_warps": tile.warps, "num_stages": tile.stages,
-        },
-        _known.get(name),
-    )  # fmt: skip
     size = c_in * c_out
     rows, width = (4, 1024) if size >= 1 << 14 else (16, 128)
-    add = Repeated(
-        sum_chunks_kernel,
-        (volume, cdiv(size, width)),
-        (pairs.ends,),
-        (*numbers, size),
-        {"K": volume, "KP": taps, "BK": tile.BK, "ROWS": rows, "BLOCK": width},
-        _known.get(("sum", *name)),
+    chunk, add = _grad_steps(
+        c_in, c_out, volume, pairs.lists, pairs.swap, precision, tile, rows, width,
+        feats.dtype, pairs.ends.dtype,
+    )  # fmt: skip
+    numbers = (pairs.ends.shape[1], pairs.lists, tile.target)
+    grid = (most, cdiv(c_in, tile.BM) * cdiv(c_out, tile.BN))
+    return _Grad(
+        most,
+        _call(chunk, grid, (pairs.inputs, pairs.outputs, pairs.ends), numbers),
+        _call(add, (volume, cdiv(size, width)), (pairs.ends,), (*numbers, size)),
     )
-    return _Grad(most, chunk, add, name)
+
+
+def _grad_steps(
+    c_in: int, c_out: int, volume: int, lists: int, swap: bool, precision: str, tile: GradTile,
+    rows: int, width: int, *dtypes: torch.dtype,
+) -> tuple[Step, Step]:  # fmt: skip
+    """Sums of chunks, and what adds these up; ``dtypes`` of the operands and of the ends."""
+    # Without the target, which differs from cloud to cloud and is no part of the kernel.
+    name = (c_in, c_out, volume, lists, swap, precision, tile[:-1], *dtypes)
+    known = _grads.get(name)
+    if known is None:
+        taps = next_power(volume)
+        chunk = Step(
+            wgrad_kernel, K=volume, KP=taps, CI=c_in, CO=c_out,
+            BM=tile.BM, BN=tile.BN, BK=tile.BK, SWAP=swap, PRECISION=precision,
+            num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
+        add = Step(sum_chunks_kernel, K=volume, KP=taps, BK=tile.BK, ROWS=rows, BLOCK=width)
+        known = _grads[name] = chunk, add
+    return known
+
+
+_grads: dict[Any, tuple[Step, Step]] = {}  # as `_steps`

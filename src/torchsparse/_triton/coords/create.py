@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import NamedTuple
 
 import torch
@@ -27,7 +27,7 @@ from torchsparse._triton.coords.sites import (
     level_kernel,
     unpack_kernel,
 )
-from torchsparse._triton.launch import cdiv, launch, next_power
+from torchsparse._triton.launch import Step, cdiv, next_power
 from torchsparse._triton.zeros import Zeros
 
 __all__ = ["generative_sites", "strided_sites"]
@@ -94,10 +94,7 @@ def _create(
     upper: Bounds | None,
     generative: bool,
 ) -> tuple[Tensor, CoordIndex]:
-    n = coords.shape[0]
-    axes = zip(geometry.kernel_size, geometry.stride, geometry.dilation)
-    # A fine site has about k / s coarse sites on an axis, a coarse one k fine sites.
-    each = math.prod(k if generative else -(-k // (s // math.gcd(s, d))) for k, s, d in axes)
+    n, each = coords.shape[0], _most_each(geometry, generative)
     room = min(each, 8 if generative else 2) * n
     growing = growth()
     padded = growing is not None and growing.padded
@@ -116,6 +113,13 @@ def _create(
     if growing is not None:
         growing.note(count, cells, each)
     return _unpack(filled, count, cells <= INT32.max, None)
+
+
+@lru_cache(maxsize=256)
+def _most_each(geometry: Geometry, generative: bool) -> int:
+    """Sites that one site can create: a fine one about k / s on an axis, a coarse one k."""
+    axes = zip(geometry.kernel_size, geometry.stride, geometry.dilation)
+    return math.prod(k if generative else -(-k // (s // math.gcd(s, d))) for k, s, d in axes)
 
 
 def _unpack_padded(filled: _Filled, growing: Growth, most: int) -> tuple[Tensor, CoordIndex]:
@@ -153,42 +157,57 @@ def _by_bins(filled: _Filled, sites: Tensor, limit: Tensor | None) -> None:
     rows, ndim = sites.shape[0], len(index.margin)
     bins, slots = counts.shape[0], index.keys.shape[0]
     blocks = cdiv(bins, BIN_BLOCK)
-    starts = torch.empty_like(counts)
+    starts = counts.new_empty(bins)
+    add, start, bucket, rank = _ordering(ndim, limit is None)
     before, grain = counts, 1
     if bins > SUMMED_BINS:
         before, grain = counts.new_empty(blocks), BIN_BLOCK
-        launch(bin_sum_kernel, (blocks,), counts, counts, before, BLOCK=BIN_BLOCK)
-    launch(
-        bin_start_kernel, (blocks,), counts, counts, before, starts, grain,
-        BLOCK=BIN_BLOCK, STEP=4096,
+        add((blocks, 1), (counts, before), ())
+    start((blocks, 1), (counts, before, starts), (grain,))
+    bucketed = index.keys.new_empty(rows)
+    bucket(
+        (cdiv(slots, 512), 1), (index.keys, starts, index.layout, bucketed), (slots, bins, rows)
+    )
+    rank(
+        (cdiv(rows, 64), 1), (bucketed, starts, sites, index.layout, index.values, limit),
+        (rows, bins, slots - 1),
     )  # fmt: skip
-    bucketed = torch.empty(rows, dtype=torch.int64, device=sites.device)
-    launch(
-        bucket_kernel, (cdiv(slots, 512),), sites, index.keys, starts, index.layout, bucketed,
-        slots, bins, rows, D=ndim, BLOCK=512,
-    )  # fmt: skip
-    launch(
-        rank_kernel, (cdiv(rows, 64),), sites, bucketed, starts, sites, index.layout,
-        index.values, limit, rows, bins, slots - 1, D=ndim, BR=64, num_warps=1,
-    )  # fmt: skip
+
+
+@cache
+def _ordering(ndim: int, whole: bool) -> tuple[Step, Step, Step, Step]:
+    """The launches of `_by_bins`; ``whole``: sites fill their room."""
+    return (
+        Step(bin_sum_kernel, BLOCK=BIN_BLOCK),
+        Step(bin_start_kernel, BLOCK=BIN_BLOCK, STEP=4096),
+        Step(bucket_kernel, D=ndim, BLOCK=512),
+        Step(rank_kernel, D=ndim, BR=64, num_warps=1),
+    )
 
 
 def _by_sorting(filled: _Filled, sites: Tensor, limit: Tensor | None) -> None:
     """Write ``sites`` and values of any keys."""
     index, info, _ = filled
     rows, ndim, slots = sites.shape[0], len(index.margin), index.keys.shape[0]
-    keys = torch.empty(rows, dtype=torch.int64, device=sites.device)
+    keys = index.keys.new_empty(rows)
     if limit is not None:
         keys.fill_(torch.iinfo(torch.int64).max)  # stands behind all keys
-    launch(
-        collect_kernel, (cdiv(slots, 1024),), sites, index.keys, keys, info[2:], index.layout,
-        slots, rows, D=ndim, BLOCK=1024,
-    )  # fmt: skip
+    collect, unpack = _sorting(ndim, limit is None)
+    collect((cdiv(slots, 1024), 1), (index.keys, keys, info[2:], index.layout), (slots, rows))
     keys = torch.sort(keys).values
-    launch(
-        unpack_kernel, (cdiv(rows, 128),), sites, keys, sites, index.layout, index.keys,
-        index.values, limit, rows, *index.probe, D=ndim, BR=128,
+    unpack(
+        (cdiv(rows, 128), 1), (keys, sites, index.layout, index.keys, index.values, limit),
+        (rows, *index.probe),
     )  # fmt: skip
+
+
+@cache
+def _sorting(ndim: int, whole: bool) -> tuple[Step, Step]:
+    """The launches of `_by_sorting`; ``whole``: sites fill their room."""
+    return (
+        Step(collect_kernel, D=ndim, BLOCK=1024),
+        Step(unpack_kernel, D=ndim, BR=128),
+    )
 
 
 def _fill(
@@ -204,41 +223,77 @@ def _fill(
 ) -> _Filled:
     """A table of the sites that a layer creates."""
     n, ndim = coords.shape[0], geometry.ndim
+    limit, coords = row_count(coords), coords.contiguous()
     device = coords.device
-    table, values, zeros = new_table(2 * room, ndim, device)
+    table, values, zeros = new_table(2 * room, ndim, coords)
     slots, n_zeros = table.shape[0], zeros.shape[0]
     bins = min(max(slots // 2, BIN_BLOCK), MOST_BINS)  # one or two for each of ``room`` keys
-    counts = torch.empty(bins, dtype=torch.int32, device=device)
-    info = torch.empty(4, dtype=torch.int64, device=device)
-    layout = torch.empty_like(source.layout)
-    # A generative layer looks for what it created; others look on their input's side.
-    need = max(geometry.reach, default=0) if generative else 0
-    usual = max(need, USUAL_MARGIN)
-    made = CoordIndex(coords, table, values, layout, (usual,) * ndim, Zeros(zeros))
+    counts, info, layout = (
+        coords.new_empty(bins),
+        table.new_empty(4),
+        torch.empty_like(source.layout),
+    )
+    making = _making(geometry, generative, upper is None, report, limit is None, device)
+    made = CoordIndex(coords, table, values, layout, (making.usual,) * ndim, Zeros(zeros))
     flags = pending_word(device)
-    taps, relation = relation_of(geometry, device)
-    low = [INT32.min if v is None else v for v in lower]
-    high = [INT32.max if v is None else min(v, INT32.max) for v in upper or (None,) * ndim]
-    low += [0] * (4 - ndim)
-    high += [0] * (4 - ndim)
-    launch(
-        level_kernel, (cdiv(max(slots, n_zeros, bins), 2048),), coords, table, values, zeros,
-        counts, info, slots, n_zeros, bins, source.layout, layout, relation, flags, *low, *high,
-        usual, need, Complaint.BOX.bit, Complaint.OVERFLOW.bit,
-        D=ndim, GENERATIVE=generative, INFER=upper is None, BLOCK=2048,
+    making.level(
+        (cdiv(max(slots, n_zeros, bins), 2048), 1),
+        (table, values, zeros, counts, info, source.layout, layout, making.relation, flags),
+        (
+            slots, n_zeros, bins, *_limits(lower, upper, ndim), making.usual, making.need,
+            Complaint.BOX.bit, Complaint.OVERFLOW.bit,
+        ),
     )  # fmt: skip
+    making.create(
+        (max(cdiv(n, making.rows), 1), making.parts),
+        (coords, layout, making.taps, making.relation, table, counts, flags, info, limit),
+        (n, *made.probe, most, bins),
+    )
+    return _Filled(made, info, counts)
+
+
+class _Making(NamedTuple):
+    """What all levels that layers of one geometry create on one device share."""
+
+    taps: Tensor  # [tries, D] int64: see `create_kernel`
+    relation: Tensor  # of `relation_of`
+    rows: int  # of a program
+    parts: int  # of the tries
+    need: int  # the margin for what will be looked for from there
+    usual: int  # and the usual one
+    level: Step
+    create: Step
+
+
+@lru_cache(maxsize=256)
+def _making(
+    geometry: Geometry, generative: bool, infer: bool, report: bool, whole: bool,
+    device: torch.device,
+) -> _Making:  # fmt: skip
+    ndim = geometry.ndim
     # Without dilation the sites that an input has on an axis are neighbours, k / s of them.
     near = not generative and all(d == 1 for d in geometry.dilation)
+    taps, relation = relation_of(geometry, device)
     if near:
         taps = _backwards(geometry, device)
     tried = taps.shape[0]
     taps_each = min(next_power(tried), 32)
     rows_each = 128 // taps_each  # one warp a program, as in `find_taps`
-    grid = (max(cdiv(n, rows_each), 1), cdiv(tried, taps_each))
-    launch(
-        create_kernel, grid, coords, coords.contiguous(), layout, taps, relation, table, counts,
-        flags, info, row_count(coords), n, *made.probe, most, bins,
-        D=ndim, K=tried, TAPS=taps_each, BR=rows_each,
+    # A generative layer looks for what it created; others look on their input's side.
+    need = max(geometry.reach, default=0) if generative else 0
+    level = Step(level_kernel, D=ndim, GENERATIVE=generative, INFER=infer, BLOCK=2048)
+    create = Step(
+        create_kernel, D=ndim, K=tried, TAPS=taps_each, BR=rows_each,
         GENERATIVE=generative, NEAR=near, REPORT=report, num_warps=1,
     )  # fmt: skip
-    return _Filled(made, info, counts)
+    usual = max(need, USUAL_MARGIN)
+    return _Making(taps, relation, rows_each, cdiv(tried, taps_each), need, usual, level, create)
+
+
+@lru_cache(maxsize=256)
+def _limits(lower: Bounds, upper: Bounds | None, ndim: int) -> tuple[int, ...]:
+    """Four lower and four upper bounds in int32, whatever the number of axes."""
+    low = [INT32.min if v is None else v for v in lower]
+    high = [INT32.max if v is None else min(v, INT32.max) for v in upper or (None,) * ndim]
+    none = [0] * (4 - ndim)
+    return (*low, *none, *high, *none)

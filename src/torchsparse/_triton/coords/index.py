@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import NamedTuple
 
 import torch
@@ -21,7 +21,7 @@ from torchsparse._triton.conv.order import (
 from torchsparse._triton.coords.layout import bounds_kernel, check_kernel, fit_kernel, numbers
 from torchsparse._triton.coords.neighbors import blank_kernel, find_kernel, invert_kernel
 from torchsparse._triton.coords.sites import assign_kernel, begin_kernel, insert_kernel
-from torchsparse._triton.launch import cdiv, launch, next_power
+from torchsparse._triton.launch import Step, cdiv, launch, next_power
 from torchsparse._triton.zeros import Zeros
 
 __all__ = [
@@ -73,15 +73,16 @@ def relation_of(geometry: Geometry, device: torch.device) -> tuple[Tensor, Tenso
         )
 
 
-def new_table(room: int, ndim: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+def new_table(room: int, ndim: int, coords: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Keys and values of a table of at least so many slots, and zeros for the sort keys of two
-    searches, with 3^D and with 2^D taps. All is still to be cleared."""
+    searches, with 3^D and with 2^D taps; on the device of ``coords`` (int32). All is still to be
+    cleared."""
     slots = next_power(max(room, 16))
     zeros = sort_bins(3**ndim) + sort_bins(2**ndim)
     return (
-        torch.empty(slots, dtype=torch.int64, device=device),
-        torch.empty(slots, dtype=torch.int32, device=device),
-        torch.empty(zeros, dtype=torch.int32, device=device),
+        coords.new_empty(slots, dtype=torch.int64),
+        coords.new_empty(slots),
+        coords.new_empty(zeros),
     )
 
 
@@ -95,37 +96,38 @@ def build_index(coords: Tensor, reach: tuple[int, ...]) -> CoordIndex:
     n, ndim = coords.shape[0], coords.shape[1] - 1
     device = coords.device
     coords = coords.contiguous()
-    table, values, zeros = new_table(SLOTS_PER_KEY * n, ndim, device)
-    bounds = torch.empty((2, ndim + 1), dtype=torch.int32, device=device)
+    table, values, zeros = new_table(SLOTS_PER_KEY * n, ndim, coords)
+    bounds = coords.new_empty(2, ndim + 1)
     limit = row_count(coords)
-    layout = torch.empty(numbers(ndim), dtype=torch.int64, device=device)
+    layout = table.new_empty(numbers(ndim))
     need = max(reach, default=0)
     usual = max(need, USUAL_MARGIN)
     index = CoordIndex(coords, table, values, layout, (usual,) * ndim, Zeros(zeros))
     flags = pending_word(device)
     steps = max(cdiv(n, 264 * 256), 1)
     slots, n_zeros = table.shape[0], zeros.shape[0]
-    launch(
-        begin_kernel, (cdiv(max(slots, n_zeros), 2048),), coords, table, values, zeros, bounds,
-        slots, n_zeros, COLUMNS=ndim + 1, BLOCK=2048,
+    begin, find_bounds, fit, insert, assign = _entry(ndim, limit is None)
+    begin((cdiv(max(slots, n_zeros), 2048), 1), (table, values, zeros, bounds), (slots, n_zeros))
+    find_bounds((cdiv(n, steps * 256), 1), (coords, bounds, limit), (n, steps))
+    fit((1, 1), (bounds, layout, flags), (usual, need, Complaint.BOX.bit))
+    insert(
+        (cdiv(n, 128), 1), (coords, layout, table, flags, limit),
+        (n, *index.probe, Complaint.DUPLICATE.bit, slots),
     )  # fmt: skip
-    launch(
-        bounds_kernel, (cdiv(n, steps * 256),), coords, coords, bounds, limit, n, steps,
-        D=ndim, BR=256,
-    )  # fmt: skip
-    launch(
-        fit_kernel, (1,), coords, bounds, layout, flags, usual, need, Complaint.BOX.bit,
-        D=ndim, num_warps=1,
-    )  # fmt: skip
-    launch(
-        insert_kernel, (cdiv(n, 128),), coords, coords, layout, table, flags, limit, n,
-        *index.probe, Complaint.DUPLICATE.bit, slots, D=ndim, BR=128, num_warps=1,
-    )  # fmt: skip
-    launch(
-        assign_kernel, (cdiv(n, 128),), coords, coords, layout, table, values, limit, n,
-        *index.probe, D=ndim, BR=128, num_warps=1,
-    )  # fmt: skip
+    assign((cdiv(n, 128), 1), (coords, layout, table, values, limit), (n, *index.probe))
     return index
+
+
+@cache
+def _entry(ndim: int, whole: bool) -> tuple[Step, Step, Step, Step, Step]:
+    """What fills a table with given coordinates; ``whole``: all rows are real."""
+    return (
+        Step(begin_kernel, COLUMNS=ndim + 1, BLOCK=2048),
+        Step(bounds_kernel, D=ndim, BR=256),
+        Step(fit_kernel, D=ndim, num_warps=1),
+        Step(insert_kernel, D=ndim, BR=128, num_warps=1),
+        Step(assign_kernel, D=ndim, BR=128, num_warps=1),
+    )
 
 
 def check_sites(
@@ -135,11 +137,49 @@ def check_sites(
     ndim = len(index.margin)
     limits = (spatial_range or ())[: ndim + 1]
     limits = tuple(min(r, INT32.max) for r in limits) + (0,) * (5 - len(limits))
-    launch(
-        check_kernel, (1,), index.layout, index.layout, pending_word(index.layout.device), *limits,
-        Complaint.BATCH.bit, Complaint.NEGATIVE.bit, Complaint.RANGE.bit,
-        D=ndim, RANGED=spatial_range is not None, NEGATIVE=allow_negative, num_warps=1,
+    check = _check(ndim, spatial_range is not None, allow_negative)
+    check(
+        (1, 1), (index.layout, pending_word(index.layout.device)),
+        (*limits, Complaint.BATCH.bit, Complaint.NEGATIVE.bit, Complaint.RANGE.bit),
     )  # fmt: skip
+
+
+@cache
+def _check(ndim: int, ranged: bool, allow_negative: bool) -> Step:
+    return Step(check_kernel, D=ndim, RANGED=ranged, NEGATIVE=allow_negative, num_warps=1)
+
+
+class _Search(NamedTuple):
+    """What all searches of one geometry on one device share."""
+
+    taps: Tensor  # of `relation_of`
+    relation: Tensor
+    bits: Tensor  # of `key_bits`
+    volume: int
+    width: int  # of a row of the table: 16 bytes and multiples
+    rows: int  # of a program
+    bins: int  # of the sort keys
+    find: Step
+
+
+@lru_cache(maxsize=256)
+def _search(geometry: Geometry, device: torch.device) -> _Search:
+    volume = geometry.volume
+    width = cdiv(volume, 4) * 4
+    taps_each = min(max(next_power(volume), 8), 32)
+    rows = 128 // taps_each  # one warp a program: nobody waits for another's long search
+    find = Step(
+        find_kernel, D=geometry.ndim, K=volume, WIDTH=width, TAPS=taps_each, BR=rows, num_warps=1
+    )
+    return _Search(
+        *relation_of(geometry, device),
+        key_bits(geometry, device),
+        volume,
+        width,
+        rows,
+        sort_bins(volume),
+        find,
+    )
 
 
 def find_taps(
@@ -156,21 +196,19 @@ def find_taps(
         [K, M] int32, -1 where no fine site is (a view of rows); the sort keys of its rows.
     """
     coords = index.coords if coarse is None else coarse.contiguous()
-    m, ndim, volume = coords.shape[0], geometry.ndim, geometry.volume
-    width = cdiv(volume, 4) * 4  # rows of 16 bytes
-    device = coords.device
+    m, device = coords.shape[0], coords.device
+    taps, relation, bits, volume, width, rows, bins, find = _search(geometry, device)
     table = coords.new_empty(m, width)
-    keys = new_sort_keys(m, volume, device, index.zeros.take(sort_bins(volume)))
-    taps, relation = relation_of(geometry, device)
-    taps_each = min(max(next_power(volume), 8), 32)
-    rows_each = 128 // taps_each  # one warp a program: nobody waits for another's long search
-    launch(
-        find_kernel, (cdiv(m, rows_each),), coords, coords, index.layout, taps, relation,
-        key_bits(geometry, device), index.keys, index.values, table, *keys, pending_word(device),
-        m, *index.probe, Complaint.BOX.bit,
-        D=ndim, K=volume, WIDTH=width, TAPS=taps_each, BR=rows_each, num_warps=1,
+    keys = new_sort_keys(table, m, volume, index.zeros.take(bins))
+    find(
+        (cdiv(m, rows), 1),
+        (
+            coords, index.layout, taps, relation, bits, index.keys, index.values, table, *keys,
+            pending_word(device),
+        ),
+        (m, *index.probe, Complaint.BOX.bit),
     )  # fmt: skip
-    return table[:, :volume].t(), keys
+    return table.as_strided((volume, m), (1, width)), keys
 
 
 def invert_taps(
@@ -182,16 +220,28 @@ def invert_taps(
         [K, num_inputs] int32, -1 = none (a view of rows); the sort keys of its rows.
     """
     volume, m = neighbors.shape
-    width = cdiv(volume, 4) * 4  # rows of 16 bytes
+    blank, invert, width, bins = _inversion(volume)
     table = neighbors.new_empty(num_inputs, width)
-    counts = neighbors.new_empty(sort_bins(volume))
-    size, bins = table.numel(), counts.shape[0]
-    launch(
-        blank_kernel, (cdiv(max(size, bins), 1024),), table, table, counts, size, bins, BLOCK=1024
-    )
-    launch(
-        invert_kernel, (cdiv(m, 64), cdiv(volume, 32)), neighbors, neighbors, table, m,
-        neighbors.stride(1), neighbors.stride(0), K=volume, WIDTH=width, BR=64,
-    )  # fmt: skip
-    inverse = table[:, :volume].t()
+    counts = neighbors.new_empty(bins)
+    size = num_inputs * width
+    grid = (cdiv(max(size, bins), 1024), 1)
+    if size <= INT32.max:
+        blank(grid, (table, counts), (size, bins))
+    else:
+        launch(blank_kernel, grid, table, table, counts, size, bins, **blank.options)
+    n_tap, n_row = neighbors.stride()
+    invert((cdiv(m, 64), cdiv(volume, 32)), (neighbors, table), (m, n_row, n_tap))
+    inverse = table.as_strided((volume, num_inputs), (1, width))
     return inverse, row_sort_keys(inverse, key_bits(geometry, neighbors.device), counts)
+
+
+@cache
+def _inversion(volume: int) -> tuple[Step, Step, int, int]:
+    """Two launches for a table of so many taps, the width of its rows, and its sort keys."""
+    width = cdiv(volume, 4) * 4  # 16 bytes and multiples
+    return (
+        Step(blank_kernel, BLOCK=1024),
+        Step(invert_kernel, K=volume, WIDTH=width, BR=64),
+        width,
+        sort_bins(volume),
+    )

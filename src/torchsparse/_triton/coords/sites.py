@@ -87,9 +87,8 @@ def _floor(a, b):
     ]
 )  # fmt: skip
 def level_kernel(
-    table, values, zeros, counts, info, slots, n_zeros, bins,
-    fine, layout, relation, flags, l0, l1, l2, l3, u0, u1, u2, u3,
-    usual, need, box_bit, overflow_bit,
+    table, values, zeros, counts, info, fine, layout, relation, flags, slots, n_zeros, bins,
+    l0, l1, l2, l3, u0, u1, u2, u3, usual, need, box_bit, overflow_bit,
     D: tl.constexpr, GENERATIVE: tl.constexpr, INFER: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Begin the level that a layer creates: an empty table, zeros, counts of no keys in ``bins``,

@@ -82,7 +82,7 @@ def compute_dtype(feats: Tensor, weight: Tensor, bias: Tensor | None) -> torch.d
     Raises:
         TypeError: float16 meets bfloat16 outside autocast.
     """
-    device = "cuda" if feats.is_cuda else feats.device.type
+    device = "cuda" if feats.is_cuda else "cpu" if feats.is_cpu else feats.device.type
     autocast = torch.is_autocast_enabled(device)
     dtype = feats.dtype
     if not autocast and dtype is weight.dtype and (bias is None or dtype is bias.dtype):

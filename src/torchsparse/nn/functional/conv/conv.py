@@ -247,8 +247,11 @@ class _Path(NamedTuple):
 
     @staticmethod
     def of(coords: Tensor, kmap: KernelMap, level: Level) -> _Path:
-        ends = {id(end): end for end in (kmap.in_coords, kmap.out_coords) if end is not coords}
-        return _Path(Stamp(coords), tuple(map(Stamp, ends.values())), kmap, level)
+        fine, coarse = kmap.in_coords, kmap.out_coords
+        ends = () if fine is coords else (Stamp(fine),)
+        if coarse is not coords and coarse is not fine:
+            ends = (*ends, Stamp(coarse))
+        return _Path(Stamp(coords), ends, kmap, level)
 
     def holds(self, x: SparseTensor) -> bool:
         """Whether ``x`` starts there, nothing was written to, and the cache knows both levels."""
@@ -293,8 +296,8 @@ def run_layer(
         settings.allow_negative_coordinates,
         settings.infer_spatial_range,
     )
-    paths = x._caches.kmaps.setdefault("paths", {})
-    path = paths.get(key) if coordinates is None else None
+    paths = x._caches.kmaps.get("paths")
+    path = paths.get(key) if paths and coordinates is None else None
     if path is not None and path.holds(x):
         feats = _product(layer, feats, weight, bias, path.kmap, recipe)
         if not layer.generative:
@@ -307,6 +310,7 @@ def run_layer(
     if weight.dim() == 2:
         weight = weight[None]
     if coordinates is None:
+        paths = x._caches.kmaps.setdefault("paths", {})
         paths[key] = _Path.of(x.coords, kmap, level)
     feats = _product(layer, feats, weight, bias, kmap, recipe)
     return on_level(feats, x, level, layer.generative)
@@ -387,6 +391,8 @@ def _fits(layer: Layer, feats: Any, x: SparseTensor, weight: Tensor, bias: Tenso
 
 def _together(a: Tensor, b: Tensor, c: Tensor) -> bool:
     """Whether tensors are on one device. Numbers of GPUs are read faster than devices."""
+    if a.is_cpu:
+        return b.is_cpu and c.is_cpu
     index = a.get_device()
     if index >= 0:
         return b.get_device() == index and c.get_device() == index
@@ -422,7 +428,7 @@ def find_map(
     """
     coords = int32_coords(x._caches, x.coords)
     spatial_range = _needed_range(x.spatial_range, ndim)
-    x = wrap(x.feats, x, coords, site_stride(x), spatial_range)
+    x = wrap(x._feats, x, coords, site_stride(x), spatial_range)
     x._caches.record(x.stride, coords, spatial_range)
     if coordinates is not None:
         if transposed:

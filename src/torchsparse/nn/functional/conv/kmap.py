@@ -54,14 +54,16 @@ class _Entry:
 
     @staticmethod
     def of(kmap: KernelMap) -> _Entry:
-        return _Entry(kmap, Stamp(kmap.in_coords), Stamp(kmap.out_coords))
+        inputs = Stamp(kmap.in_coords)
+        same = kmap.in_coords is kmap.out_coords
+        return _Entry(kmap, inputs, inputs if same else Stamp(kmap.out_coords))
 
     def serves(self, fine: Tensor | None = None, coarse: Tensor | None = None) -> bool:
         """Whether the given ends are the ones it was built for, and neither was written to."""
-        return all(
-            stamp.unchanged() if coords is None else stamp.fits(coords)
-            for stamp, coords in ((self.inputs, fine), (self.outputs, coarse))
-        )
+        inputs, outputs = self.inputs, self.outputs
+        if not (inputs.unchanged() if fine is None else inputs.fits(fine)):
+            return False
+        return outputs.unchanged() if coarse is None else outputs.fits(coarse)
 
     def start(self) -> tuple[Tensor, Range]:
         """Coordinates and range of the fine level."""
@@ -104,7 +106,8 @@ def _find(
 
 def _remember(cache: TensorCache, key: KernelMapKey, kmap: KernelMap) -> None:
     """Cache a map, and forget those whose coordinates were written to."""
-    valid = [entry for entry in cache.kmaps.get(key, ()) if entry.serves()]
+    known = cache.kmaps.get(key)
+    valid = [entry for entry in known if entry.serves()] if known else []
     cache.kmaps[key] = [_Entry.of(kmap), *valid[: KEPT - 1]]
 
 
@@ -112,11 +115,7 @@ def _remember(cache: TensorCache, key: KernelMapKey, kmap: KernelMap) -> None:
 def same_sites(x: SparseTensor, coords: Tensor, geometry: Geometry) -> KernelMap:
     """The submanifold map on the sites of ``x``."""
     key = KernelMapKey(
-        x.stride,
-        geometry,
-        "same",
-        spatial_range=x.spatial_range,
-        allow_negative=settings.allow_negative_coordinates,
+        x.stride, geometry, "same", True, x.spatial_range, settings.allow_negative_coordinates
     )
     kmap = _find(x._caches, key, coords, coords)
     if kmap is None:
@@ -144,7 +143,7 @@ def downsampled(
     if kmap is None:
         index = _index(x._caches, coords, x.stride, geometry.reach, x.spatial_range)
         out_coords, coarse, out_range = _strided_level(index, coords, geometry, key)
-        stride = tuple(a * b for a, b in zip(x.stride, geometry.stride))
+        stride = tuple([a * b for a, b in zip(x.stride, geometry.stride)])
         # What a layer creates keeps its bounds: nothing is left to check.
         sound = {(out_range, settings.allow_negative_coordinates)}
         x._caches.hashmaps[stride] = _Indexed(Stamp(out_coords), coarse, sound)
@@ -157,7 +156,8 @@ def downsampled(
             x.spatial_range,
             out_range,
             index.rows,
-            sort_keys=keys,
+            None,
+            keys,
         )
         _remember(x._caches, key, kmap)
     return kmap
@@ -180,17 +180,15 @@ def upsampled(
         ValueError: The fine level is unknown, or the stride does not divide.
     """
     fine = _fine_level(x, coords, geometry.stride)
-    offset = _encoder_offset(x._caches, coords, fine.stride, geometry)
-    geometry = Geometry(
-        "strided", geometry.kernel_size, geometry.stride, geometry.dilation, offset
-    )
+    geometry = _encoder_geometry(x._caches, coords, fine.stride, geometry)
     return between(x._caches, fine, Level(coords, x.stride, x.spatial_range), geometry), fine
 
 
 def between(cache: TensorCache, fine: Level, coarse: Level, geometry: Geometry) -> KernelMap:
     """The map between two known levels, whichever layer asked for it first."""
     for key, entry in _strided_entries(cache, fine.stride):
-        if key.geometry == geometry and entry.serves(fine.coords, coarse.coords):
+        same = key.geometry is geometry or key.geometry == geometry
+        if same and entry.serves(fine.coords, coarse.coords):
             return entry.kmap
     return _between(cache, fine, coarse, geometry)
 
@@ -377,7 +375,7 @@ def _fine_level(x: SparseTensor, coords: Tensor, stride: tuple[int, ...]) -> Lev
             f"the tensor's stride must be divisible by the stride of a transposed convolution, "
             f"got {x.stride} and {stride}"
         )
-    fine = tuple(a // b for a, b in zip(x.stride, stride))
+    fine = tuple([a // b for a, b in zip(x.stride, stride)])
     for geometry, layer in _strided_layers(x._caches, fine):
         if geometry.stride == stride and layer.serves(coarse=coords):
             level_coords, level_range = layer.start()
@@ -393,10 +391,10 @@ def _fine_level(x: SparseTensor, coords: Tensor, stride: tuple[int, ...]) -> Lev
     return Level(int32_coords(x._caches, level_coords), fine, level_range)
 
 
-def _encoder_offset(
+def _encoder_geometry(
     cache: TensorCache, coords: Tensor, fine_stride: tuple[int, ...], geometry: Geometry
-) -> tuple[int, ...]:
-    """The offset of the strided layer that a transposed one inverts; else the layer's own."""
+) -> Geometry:
+    """That of the strided layer which a transposed one inverts; else the layer's own."""
     found = None
     for known, layer in _strided_layers(cache, fine_stride):
         same = (
@@ -405,10 +403,10 @@ def _encoder_offset(
             and known.dilation == geometry.dilation
         )
         if same and layer.serves(coarse=coords):
-            return known.offset
+            return known
         if same and found is None:
-            found = known.offset
-    return geometry.offset if found is None else found
+            found = known
+    return geometry if found is None else found
 
 
 # ------------------------------------------------------------------ search structures and checks
