@@ -72,7 +72,8 @@ def test_a_tuned_network_computes_the_same(half: bool, gpu: torch.device) -> Non
         model, [x], tune_with_bwd=True, dataflow_range=DATAFLOWS, verbose=False, seconds=60
     )
     names = {name.split("/")[0] for name in _tuned.entries(gpu)}
-    assert names == {"fwd", "dgrad", "wgrad"}
+    # Dataflows without tiles may win; the weight gradient always has some.
+    assert "wgrad" in names and names <= {"fwd", "dgrad", "wgrad"}
     arch = _tuned.architecture(gpu)
     assert all(name.endswith(f"/{arch}") for name in _tuned.entries(gpu))
     # Other tiles sum in another order, in float32; halves round once.
@@ -100,11 +101,11 @@ def test_kernels_are_compiled_ahead(gpu: torch.device) -> None:
     conv = spnn.Conv3d(80, 112, 3).to(gpu).half()
     given = SparseTensor(x[: len(coords)], coords)
     with torch.no_grad():
-        spnn.Conv3d(80, 8, 3).to(gpu).half()(given)  # the map and its plan
-        count = compile_ahead([lambda: conv(given)])
+        _ = spnn.Conv3d(80, 8, 3).to(gpu).half()(given).feats  # the map and its plan
+        count = compile_ahead([lambda: conv(given).feats])
         torch.cuda.synchronize()
         start = time.perf_counter()
-        conv(given)
+        _ = conv(given).feats
         torch.cuda.synchronize()
         took = time.perf_counter() - start
     # Compiling takes half a second and more, starting what is compiled far less.
