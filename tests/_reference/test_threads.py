@@ -45,7 +45,7 @@ def test_pieces_run_on_two_threads_that_compute_alone(two_threads: None) -> None
         together.wait()
         seen[threading.get_ident()] = torch.get_num_threads()
 
-    for_each(work, range(2), CPU)
+    for_each(work, range(4), CPU)
     assert list(seen.values()) == [1, 1] and threading.get_ident() not in seen
     assert torch.get_num_threads() == 2
     later: list[int] = []

@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 import threading
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from torchsparse import _tuned
 from torchsparse._recipe import Epilogue, sum_dtype
-from torchsparse._reference.coords import flat_nonzero
+from torchsparse._reference.coords import flat_nonzero, stable_order
 from torchsparse._reference.threads import for_each
 
 __all__ = [
@@ -41,6 +42,7 @@ class Chunk(NamedTuple):
 
     1-D, kernel 3, rows at [4, 5, 9]: neighbors = [[-1, 0, -1], [0, 1, 2], [1, -1, -1]] give
         inputs = [0, 0, 1, 2, 1]    outputs = [1, 0, 1, 2, 0]    sizes = [1, 3, 1]
+        tap_ends = [1, 4, 5]
         order = [1, 4, 0, 2, 3]    offsets = [0, 2, 4, 5]
     """
 
@@ -49,6 +51,7 @@ class Chunk(NamedTuple):
     inputs: Tensor  # [P] int32, input row of each pair; by tap, then output row
     outputs: Tensor  # [P] int64, output row of each pair
     sizes: list[int]  # [K], pairs per tap
+    tap_ends: Tensor  # [K] int32, where each tap's pairs end
     order: Tensor  # [P] int32, pairs by output row, then tap
     offsets: Tensor  # [R + 1] int32, where each output row starts in `order`
 
@@ -72,27 +75,22 @@ class Layout(NamedTuple):
     pairs: int  # of a chunk: few products stay in the cache, many make long matrix products
 
 
-NARROW_LAYOUT, MEDIUM_LAYOUT, WIDE_LAYOUT = Layout(65536), Layout(32768), Layout(16384)
-TRIED = (Layout(8192), WIDE_LAYOUT, MEDIUM_LAYOUT, NARROW_LAYOUT, Layout(131072))
-# A small table has two chunks all the same, for two threads, if each has so many pairs.
-FEWEST_PAIRS = 8192
+LAYOUT = Layout(32768)
+TRIED = (Layout(8192), Layout(16384), LAYOUT, Layout(65536), Layout(131072))
+WIDEST_GROUPED = 64  # channels up to which one call multiplies the rows of all taps
 
 
 def choose_layout(out_channels: int, device: torch.device | None = None) -> Layout:
-    """One of a few layouts, so that layers of one map share plans.
+    """The same for all layers of a map, unless it was measured.
 
     Args:
         out_channels: Of the product.
         device: Whose measurements may count; None: the shipped choice alone.
     """
-    if out_channels <= 48:
-        shipped = NARROW_LAYOUT
-    else:
-        shipped = MEDIUM_LAYOUT if out_channels <= 128 else WIDE_LAYOUT
     if device is None or device.type != "cpu":
-        return shipped
+        return LAYOUT
     name = _tuned.key("layout", 0, 0, out_channels, 0, "any", "ieee", "cpu")
-    (pairs,) = _tuned.choose(name, device, tuple(shipped), lambda: list(map(tuple, TRIED)))
+    (pairs,) = _tuned.choose(name, device, tuple(LAYOUT), lambda: list(map(tuple, TRIED)))
     return Layout(max(pairs, 1))
 
 
@@ -142,7 +140,7 @@ def _cuts(ends: Tensor, pairs: int) -> list[tuple[int, int]]:
     if m == 0:
         return []
     total = int(ends[-1])
-    count = max(round(total / pairs), min(total // FEWEST_PAIRS, 2), 1)
+    count = max(round(total / pairs), 1)
     shares = torch.arange(1, count, device=ends.device) * total // count
     edges = [0, *torch.searchsorted(ends, shares, right=True).tolist(), m]
     return [(begin, end) for begin, end in itertools.pairwise(edges) if begin < end]
@@ -153,15 +151,16 @@ def _chunk(neighbors: Tensor, present: Tensor, ends: Tensor, begin: int, end: in
     present = present[:, begin:end].contiguous()
     pairs = flat_nonzero(present)
     rows = pairs.remainder(end - begin)
-    # A stable sort, by radix: short numbers take half the time.
+    # Short numbers are sorted by radix.
     short = torch.int16 if end - begin <= torch.iinfo(torch.int16).max else torch.int32
-    order = torch.sort(rows.to(short), stable=True).indices.to(torch.int32)
+    order = stable_order(rows.to(short)).to(torch.int32)
     before = ends[begin - 1] if begin else ends.new_zeros(())
     offsets = torch.zeros(end - begin + 1, dtype=torch.int32, device=table.device)
     torch.sub(ends[begin:end], before, out=offsets[1:])
     inputs = table.view(-1).index_select(0, pairs)
-    sizes = present.sum(1).tolist()
-    return Chunk(begin, end, inputs, rows.add_(begin), sizes, order, offsets)
+    sizes = present.sum(1)
+    tap_ends = sizes.cumsum(0, dtype=torch.int32)
+    return Chunk(begin, end, inputs, rows.add_(begin), sizes.tolist(), tap_ends, order, offsets)
 
 
 def gather_gemm(
@@ -186,20 +185,20 @@ def gather_gemm(
         [M, C_out] in the dtype of feats; half types are summed in float32 and rounded once.
     """
     compute = sum_dtype(feats.dtype)
-    taps = weight.to(compute).unbind(0)
+    weight = weight.to(compute)
     if plan.reverse:
-        taps = taps[::-1]
+        weight = weight.flip(0)
     xs = _in_order(feats.to(compute), plan.in_order)
     out = feats.new_empty((plan.num_outputs, weight.shape[2]), dtype=compute)
     if epilogue is not None and epilogue.residual is not None and plan.out_order is not None:
         residual = epilogue.residual.index_select(0, plan.out_order)
         epilogue = epilogue._replace(residual=residual)
     end = None if epilogue is None else _end(epilogue, compute)
-    centre = None if plan.identity is None else taps[plan.identity]
+    centre = None if plan.identity is None else weight[plan.identity]
     bias = None if bias is None else bias.to(compute)
 
     def fill(chunk: Chunk) -> None:
-        sums = _sum_products(xs, taps, chunk)
+        sums = _sum_products(xs, weight, chunk)
         if centre is not None:
             sums.addmm_(xs[chunk.begin : chunk.end], centre)
         if bias is not None:
@@ -272,19 +271,38 @@ def _in_order(feats: Tensor, order: Tensor | None) -> Tensor:
     return feats.contiguous() if order is None else feats.index_select(0, order)
 
 
-def _sum_products(xs: Tensor, taps: tuple[Tensor, ...], chunk: Chunk) -> Tensor:
+def _sum_products(xs: Tensor, weight: Tensor, chunk: Chunk) -> Tensor:
     """[R, C_out], each output row's sum of products."""
-    channels, sizes = taps[0].shape[1], chunk.sizes
-    if chunk.inputs.shape[0] == 0:
-        return xs.new_zeros((chunk.end - chunk.begin, channels))
-    gathered = scratch.take("gathered", xs, (max(sizes), xs.shape[1]))
-    products = scratch.take("products", xs, (chunk.inputs.shape[0], channels))
-    for inputs, tap, y, n in zip(chunk.inputs.split(sizes), taps, products.split(sizes), sizes):
+    pairs, sizes = chunk.inputs.shape[0], chunk.sizes
+    c_in, c_out = weight.shape[1:]
+    if pairs == 0:
+        return xs.new_zeros((chunk.end - chunk.begin, c_out))
+    grouped = max(c_in, c_out) <= WIDEST_GROUPED and c_in % 4 == c_out % 4 == 0
+    if grouped and xs.dtype == torch.float32 and xs.device.type == "cpu" and _has_grouped_mm():
+        # Threads whose calls are short wait for each other in between.
+        gathered = scratch.take("gathered", xs, (pairs, c_in))
+        torch.index_select(xs, 0, chunk.inputs, out=gathered)
+        products = torch.nn.functional.grouped_mm(gathered, weight, offs=chunk.tap_ends)
+        return sum_bags(products, chunk)
+    gathered = scratch.take("gathered", xs, (max(sizes), c_in))
+    products = scratch.take("products", xs, (pairs, c_out))
+    for inputs, tap, y, n in zip(chunk.inputs.split(sizes), weight, products.split(sizes), sizes):
         if n:
             x = gathered[:n]
             torch.index_select(xs, 0, inputs, out=x)
             torch.mm(x, tap, out=y)
     return sum_bags(products, chunk)
+
+
+@cache
+def _has_grouped_mm() -> bool:
+    """Whether PyTorch multiplies groups of float32 rows on a CPU, as it does since 2.10."""
+    rows, weight = torch.ones(2, 4), torch.ones(1, 4, 4)
+    try:
+        product = torch.nn.functional.grouped_mm(rows, weight, offs=torch.tensor([2]).int())
+    except (AttributeError, RuntimeError):
+        return False
+    return product.dtype == torch.float32
 
 
 def sum_bags(products: Tensor, chunk: Chunk) -> Tensor:

@@ -23,18 +23,22 @@ import torch
 __all__ = ["for_each"]
 
 T = TypeVar("T")
+LEAST = 32768
 
 
-def for_each(work: Callable[[T], None], pieces: Sequence[T], device: torch.device) -> None:
+def for_each(
+    work: Callable[[T], None], pieces: Sequence[T], device: torch.device, size: int = LEAST
+) -> None:
     """Call ``work`` on every piece, in any order.
 
     Args:
         work: Computes without gradients, and writes where no other piece reads or writes.
-        pieces: Fewer than there are threads are worked on in turn, with all threads each.
+        pieces: Fewer than two a thread are worked on in turn, with all threads each.
         device: Where it computes; only a CPU is shared.
+        size: Of a piece, in elements; small ones are not worth the hand-over.
     """
-    count = torch.get_num_threads() if device.type == "cpu" else 1
-    pool = _threads.get(count) if 1 < count <= len(pieces) else None
+    count = torch.get_num_threads() if device.type == "cpu" and size >= LEAST else 1
+    pool = _threads.get(count) if 1 < count <= len(pieces) // 2 else None
     if pool is None:
         for piece in pieces:
             work(piece)
