@@ -7,9 +7,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from torchsparse._reference import conv
 from torchsparse._reference.conv import Layout, gather_gemm, make_plan, weight_grad
 
 LAYOUTS = list(map(Layout, (1, 7, 64, 100000)))  # one pair a chunk to all in one chunk
+HAS_GROUPED_MM = conv._has_grouped_mm()
+CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 # (taps, inputs, outputs): none of a thing, one, several; K = 1
 SIZES = [(27, 0, 0), (27, 5, 0), (1, 1, 1), (8, 30, 17), (27, 40, 40), (3, 7, 50)]
 
@@ -97,6 +100,23 @@ def test_ten_runs_give_the_same_bits() -> None:
     for _ in range(9):
         assert torch.equal(gather_gemm(feats, weight, None, plan), first)
         assert torch.equal(weight_grad(feats, first, plan), gradient)
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_one_product_for_all_taps_or_one_each(
+    grouped: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(conv, "_has_grouped_mm", lambda: grouped and HAS_GROUPED_MM)
+    table = random_table(27, 70, 90)
+    table[5] = -1
+    generator = torch.Generator().manual_seed(4)
+    feats = torch.randn(70, 8, generator=generator)
+    weight = torch.randn(27, 12, 8, generator=generator).transpose(1, 2)
+    for layout in LAYOUTS:
+        plan = make_plan(table, None, None, None, layout)
+        for at, taps in ((plan, weight), (plan._replace(reverse=True), weight.flip(0))):
+            got = gather_gemm(feats, weight, None, at)
+            torch.testing.assert_close(got.double(), expected(feats, taps, table), **CLOSE)
 
 
 def test_leftovers_in_the_buffers_never_show() -> None:

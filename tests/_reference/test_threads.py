@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import multiprocessing
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 
@@ -83,6 +85,20 @@ def test_an_exception_comes_back_after_all_have_stopped(two_threads: None) -> No
     with pytest.raises(ValueError, match="three"):
         for_each(work, range(20), CPU)
     assert len(squares(4)) == 4  # the threads live on
+
+
+LATE = """
+import atexit, torch
+from torchsparse._reference.threads import for_each
+torch.set_num_threads(2)
+atexit.register(lambda: for_each(print, range(4), torch.device("cpu")))
+for_each(lambda _: None, range(4), torch.device("cpu"))
+"""
+
+
+def test_it_works_while_the_interpreter_shuts_down() -> None:
+    run = subprocess.run([sys.executable, "-c", LATE], capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0 and run.stdout.split() == ["0", "1", "2", "3"], run.stderr
 
 
 def _child(queue: multiprocessing.SimpleQueue[float]) -> None:

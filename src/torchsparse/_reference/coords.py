@@ -17,7 +17,6 @@ from torch import Tensor
 from torchsparse._flags import Complaint, complain_if
 from torchsparse._geometry import Geometry, conv_range
 from torchsparse._keys import KeyLayout, fit_layout, pack, unpack
-from torchsparse._reference.threads import for_each
 
 __all__ = [
     "CoordIndex",
@@ -229,9 +228,7 @@ def _find_symmetric(index: CoordIndex, geometry: Geometry) -> Tensor:
     offset = torch.tensor(geometry.offset, device=table.device)
     dilation = torch.tensor(geometry.dilation, device=table.device)
     half = math.prod(geometry.kernel_size[:-1]) // 2
-
-    def fill(line: tuple[tuple[int, ...], list[int]]) -> None:
-        start, taps = line
+    for start, taps in _lines(geometry)[: half + 1]:
         first = torch.tensor(start, device=table.device) * dilation - offset
         delta = int(index.layout.delta(first[None])[0])
         if centre in taps:
@@ -242,8 +239,6 @@ def _find_symmetric(index: CoordIndex, geometry: Geometry) -> Tensor:
             there = position.index_select(0, where)
             table[tap].index_copy_(0, where, there)
             table[volume - 1 - tap].index_copy_(0, there.long(), where.to(torch.int32))
-
-    for_each(fill, _lines(geometry)[: half + 1], table.device, n)
     return table
 
 
@@ -258,15 +253,11 @@ def _find_all(index: CoordIndex, coarse: Tensor | None, geometry: Geometry) -> T
     table = torch.empty((geometry.volume, base.shape[0]), dtype=torch.int32, device=device)
     search = _LineSearch(index)
     dilation = torch.tensor(geometry.dilation, device=device)
-
-    def fill(line: tuple[tuple[int, ...], list[int]]) -> None:
-        start, taps = line
+    for start, taps in _lines(geometry):
         delta = index.layout.delta((torch.tensor(start, device=device) * dilation)[None])[0]
         found = search.run(base + delta, len(taps), geometry.dilation[-1])
         for tap, (position, hit) in zip(taps, found):
             table[tap] = torch.where(hit, position, -1)
-
-    for_each(fill, _lines(geometry), device, base.shape[0])
     return table
 
 

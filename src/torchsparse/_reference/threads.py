@@ -23,26 +23,18 @@ import torch
 __all__ = ["for_each"]
 
 T = TypeVar("T")
-LEAST = 32768
 
 
-def for_each(
-    work: Callable[[T], None], pieces: Sequence[T], device: torch.device, size: int = LEAST
-) -> None:
+def for_each(work: Callable[[T], None], pieces: Sequence[T], device: torch.device) -> None:
     """Call ``work`` on every piece, in any order.
 
     Args:
         work: Computes without gradients, and writes where no other piece reads or writes.
         pieces: Fewer than two a thread are worked on in turn, with all threads each.
         device: Where it computes; only a CPU is shared.
-        size: Of a piece, in elements; small ones are not worth the hand-over.
     """
-    count = torch.get_num_threads() if device.type == "cpu" and size >= LEAST else 1
+    count = torch.get_num_threads() if device.type == "cpu" else 1
     pool = _threads.get(count) if 1 < count <= len(pieces) // 2 else None
-    if pool is None:
-        for piece in pieces:
-            work(piece)
-        return
     left = deque(pieces)
     mode = torch.inference_mode if torch.is_inference_mode_enabled() else torch.no_grad
 
@@ -55,7 +47,14 @@ def for_each(
                     return
                 work(piece)
 
-    shares = [pool.submit(share) for _ in range(count)]
+    try:
+        shares = [pool.submit(share) for _ in range(count)] if pool is not None else []
+    except RuntimeError:  # the interpreter is shutting down
+        shares = []
+    if not shares:
+        for piece in pieces:
+            work(piece)
+        return
     try:
         wait(shares)
     finally:
