@@ -12,7 +12,6 @@ from torchsparse._reference.conv import Layout, gather_gemm, make_plan, weight_g
 
 LAYOUTS = list(map(Layout, (1, 7, 64, 100000)))  # one pair a chunk to all in one chunk
 HAS_GROUPED_MM = conv._has_grouped_mm()
-CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 # (taps, inputs, outputs): none of a thing, one, several; K = 1
 SIZES = [(27, 0, 0), (27, 5, 0), (1, 1, 1), (8, 30, 17), (27, 40, 40), (3, 7, 50)]
 
@@ -116,7 +115,8 @@ def test_one_product_for_all_taps_or_one_each(
         plan = make_plan(table, None, None, None, layout)
         for at, taps in ((plan, weight), (plan._replace(reverse=True), weight.flip(0))):
             got = gather_gemm(feats, weight, None, at)
-            torch.testing.assert_close(got.double(), expected(feats, taps, table), **CLOSE)
+            want = expected(feats, taps, table)
+            torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
 
 
 def test_leftovers_in_the_buffers_never_show() -> None:
