@@ -10,9 +10,8 @@ from torch import Tensor
 from torchsparse._reference import conv
 from torchsparse._reference.conv import Layout, gather_gemm, make_plan, weight_grad
 
-LAYOUTS = [
-    Layout(pairs, narrow) for pairs in (1, 7, 64, 100000) for narrow in (False, True)
-]  # one pair a chunk to all in one chunk
+LAYOUTS = list(map(Layout, (1, 7, 64, 100000)))  # one pair a chunk to all in one chunk
+HAS_GROUPED_MM = conv._has_grouped_mm()
 # (taps, inputs, outputs): none of a thing, one, several; K = 1
 SIZES = [(27, 0, 0), (27, 5, 0), (1, 1, 1), (8, 30, 17), (27, 40, 40), (3, 7, 50)]
 
@@ -89,13 +88,12 @@ def test_weight_grad_is_the_sum_over_pairs(size: tuple[int, int, int], layout: L
     torch.testing.assert_close(weight_grad(feats, grad, plan._replace(reverse=True)), want.flip(0))
 
 
-@pytest.mark.parametrize("narrow", [False, True])
-def test_ten_runs_give_the_same_bits(narrow: bool) -> None:
+def test_ten_runs_give_the_same_bits() -> None:
     table = random_table(27, 3000, 3000)
     generator = torch.Generator().manual_seed(3)
     feats = torch.randn(3000, 32, generator=generator)
     weight = torch.randn(27, 32, 32, generator=generator)
-    plan = make_plan(table, None, None, None, Layout(8192, narrow))
+    plan = make_plan(table, None, None, None, Layout(8192))
     first = gather_gemm(feats, weight, None, plan)
     gradient = weight_grad(feats, first, plan)
     for _ in range(9):
@@ -103,22 +101,51 @@ def test_ten_runs_give_the_same_bits(narrow: bool) -> None:
         assert torch.equal(weight_grad(feats, first, plan), gradient)
 
 
+@pytest.mark.parametrize("grouped", [False, True])
+def test_one_product_for_all_taps_or_one_each(
+    grouped: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(conv, "_has_grouped_mm", lambda: grouped and HAS_GROUPED_MM)
+    table = random_table(27, 70, 90)
+    table[5] = -1
+    generator = torch.Generator().manual_seed(4)
+    feats = torch.randn(70, 8, generator=generator)
+    weight = torch.randn(27, 12, 8, generator=generator).transpose(1, 2)
+    for layout in LAYOUTS:
+        plan = make_plan(table, None, None, None, layout)
+        for at, taps in ((plan, weight), (plan._replace(reverse=True), weight.flip(0))):
+            got = gather_gemm(feats, weight, None, at)
+            want = expected(feats, taps, table)
+            torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
+
+
 def test_leftovers_in_the_buffers_never_show() -> None:
     """Buffers are reused uninitialised; a NaN left there by an earlier layer must not survive."""
     table = random_table(8, 50, 50)
-    plan = make_plan(table, None, None, None, Layout(64, False))
+    plan = make_plan(table, None, None, None, Layout(64))
     poison = torch.full((50, 16), float("nan"))
     gather_gemm(poison, torch.ones(8, 16, 16), None, plan)
     clean = gather_gemm(torch.ones(50, 16), torch.ones(8, 16, 16), None, plan)
     assert torch.equal(clean[:, 0], 16.0 * (table >= 0).sum(0))
 
 
-def test_a_narrow_chunk_keeps_its_rows_within_16_bits() -> None:
-    m = 3 * conv.MOST_ROWS
+def test_a_chunk_may_have_more_rows_than_16_bits_count() -> None:
+    m = 3 << 15
     table = torch.full((2, m), -1, dtype=torch.int32)
     table[0] = torch.arange(m, dtype=torch.int32)
-    plan = make_plan(table, None, None, None, Layout(10**9, True))
-    assert max(chunk.end - chunk.begin for chunk in plan.chunks) <= conv.MOST_ROWS
+    plan = make_plan(table, None, None, None, Layout(10**9))
+    assert max(chunk.end - chunk.begin for chunk in plan.chunks) > 1 << 15
     feats = torch.arange(m, dtype=torch.float64)[:, None]
     out = gather_gemm(feats, torch.ones(2, 1, 1, dtype=torch.float64), None, plan)
     assert torch.equal(out, feats)
+
+
+def test_chunks_share_the_pairs_and_cover_the_rows() -> None:
+    table = random_table(27, 900, 900)
+    table[:, 300:600] = -1
+    plan = make_plan(table, None, None, None, Layout(500))
+    edges = [(chunk.begin, chunk.end) for chunk in plan.chunks]
+    assert [begin for begin, _ in edges] == [0, *(end for _, end in edges[:-1])]
+    assert edges[-1][1] == 900
+    counts = [len(chunk.inputs) for chunk in plan.chunks]
+    assert max(counts) < 1.2 * min(counts) and sum(counts) == int((table >= 0).sum())

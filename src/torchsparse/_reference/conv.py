@@ -1,16 +1,17 @@
 """Convolution in plain PyTorch: gather rows, multiply per tap, add to output rows.
 
-Output rows are cut into chunks that stay in the cache. In each, tap by tap, input rows are
-gathered and multiplied. A tap that ties every row to itself (the centre of a submanifold map)
-needs no gathering. Products of many columns are added to their rows at once; products of few
-columns go to a buffer first, whose rows an embedding bag then sums (a row costs 20 ns by
-index_add_, 3 ns in a bag of 32 columns). Sums run in a fixed order: every run gives the same bits.
+Output rows are cut into chunks, which threads share. In each, tap by tap, input rows are gathered
+and multiplied; an embedding bag then sums the products of each output row, which costs a quarter
+of index_add_ for 32 columns and half for 128. A tap that ties every row to itself (the centre of a
+submanifold map) needs no gathering. Sums run in a fixed order: every run gives the same bits.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import threading
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -18,10 +19,10 @@ from torch import Tensor
 
 from torchsparse import _tuned
 from torchsparse._recipe import Epilogue, sum_dtype
-from torchsparse._reference.coords import flat_nonzero
+from torchsparse._reference.coords import flat_nonzero, stable_order
+from torchsparse._reference.threads import for_each
 
 __all__ = [
-    "Bags",
     "Chunk",
     "Layout",
     "Plan",
@@ -31,15 +32,9 @@ __all__ = [
     "gather_gemm",
     "make_plan",
     "scratch",
+    "sum_bags",
     "weight_grad",
 ]
-
-
-class Bags(NamedTuple):
-    """Where the products of a chunk are summed."""
-
-    order: Tensor  # [P] int32, pairs by output row, then tap
-    offsets: Tensor  # [R + 1] int32, where each output row starts in `order`
 
 
 class Chunk(NamedTuple):
@@ -47,7 +42,8 @@ class Chunk(NamedTuple):
 
     1-D, kernel 3, rows at [4, 5, 9]: neighbors = [[-1, 0, -1], [0, 1, 2], [1, -1, -1]] give
         inputs = [0, 0, 1, 2, 1]    outputs = [1, 0, 1, 2, 0]    sizes = [1, 3, 1]
-        bags: order = [1, 4, 0, 2, 3], offsets = [0, 2, 4, 5]
+        tap_ends = [1, 4, 5]
+        order = [1, 4, 0, 2, 3]    offsets = [0, 2, 4, 5]
     """
 
     begin: int  # first output row
@@ -55,7 +51,9 @@ class Chunk(NamedTuple):
     inputs: Tensor  # [P] int32, input row of each pair; by tap, then output row
     outputs: Tensor  # [P] int64, output row of each pair
     sizes: list[int]  # [K], pairs per tap
-    bags: Bags | None  # for narrow products
+    tap_ends: Tensor  # [K] int32, where each tap's pairs end
+    order: Tensor  # [P] int32, pairs by output row, then tap
+    offsets: Tensor  # [R + 1] int32, where each output row starts in `order`
 
 
 class Plan(NamedTuple):
@@ -74,42 +72,26 @@ class Plan(NamedTuple):
 class Layout(NamedTuple):
     """What a plan depends on besides its table."""
 
-    pairs: int  # of a chunk: the gathered rows of one tap and their products stay in the L2 cache
-    narrow: bool  # sum by bags
+    pairs: int  # of a chunk: few products stay in the cache, many make long matrix products
 
 
-NARROW_LAYOUT, MEDIUM_LAYOUT, WIDE_LAYOUT = (
-    Layout(65536, True),
-    Layout(131072, False),
-    Layout(65536, False),
-)
-# Rows of a narrow chunk are numbered in 16 bits while they are sorted.
-MOST_ROWS = 32767
-
-
-TRIED = (NARROW_LAYOUT, MEDIUM_LAYOUT, WIDE_LAYOUT, Layout(131072, True), Layout(32768, False))
+LAYOUT = Layout(32768)
+TRIED = (Layout(8192), Layout(16384), LAYOUT, Layout(65536), Layout(131072))
+WIDEST_GROUPED = 64  # channels up to which one call multiplies the rows of all taps
 
 
 def choose_layout(out_channels: int, device: torch.device | None = None) -> Layout:
-    """One of a few layouts, so that layers of one map share plans.
+    """The same for all layers of a map, unless it was measured.
 
     Args:
         out_channels: Of the product.
         device: Whose measurements may count; None: the shipped choice alone.
     """
-    if out_channels <= 48:
-        shipped = NARROW_LAYOUT
-    else:
-        shipped = MEDIUM_LAYOUT if out_channels <= 96 else WIDE_LAYOUT
     if device is None or device.type != "cpu":
-        return shipped
+        return LAYOUT
     name = _tuned.key("layout", 0, 0, out_channels, 0, "any", "ieee", "cpu")
-    pairs, narrow = _tuned.choose(name, device, _entry(shipped), lambda: list(map(_entry, TRIED)))
-    return Layout(max(pairs, 1), bool(narrow))
-
-
-def _entry(layout: Layout) -> tuple[int, ...]:
-    return layout.pairs, int(layout.narrow)
+    (pairs,) = _tuned.choose(name, device, tuple(LAYOUT), lambda: list(map(tuple, TRIED)))
+    return Layout(max(pairs, 1))
 
 
 def make_plan(
@@ -128,36 +110,57 @@ def make_plan(
         layout: From `choose_layout`.
     """
     volume, m = neighbors.shape
-    pairs = int(torch.count_nonzero(neighbors >= 0))
-    count = max(round(pairs / layout.pairs), -(-m // MOST_ROWS), 1)
-    rows = max(-(-m // count), 1)
-    chunks = [
-        _chunk(neighbors, begin, min(begin + rows, m), identity, layout.narrow)
-        for begin in range(0, m, rows)
-    ]
+    present = neighbors >= 0
+    if identity is not None:
+        present[identity] = False
+    ends = torch.cumsum(present.sum(0, dtype=torch.int32), 0, dtype=torch.int32)
+    cuts = _cuts(ends, layout.pairs)
+    chunks: dict[int, Chunk] = {}
+
+    def fill(i: int) -> None:
+        chunks[i] = _chunk(neighbors, present, ends, *cuts[i])
+
+    for_each(fill, range(len(cuts)), neighbors.device)
     rank = None
     if out_order is not None:
         rank = torch.empty_like(out_order)
         rank[out_order.long()] = torch.arange(m, dtype=torch.int32, device=rank.device)
-    return Plan(chunks, volume, m, identity, in_order, out_order, rank)
+    in_turn = [chunks[i] for i in range(len(cuts))]
+    return Plan(in_turn, volume, m, identity, in_order, out_order, rank)
 
 
-def _chunk(neighbors: Tensor, begin: int, end: int, identity: int | None, narrow: bool) -> Chunk:
+def _cuts(ends: Tensor, pairs: int) -> list[tuple[int, int]]:
+    """First output row of each chunk, and the one behind its last: equal shares of the pairs.
+
+    Args:
+        ends: [M] int32, pairs up to each output row.
+        pairs: Of a chunk, about.
+    """
+    m = ends.shape[0]
+    if m == 0:
+        return []
+    total = int(ends[-1])
+    count = max(round(total / pairs), 1)
+    shares = torch.arange(1, count, device=ends.device) * total // count
+    edges = [0, *torch.searchsorted(ends, shares, right=True).tolist(), m]
+    return [(begin, end) for begin, end in itertools.pairwise(edges) if begin < end]
+
+
+def _chunk(neighbors: Tensor, present: Tensor, ends: Tensor, begin: int, end: int) -> Chunk:
     table = neighbors[:, begin:end].contiguous()
-    present = table >= 0
-    if identity is not None:
-        present[identity] = False
+    present = present[:, begin:end].contiguous()
     pairs = flat_nonzero(present)
     rows = pairs.remainder(end - begin)
-    bags = None
-    if narrow:
-        # A stable radix sort of 16-bit numbers: there are at most MOST_ROWS rows.
-        order = torch.sort(rows.to(torch.int16), stable=True).indices.to(torch.int32)
-        offsets = torch.zeros(end - begin + 1, dtype=torch.int32, device=table.device)
-        torch.cumsum(present.sum(0, dtype=torch.int32), 0, dtype=torch.int32, out=offsets[1:])
-        bags = Bags(order, offsets)
+    # Short numbers are sorted by radix.
+    short = torch.int16 if end - begin <= torch.iinfo(torch.int16).max else torch.int32
+    order = stable_order(rows.to(short)).to(torch.int32)
+    before = ends[begin - 1] if begin else ends.new_zeros(())
+    offsets = torch.zeros(end - begin + 1, dtype=torch.int32, device=table.device)
+    torch.sub(ends[begin:end], before, out=offsets[1:])
     inputs = table.view(-1).index_select(0, pairs)
-    return Chunk(begin, end, inputs, rows.add_(begin), present.sum(1).tolist(), bags)
+    sizes = present.sum(1)
+    tap_ends = sizes.cumsum(0, dtype=torch.int32)
+    return Chunk(begin, end, inputs, rows.add_(begin), sizes.tolist(), tap_ends, order, offsets)
 
 
 def gather_gemm(
@@ -182,31 +185,31 @@ def gather_gemm(
         [M, C_out] in the dtype of feats; half types are summed in float32 and rounded once.
     """
     compute = sum_dtype(feats.dtype)
-    taps = weight.to(compute).unbind(0)
+    weight = weight.to(compute)
     if plan.reverse:
-        taps = taps[::-1]
+        weight = weight.flip(0)
     xs = _in_order(feats.to(compute), plan.in_order)
     out = feats.new_empty((plan.num_outputs, weight.shape[2]), dtype=compute)
     if epilogue is not None and epilogue.residual is not None and plan.out_order is not None:
         residual = epilogue.residual.index_select(0, plan.out_order)
         epilogue = epilogue._replace(residual=residual)
     end = None if epilogue is None else _end(epilogue, compute)
-    for chunk in plan.chunks:
-        rows = out[chunk.begin : chunk.end]
-        if chunk.bags is not None:
-            _bag_chunk(xs, taps, chunk, rows)
-            if plan.identity is not None:
-                rows.addmm_(xs[chunk.begin : chunk.end], taps[plan.identity])
-        else:
-            if plan.identity is not None:
-                torch.mm(xs[chunk.begin : chunk.end], taps[plan.identity], out=rows)
-            else:
-                rows.zero_()
-            _add_chunk(xs, taps, chunk, out)
+    centre = None if plan.identity is None else weight[plan.identity]
+    bias = None if bias is None else bias.to(compute)
+
+    def fill(chunk: Chunk) -> None:
+        sums = _sum_products(xs, weight, chunk)
+        if centre is not None:
+            sums.addmm_(xs[chunk.begin : chunk.end], centre)
         if bias is not None:
-            rows.add_(bias.to(compute))
-        if end is not None:
-            _finish_(rows, end, slice(chunk.begin, chunk.end))
+            sums.add_(bias)
+        where = slice(chunk.begin, chunk.end)
+        if end is None:
+            out[where] = sums
+        else:
+            _finish(sums, end, where, out[where])
+
+    for_each(fill, plan.chunks, out.device)
     if plan.out_rank is not None:
         out = out.index_select(0, plan.out_rank)
     return out.to(feats.dtype)
@@ -234,14 +237,16 @@ def _end(epilogue: Epilogue, dtype: torch.dtype) -> _End:
     return _End(scale, shift, residual, slope)
 
 
-def _finish_(rows: Tensor, end: _End, where: slice) -> None:
-    """Apply an epilogue to the rows ``where`` of a result, in place."""
+def _finish(rows: Tensor, end: _End, where: slice, out: Tensor) -> None:
+    """Apply an epilogue to the rows ``where`` of a result, and write them to ``out``."""
     if end.scale is not None and end.shift is not None:
-        torch.addcmul(end.shift, rows, end.scale, out=rows)
+        torch.addcmul(end.shift, rows, end.scale, out=out)
+    elif out is not rows:
+        out.copy_(rows)
     if end.residual is not None:
-        rows.add_(end.residual[where].to(rows.dtype))
+        out.add_(end.residual[where].to(out.dtype))
     if end.slope is not None:
-        torch.nn.functional.leaky_relu_(rows, end.slope) if end.slope else rows.relu_()
+        torch.nn.functional.leaky_relu_(out, end.slope) if end.slope else out.relu_()
 
 
 def dense(feats: Tensor, weight: Tensor, bias: Tensor | None, epilogue: Epilogue) -> Tensor:
@@ -250,14 +255,14 @@ def dense(feats: Tensor, weight: Tensor, bias: Tensor | None, epilogue: Epilogue
     rows = feats.to(dtype) @ weight.to(dtype)
     if bias is not None:
         rows += bias
-    _finish_(rows, _end(epilogue, dtype), slice(None))
+    _finish(rows, _end(epilogue, dtype), slice(None), rows)
     return rows.to(feats.dtype)
 
 
 def finish(feats: Tensor, epilogue: Epilogue) -> Tensor:
     """Apply an epilogue to features.  [M, C] -> [M, C] in the same dtype."""
     rows = feats.to(sum_dtype(feats.dtype), copy=True)
-    _finish_(rows, _end(epilogue, rows.dtype), slice(None))
+    _finish(rows, _end(epilogue, rows.dtype), slice(None), rows)
     return rows.to(feats.dtype)
 
 
@@ -266,40 +271,44 @@ def _in_order(feats: Tensor, order: Tensor | None) -> Tensor:
     return feats.contiguous() if order is None else feats.index_select(0, order)
 
 
-def _add_chunk(xs: Tensor, taps: tuple[Tensor, ...], chunk: Chunk, out: Tensor) -> None:
-    """Add each tap's products to their output rows."""
-    longest = max(chunk.sizes)
-    gathered = scratch.take("gathered", xs, (longest, xs.shape[1]))
-    products = scratch.take("products", xs, (longest, out.shape[1]))
-    sizes = chunk.sizes
-    for inputs, outputs, tap, n in zip(
-        chunk.inputs.split(sizes), chunk.outputs.split(sizes), taps, sizes
-    ):
-        if n:
-            x, y = gathered[:n], products[:n]
-            torch.index_select(xs, 0, inputs, out=x)
-            torch.mm(x, tap, out=y)
-            out.index_add_(0, outputs, y)
-
-
-def _bag_chunk(xs: Tensor, taps: tuple[Tensor, ...], chunk: Chunk, rows: Tensor) -> None:
-    """Write each output row's sum of products."""
-    if chunk.bags is None or chunk.inputs.shape[0] == 0:
-        rows.zero_()
-        return
-    sizes = chunk.sizes
-    gathered = scratch.take("gathered", xs, (max(sizes), xs.shape[1]))
-    products = scratch.take("products", xs, (chunk.inputs.shape[0], rows.shape[1]))
-    for inputs, tap, y, n in zip(chunk.inputs.split(sizes), taps, products.split(sizes), sizes):
+def _sum_products(xs: Tensor, weight: Tensor, chunk: Chunk) -> Tensor:
+    """[R, C_out], each output row's sum of products."""
+    pairs, sizes = chunk.inputs.shape[0], chunk.sizes
+    c_in, c_out = weight.shape[1:]
+    if pairs == 0:
+        return xs.new_zeros((chunk.end - chunk.begin, c_out))
+    grouped = max(c_in, c_out) <= WIDEST_GROUPED and c_in % 4 == c_out % 4 == 0
+    if grouped and xs.dtype == torch.float32 and xs.device.type == "cpu" and _has_grouped_mm():
+        # Threads whose calls are short wait for each other in between.
+        gathered = scratch.take("gathered", xs, (pairs, c_in))
+        torch.index_select(xs, 0, chunk.inputs, out=gathered)
+        products = torch.nn.functional.grouped_mm(gathered, weight, offs=chunk.tap_ends)
+        return sum_bags(products, chunk)
+    gathered = scratch.take("gathered", xs, (max(sizes), c_in))
+    products = scratch.take("products", xs, (pairs, c_out))
+    for inputs, tap, y, n in zip(chunk.inputs.split(sizes), weight, products.split(sizes), sizes):
         if n:
             x = gathered[:n]
             torch.index_select(xs, 0, inputs, out=x)
             torch.mm(x, tap, out=y)
-    order, offsets = chunk.bags
-    rows.copy_(
-        torch.nn.functional.embedding_bag(
-            order, products, offsets, mode="sum", include_last_offset=True
-        )
+    return sum_bags(products, chunk)
+
+
+@cache
+def _has_grouped_mm() -> bool:
+    """Whether PyTorch multiplies groups of float32 rows on a CPU, as it does since 2.10."""
+    rows, weight = torch.ones(2, 4), torch.ones(1, 4, 4)
+    try:
+        product = torch.nn.functional.grouped_mm(rows, weight, offs=torch.tensor([2]).int())
+    except (AttributeError, RuntimeError):
+        return False
+    return product.dtype == torch.float32
+
+
+def sum_bags(products: Tensor, chunk: Chunk) -> Tensor:
+    """The sum of the pairs' rows for each output row.  [P, C] -> [R, C]"""
+    return torch.nn.functional.embedding_bag(
+        chunk.order, products, chunk.offsets, mode="sum", include_last_offset=True
     )
 
 

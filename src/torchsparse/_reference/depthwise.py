@@ -1,6 +1,6 @@
 """Depthwise convolution in plain PyTorch: gather rows, scale them per tap, sum them per output.
 
-The chunks are those of a narrow convolution (`conv.make_plan`): the scaled rows of a chunk lie by
+The chunks are those of a convolution (`conv.make_plan`): the scaled rows of a chunk lie by
 tap, and an embedding bag sums them by output row. Sums run in a fixed order.
 """
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from torchsparse._recipe import sum_dtype
-from torchsparse._reference.conv import Chunk, Plan, scratch
+from torchsparse._reference.conv import Chunk, Plan, scratch, sum_bags
 
 __all__ = ["depthwise", "weight_grad"]
 
@@ -34,7 +34,7 @@ def depthwise(
         feats: [N, C / r] floating.
         weight: [K, C] in the dtype of feats; any strides.
         bias: [C / fold] in the dtype of feats, or None.
-        plan: Of the neighbour table, from `conv.make_plan`, with bags.
+        plan: Of the neighbour table, from `conv.make_plan`.
         fold: So many neighbouring channels of the result are summed to one.
 
     Returns:
@@ -61,19 +61,14 @@ def depthwise(
 
 def _sum_pairs(xs: Tensor, taps: Tensor, chunk: Chunk, rows: Tensor) -> None:
     """Write the listed pairs' share of a chunk's output rows."""
-    if chunk.bags is None or chunk.inputs.shape[0] == 0:
+    if chunk.inputs.shape[0] == 0:
         rows.zero_()
         return
     scaled = scratch.take("products", xs, (chunk.inputs.shape[0], xs.shape[1]))
     torch.index_select(xs, 0, chunk.inputs, out=scaled)
     for part, tap in zip(scaled.split(chunk.sizes), taps):
         part.mul_(tap)
-    order, offsets = chunk.bags
-    rows.copy_(
-        torch.nn.functional.embedding_bag(
-            order, scaled, offsets, mode="sum", include_last_offset=True
-        )
-    )
+    rows.copy_(sum_bags(scaled, chunk))
 
 
 def weight_grad(feats: Tensor, grad: Tensor, plan: Plan) -> Tensor:
