@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import torchsparse
 from torchsparse import SparseTensor
 from torchsparse import nn as spnn
 
-__all__ = ["Dense", "again", "assert_agree", "flat", "network", "scan"]
+__all__ = ["Dense", "Several", "again", "assert_agree", "flat", "network", "scan"]
 
 SIZE = 12
 
@@ -49,6 +50,29 @@ class Dense(nn.Module):
         y = self.body(x)
         pooled = spnn.functional.global_avg_pool(y, batch_size=2)
         return {"grid": y.dense(), "pooled": [pooled, y], "logits": x.feats * 2, "name": "d"}
+
+
+class Several(nn.Module):
+    """Layers of every kind that a graph may hold."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(spnn.Conv3d(4, 8, 3, bias=True), spnn.LeakyReLU(0.1))
+        self.down = spnn.Conv3d(8, 16, 2, stride=2)
+        self.pool = spnn.MaxPool3d(3, stride=1)
+        self.mid = nn.Sequential(
+            spnn.Conv3d(16, 16, 3, groups=16), spnn.BatchNorm(16, momentum=None), spnn.ReLU(True),
+            spnn.Conv3d(16, 16, 1, bias=True), spnn.Conv3d(16, 16, (3, 1, 3)), spnn.BatchNorm(16),
+        )  # fmt: skip
+        self.up = spnn.Conv3d(16, 8, 2, stride=2, transposed=True)
+        self.head = nn.Linear(16, 5)
+
+    def forward(self, x: SparseTensor) -> dict[str, Any]:
+        fine = self.stem(x)
+        coarse = self.down(fine)
+        coarse = coarse + self.mid(self.pool(coarse))
+        both = torchsparse.cat([self.up(coarse), fine])
+        return {"logits": self.head(both.feats), "coarse": coarse, "fine": [fine]}
 
 
 def network(kind: type[nn.Module], device: torch.device) -> nn.Module:

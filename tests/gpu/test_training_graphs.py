@@ -10,37 +10,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import torchsparse
-from tests.scans import Dense, again, flat, network, scan
+from tests.scans import Dense, Several, again, flat, network, scan
 from torchsparse import SparseTensor
 from torchsparse import nn as spnn
 from torchsparse.backbones import SparseResUNet42
 from torchsparse.training import graphed
 
 CLOSE: dict[str, Any] = {"rtol": 1e-3, "atol": 1e-4}
-
-
-class Several(nn.Module):
-    """Layers of every kind that a graph may hold."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Sequential(spnn.Conv3d(4, 8, 3, bias=True), spnn.LeakyReLU(0.1))
-        self.down = spnn.Conv3d(8, 16, 2, stride=2)
-        self.pool = spnn.MaxPool3d(3, stride=1)
-        self.mid = nn.Sequential(
-            spnn.Conv3d(16, 16, 3, groups=16), spnn.BatchNorm(16, momentum=None), spnn.ReLU(True),
-            spnn.Conv3d(16, 16, 1, bias=True), spnn.Conv3d(16, 16, (3, 1, 3)), spnn.BatchNorm(16),
-        )  # fmt: skip
-        self.up = spnn.Conv3d(16, 8, 2, stride=2, transposed=True)
-        self.head = nn.Linear(16, 5)
-
-    def forward(self, x: SparseTensor) -> dict[str, Any]:
-        fine = self.stem(x)
-        coarse = self.down(fine)
-        coarse = coarse + self.mid(self.pool(coarse))
-        both = torchsparse.cat([self.up(coarse), fine])
-        return {"logits": self.head(both.feats), "coarse": coarse, "fine": [fine]}
 
 
 def pair(kind: type[nn.Module], gpu: torch.device) -> tuple[nn.Module, nn.Module]:

@@ -12,27 +12,28 @@ import triton
 import triton.language as tl
 
 from torchsparse._triton.conv.wgrad import find_chunk
-from torchsparse._triton.primitives import bit_count, lowest_bit
+from torchsparse._triton.primitives import bit_count, lowest_bit, real_rows
 
 __all__ = ["depthwise_grad_kernel", "depthwise_kernel"]
 
 
 @triton.jit(do_not_specialize=["M", "T"])
 def depthwise_kernel(
-    x, w, out, table, order, masks, bias, M, T, w_tap, w_out,
+    x, w, out, table, order, masks, limit, bias, M, T, w_tap, w_out,
     K: tl.constexpr, CI: tl.constexpr, CO: tl.constexpr, REPEAT: tl.constexpr,
     FOLD: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, STAGES: tl.constexpr,
     SORTED: tl.constexpr, REVERSE: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
     """out[order[m], c] = bias[c] + sum over taps k of x[table[k, m], c // REPEAT] * w[k, c], with
-    FOLD neighbouring channels c summed to one."""
+    FOLD neighbouring channels c summed to one. Rows from ``limit`` on are padding, have no place
+    in the order, and get zeros."""
     COLS: tl.constexpr = (CO + BC - 1) // BC
     WORDS: tl.constexpr = (K + 31) // 32
     pid = tl.program_id(0)
     tile = pid // COLS
     cols = (pid % COLS) * BC + tl.arange(0, BC)
     rm = tile * BM + tl.arange(0, BM)
-    live = rm < M
+    live = rm < real_rows(M, limit)
     inside = cols < CO
     last = K - 1
     acc = tl.zeros((BM, BC), dtype=tl.float32)
@@ -62,8 +63,11 @@ def depthwise_kernel(
         target = tl.load(order + rm, mask=live, other=0).to(tl.int64)
     else:
         target = rm.to(tl.int64)
+    if limit is not None:
+        target = tl.where(live, target, rm.to(tl.int64))
+        acc = tl.where(live[:, None], acc, 0.0)
     at = out + target[:, None] * CO + cols[None, :]
-    tl.store(at, acc.to(out.dtype.element_ty), mask=live[:, None] & inside[None, :])
+    tl.store(at, acc.to(out.dtype.element_ty), mask=(rm < M)[:, None] & inside[None, :])
 
 
 @triton.jit(do_not_specialize=["blocks", "target"])

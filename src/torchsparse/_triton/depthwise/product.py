@@ -43,7 +43,7 @@ def depthwise(
     tile = depthwise_tile(c_out)
     launch(
         depthwise_kernel, (cdiv(m, tile.BM) * cdiv(c_out, tile.BC),), feats,
-        feats.contiguous(), weight, out, tiles.table, tiles.order, tiles.masks,
+        feats.contiguous(), weight, out, tiles.table, tiles.order, tiles.masks, tiles.limit,
         None if bias is None else bias.contiguous(),
         m, tiles.masks.shape[1], *weight.stride(),
         K=volume, CI=c_in, CO=c_out, REPEAT=channels // c_in, FOLD=fold,
