@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from torchsparse._autograd.applied import applied
 from torchsparse._ops import batch_norm
 from torchsparse._recipe import sum_dtype
 
@@ -70,6 +71,9 @@ class _BatchNorm(Function):
         return grad_feats, grad_weight, grad_bias, grad_residual, None, None, None, None
 
 
+_apply = applied(_BatchNorm)
+
+
 def _in_pytorch(
     grad: Tensor,
     given: tuple[Tensor, Tensor | None, Tensor | None],
@@ -125,6 +129,5 @@ def normalise_batch(
         or (bias is not None and bias.requires_grad)
         or (residual is not None and residual.requires_grad)
     ):
-        found: Any = _BatchNorm.apply(feats, weight, bias, residual, moments, slope, eps, limit)
-        return found
+        return _apply(feats, weight, bias, residual, moments, slope, eps, limit)
     return batch_norm.normalise(feats, moments, weight, bias, residual, slope, limit)

@@ -14,14 +14,14 @@ was read last is still in the L2 cache, even if not all of the features fit into
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from torchsparse._triton.launch import cdiv, launch, next_power
+from torchsparse._triton.launch import Step, cdiv, next_power
 from torchsparse._triton.primitives import real_rows
 from torchsparse._triton.rows import Tile, divide, row_tile
 
@@ -32,18 +32,21 @@ PROGRAMS = 1024  # of a reduction, about 8 on each multiprocessor of an H100
 FEW = 8  # channels of a program that puts shares together: 32 bytes of each
 
 
+Options = tuple[tuple[str, Any], ...]
+
+
 class _Cut(NamedTuple):
-    """How [N, C] is shared out."""
+    """How [N, C] is shared out; grids, and options of the kernels."""
 
     tile: Tile  # for reductions
-    constants: dict[str, int]
     shares: int  # share s has tiles s, s + shares, s + 2 shares, ... of the rows
-    grid: tuple[int]  # shares times blocks of channels
-    few: tuple[int]  # programs that put shares together
-    end: dict[str, int]  # their constants
+    grid: tuple[int, int]  # shares times blocks of channels
+    sums: Options
+    few: tuple[int, int]  # programs that put shares together
+    ends: Options
     wide: Tile  # for passes without sums
-    wide_constants: dict[str, int]
-    wide_grid: tuple[int]  # blocks of rows times blocks of channels
+    wide_grid: tuple[int, int]  # blocks of rows times blocks of channels
+    passes: Options
 
 
 @lru_cache(maxsize=4096)
@@ -56,9 +59,26 @@ def _cut(n: int, channels: int, itemsize: int) -> _Cut:
     shares = min(max(PROGRAMS // blocks, 1), SHARES, cdiv(n, tile.rows))
     end = {"UNIT": tile.unit, "SHARES": max(next_power(shares), 2), "COLS": FEW, "num_warps": 8}
     return _Cut(
-        tile, tile.constants, shares, (shares * blocks,), (cdiv(channels, FEW),), end,
-        wide, wide.constants, (cdiv(n, wide.rows) * blocks,),
+        tile, shares, (shares * blocks, 1), tuple(tile.constants.items()),
+        (cdiv(channels, FEW), 1), tuple(end.items()),
+        wide, (cdiv(n, wide.rows) * blocks, 1), tuple(wide.constants.items()),
     )  # fmt: skip
+
+
+_known: dict[Any, Step] = {}  # kernels by all that they are compiled for
+
+
+def _run(
+    kernel: Any, options: Options, grid: tuple[int, int], tensors: tuple[Tensor | None, ...],
+    numbers: tuple[float, ...], **more: Any,
+) -> None:  # fmt: skip
+    """Launch ``kernel[grid](*tensors, *numbers, **options, **more)``."""
+    kinds = [None if tensor is None else tensor.dtype for tensor in tensors]
+    key = (id(kernel), options, *kinds, *more.values())
+    step = _known.get(key)
+    if step is None:
+        step = _known[key] = Step(kernel, **dict(options), **more)
+    step(grid, tensors, numbers)
 
 
 def _rows(tensor: Tensor | None) -> Tensor | None:
@@ -87,14 +107,12 @@ def batch_moments_(
     partial = torch.empty((2, cut.shares, channels), dtype=torch.float32, device=device)
     moments = torch.empty((2, channels), dtype=torch.float32, device=device)
     tile = cut.tile
-    launch(
-        _moments_kernel, cut.grid, feats, feats, partial, batches, limit, n, tile.units,
-        **cut.constants,
-    )  # fmt: skip
-    launch(
-        _moments_end_kernel, cut.few, feats, partial, moments, mean, var, batches,
-        limit, n, tile.rows, cut.shares, tile.units, float(eps), float(momentum or 0),
-        AVERAGED=momentum is None, **cut.end,
+    _run(_moments_kernel, cut.sums, cut.grid, (feats, partial, batches, limit), (n, tile.units))
+    _run(
+        _moments_end_kernel, cut.ends, cut.few,
+        (partial, moments, mean, var, batches, limit),
+        (n, tile.rows, cut.shares, tile.units, float(eps), float(momentum or 0)),
+        AVERAGED=momentum is None,
     )  # fmt: skip
     return moments
 
@@ -221,10 +239,10 @@ def normalise(
     out = torch.empty_like(feats)
     cut, act = _cut(n, channels, feats.element_size()), _kind(slope)
     tile = cut.wide
-    launch(
-        _normalise_kernel, cut.wide_grid, feats,
-        feats, moments, _rows(weight), _rows(bias), residual, out, limit, slope or 0.0, n,
-        tile.units, ACT=act, **cut.wide_constants,
+    _run(
+        _normalise_kernel, cut.passes, cut.wide_grid,
+        (feats, moments, _rows(weight), _rows(bias), residual, out, limit),
+        (slope or 0.0, n, tile.units), ACT=act,
     )  # fmt: skip
     return out
 
@@ -277,18 +295,17 @@ def grad_sums(
     cut, act = _cut(n, channels, feats.element_size()), _kind(slope)
     tile = cut.tile
     partial = torch.empty((2, cut.shares, channels), dtype=torch.float32, device=feats.device)
-    launch(
-        _sums_kernel, cut.grid, feats, grad, feats, moments, _rows(weight), _rows(bias), out,
-        partial, limit, slope or 0.0, n, tile.units,
-        ACT=act, **cut.constants,
+    _run(
+        _sums_kernel, cut.sums, cut.grid,
+        (grad, feats, moments, _rows(weight), _rows(bias), out, partial, limit),
+        (slope or 0.0, n, tile.units), ACT=act,
     )  # fmt: skip
     means = torch.empty_like(moments)
     grad_weight = None if weight is None else torch.empty_like(weight)
     grad_bias = None if bias is None else torch.empty_like(bias)
-    launch(
-        _sums_end_kernel, cut.few, feats, partial, moments, means, grad_weight, grad_bias,
-        limit, n, cut.shares, tile.units,
-        **cut.end,
+    _run(
+        _sums_end_kernel, cut.ends, cut.few,
+        (partial, moments, means, grad_weight, grad_bias, limit), (n, cut.shares, tile.units),
     )  # fmt: skip
     return means, grad_weight, grad_bias
 
@@ -381,10 +398,11 @@ def grad_rows(
     grad_residual = torch.empty_like(feats) if residual else None
     cut, act = _cut(n, channels, feats.element_size()), _kind(slope)
     tile = cut.wide
-    launch(
-        _rows_kernel, cut.wide_grid, feats, grad, feats, moments, _rows(weight), _rows(bias), out,
-        means, grad_feats, grad_residual, limit, slope or 0.0, n, tile.units,
-        ACT=act, **cut.wide_constants,
+    _run(
+        _rows_kernel, cut.passes, cut.wide_grid,
+        (grad, feats, moments, _rows(weight), _rows(bias), out, means, grad_feats, grad_residual,
+         limit),
+        (slope or 0.0, n, tile.units), ACT=act,
     )  # fmt: skip
     return grad_feats, grad_residual
 
