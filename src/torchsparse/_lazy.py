@@ -175,8 +175,8 @@ class Lazy:
         """These features plus others; None if they cannot join."""
         now = self.epilogue or NOTHING
         fits = residual.dtype == self.dtype and residual.shape == self.shape
-        fits &= not (torch.is_grad_enabled() and residual.requires_grad)
-        if self.done or not fits or now.residual is not None or now.slope is not None:
+        learns = torch.is_grad_enabled() and residual.requires_grad
+        if self.done or learns or not fits or now.residual is not None or now.slope is not None:
             return None
         return self._extended(now._replace(residual=residual), residual)
 

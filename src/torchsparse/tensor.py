@@ -130,9 +130,10 @@ def _check_broadcast(feats: Any, other: Any) -> None:
     mine, theirs = list(feats.shape), list(other.shape)
     fits = len(theirs) <= len(mine)
     for a, b in zip(mine[::-1], theirs[::-1]):
-        fits &= a == b or b == 1 or a == 1
+        # Not `&=`, which a traced program of PyTorch 2.11 would write as `True &= ...`.
+        fits = fits and (a == b or b == 1 or a == 1)
     if len(theirs) == len(mine) and theirs:
-        fits &= theirs[0] in (mine[0], 1)  # no operand adds rows
+        fits = fits and theirs[0] in (mine[0], 1)  # no operand adds rows
     if not fits:
         raise ValueError(
             f"the operand must broadcast over the features {mine}, as [C], [N, 1] or [N, C] do, "
