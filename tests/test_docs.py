@@ -26,6 +26,7 @@ WITH_CODE = {
     "docs/migration.md",
     "docs/models.md",
     "docs/points.md",
+    "docs/training.md",
 }
 
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))

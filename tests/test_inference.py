@@ -10,7 +10,7 @@ from torch import nn
 
 import torchsparse
 from tests.scans import Dense, again, assert_agree, flat, network, scan
-from torchsparse import _graphs
+from torchsparse import _graphs, training
 from torchsparse.backbones import SparseResNet21D, SparseResUNet42
 from torchsparse.inference import graphed, warmup
 
@@ -58,8 +58,9 @@ def test_warmup(device: torch.device) -> None:
     torchsparse.backends.check_errors()
 
 
+@pytest.mark.parametrize("graph", [False, True])
 @pytest.mark.parametrize("enabled", [False, True])
-def test_warmup_for_training(enabled: bool, device: torch.device) -> None:
+def test_warmup_for_training(enabled: bool, graph: bool, device: torch.device) -> None:
     """Forward and backward run, and leave statistics, gradients and random numbers as they are."""
     model = network(SparseResNet21D, device).train()
     x = scan(100, 1, device)
@@ -71,7 +72,9 @@ def test_warmup_for_training(enabled: bool, device: torch.device) -> None:
     first.register_hook(lambda grad: steps.append(grad.shape))
     random = torch.get_rng_state()
     with torch.set_grad_enabled(enabled):
-        compiled = warmup(model, x)
+        net = training.graphed(model)
+        compiled = warmup(model, x, graph=net if graph else None)
+    assert net.captures == (graph and device.type == "cuda")
     assert (compiled > 0) == (device.type == "cuda") and len(steps) >= 1
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert first.grad is kept and bool((kept == 1).all())

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
 
 from tests.scans import Dense, again, assert_agree, network, scan
 from torchsparse import nn as spnn
-from torchsparse.training import graphed
+from torchsparse.training import _bring, _Packed, graphed
 
 
 def test_what_runs_as_usual(device: torch.device) -> None:
@@ -36,7 +39,37 @@ def test_bad_arguments(device: torch.device) -> None:
         graphed(model, keep=0)
     with pytest.raises(TypeError, match="SparseTensor"):
         graphed(model)(torch.zeros(3, 4))  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match=r"the model.*DataParallel"):
+        graphed(nn.DataParallel(model))
     with pytest.raises(ValueError, match=r"the model.*BatchNorm1d"):
         graphed(nn.BatchNorm1d(4))
     with pytest.raises(ValueError, match=r"1.*InstanceNorm1d"):
         graphed(nn.Sequential(spnn.Conv3d(4, 4, 3), nn.InstanceNorm1d(4)))
+
+
+def test_norms_of_dense_maps_are_none_over_rows() -> None:
+    """A detector's head, which works on a grid."""
+    graphed(nn.Sequential(spnn.Conv3d(4, 4, 3), nn.Sequential(nn.BatchNorm2d(4))))
+    graphed(nn.Sequential(spnn.Conv3d(4, 4, 3), nn.Sequential(nn.InstanceNorm3d(4))))
+
+
+def test_gradients_are_brought_to_where_a_graph_reads_them() -> None:
+    """Rows of an earlier, larger scan are zeros again; a loss has no rows."""
+    kept = [torch.zeros(4, 2), torch.zeros(())]
+    passes: Any = SimpleNamespace(grads=kept, filled=[0, 0])
+    _bring([torch.ones(3, 2), torch.tensor(1.0)], passes)
+    _bring([torch.full((1, 2), 2.0), torch.tensor(3.0)], passes)
+    assert kept[0].tolist() == [[2, 2], [0, 0], [0, 0], [0, 0]]
+    assert kept[1].item() == 3
+
+
+def test_values_go_back_to_where_they_came_from() -> None:
+    """Also if a tensor has other data by then."""
+    a, b = torch.arange(3.0), torch.tensor(5)
+    packed = _Packed([a, b])
+    values = packed.pack()
+    a.zero_()
+    b.zero_()
+    packed.unpack(values)
+    assert a.tolist() == [0, 1, 2]
+    assert b.item() == 5

@@ -436,6 +436,7 @@ class Parts(NamedTuple):
     modules: list[nn.Module]
     children: list[tuple[dict[str, Any], dict[str, Any]]]  # of each module: now, and then
     tensors: list[tuple[dict[str, Any], str, Tensor | None, int]]  # and their addresses
+    memory: list[Any]  # theirs, which a replay may use before it is known that they moved
 
     @staticmethod
     def of(model: nn.Module) -> Parts:
@@ -447,7 +448,8 @@ class Parts(NamedTuple):
             for table in (m._parameters, m._buffers)
             for name, tensor in table.items()
         ]
-        return Parts(modules, children, tensors)
+        memory = [t.untyped_storage() for _, _, t, _ in tensors if t is not None]
+        return Parts(modules, children, tensors, memory)
 
     def hold(self) -> bool:
         """Whether a graph would read what the modules hold: values may change, places may not."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import partial
 from typing import Any
 
@@ -55,8 +55,9 @@ def warmup(model: nn.Module, *examples: SparseTensor, graph: Graphs | None = Non
         for x in examples:
             _step(model, fresh(x))
     if graph is not None:
-        for x in examples:
-            with nullcontext() if model.training else torch.no_grad():
+        left = _restored(model, examples) if model.training else nullcontext()
+        with left, torch.set_grad_enabled(model.training):
+            for x in examples:
                 graph(fresh(x))
     return compiled
 
@@ -134,16 +135,34 @@ def _left_alone(model: nn.Module, examples: Sequence[SparseTensor]) -> Iterator[
     """Let steps write into copies of a model's buffers, and draw random numbers of their own."""
     tables = [module._buffers for module in model.modules()]
     before = [dict(table) for table in tables]
-    devices = {x.coords.device for x in examples if x.coords.is_cuda}
     try:
         for table in tables:
             table.update({n: None if b is None else b.clone() for n, b in table.items()})
-        with torch.random.fork_rng(devices=list(devices)):
+        with _other_numbers(examples):
             yield
     finally:
         for table, buffers in zip(tables, before):
             table.clear()
             table.update(buffers)
+
+
+@contextmanager
+def _restored(model: nn.Module, examples: Sequence[SparseTensor]) -> Iterator[None]:
+    """Give buffers their values back: a graph is captured with these very tensors."""
+    buffers = list(model.buffers())
+    values = [b.clone() for b in buffers]
+    try:
+        with _other_numbers(examples):
+            yield
+    finally:
+        for buffer, value in zip(buffers, values):
+            buffer.data.copy_(value)
+
+
+def _other_numbers(examples: Sequence[SparseTensor]) -> AbstractContextManager[Any]:
+    """Random numbers of one's own."""
+    devices = {x.coords.device for x in examples if x.coords.is_cuda}
+    return torch.random.fork_rng(devices=list(devices))
 
 
 @contextmanager

@@ -9,7 +9,8 @@ inputs whose sizes change.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.dropout import _DropoutNd
 
 from torchsparse._cache import TensorCache
 from torchsparse._capacity import Growth
@@ -38,6 +40,8 @@ from torchsparse.tensor import SparseTensor, wrap
 __all__ = ["Graphed", "graphed"]
 
 OWN = BatchNorm, InstanceNorm, SyncBatchNorm  # they know which rows are real, or refuse
+DENSE = nn.BatchNorm2d, nn.BatchNorm3d, nn.InstanceNorm2d, nn.InstanceNorm3d  # not over rows
+PARALLEL = nn.DataParallel, nn.parallel.DistributedDataParallel
 
 
 def graphed(
@@ -63,8 +67,9 @@ def graphed(
     Args:
         model: In training mode, called with one `SparseTensor`. It may do whatever a CUDA graph
             can hold: what it computes must not depend on values that the host reads. Operations
-            of its own over all rows, as a mean, would see rows of padding, which are zeros. Hooks
-            run when a graph is captured, not when it is replayed.
+            of its own over all rows, as a mean, would see rows of padding, which are zeros. What
+            it computes for these, and its derivative, must be finite. Hooks run when a graph is
+            captured, not when it is replayed.
         max_points: Most input voxels of a graph, or None.
         keep: Most size classes kept; the one not used for longest goes first. They share their
             memory: the backward pass of a call must come before the next call.
@@ -76,17 +81,27 @@ def graphed(
         Parameters and buffers are the model's own.
 
     Raises:
-        ValueError: ``max_points`` or ``keep`` below 1; a batch or instance norm of ``torch.nn``,
-            which would count rows of padding.
+        ValueError: ``max_points`` or ``keep`` below 1; a batch or instance norm of ``torch.nn``
+            that could count rows of padding; ``DataParallel`` or ``DistributedDataParallel``,
+            which would not see the replays.
     """
+    _check_modules(model)
+    return Graphed(model, max_points, keep, copy)
+
+
+def _check_modules(model: nn.Module) -> None:
     for name, module in model.named_modules():
-        if isinstance(module, _NormBase) and not isinstance(module, OWN):
-            kind = f"{type(module).__module__}.{type(module).__name__}"
+        kind = f"{type(module).__module__}.{type(module).__name__}"
+        if isinstance(module, PARALLEL):
+            raise ValueError(
+                f"gradients of a replayed graph would not be shared: {name or 'the model'} must "
+                f"be the module without {kind}"
+            )
+        if isinstance(module, _NormBase) and not isinstance(module, OWN + DENSE):
             raise ValueError(
                 f"batch statistics of {name or 'the model'} would count rows of padding: it must "
                 f"be a torchsparse.nn.BatchNorm, got {kind}"
             )
-    return Graphed(model, max_points, keep, copy)
 
 
 class _Packed:
@@ -125,7 +140,7 @@ class _Backward(NamedTuple):
     """The backward pass of a bucket, and what goes in and out of both.
 
     Attributes:
-        modes: Which modules train and which parameters learn, as captured.
+        modes: How modules train and which parameters learn, as captured.
         graph: Of the backward pass.
         outputs: Those that have gradients, without padding they are what the network returns.
         grads: Theirs, which the graph reads; zeros in rows of padding.
@@ -137,7 +152,7 @@ class _Backward(NamedTuple):
         before: What they held before it, packed.
     """
 
-    modes: list[bool]
+    modes: list[Any]
     graph: Any
     outputs: list[Tensor]
     grads: list[Tensor]
@@ -188,10 +203,13 @@ class Graphed(Graphs):
 
     # ------------------------------------------------------------------ capture
     def _capture(self, x: SparseTensor, kind: Hashable, rows: int) -> Bucket:
+        _check_modules(self.model)
         places = placed(x, rows)
         places.feats.requires_grad_(x.feats.requires_grad)
         rooms = self._rooms(kind, rows)
-        buffers = _Packed([b for b in self.model.buffers() if b.device == x.coords.device])
+        # Where they lie now: a tensor whose data are replaced must not receive what was here.
+        on_device = [b for b in self.model.buffers() if b.device == x.coords.device]
+        buffers = _Packed([b.detach() for b in on_device])
         params = dict(self.model.named_parameters())
         # Leaves of their own: those of the model may belong to passes of other streams, for which
         # a captured one would have to wait.
@@ -220,7 +238,8 @@ class Graphed(Graphs):
 
         kept = buffers.pack()
         try:
-            output, *_ = forward()
+            with _same_buffers(self.model):
+                output, *_ = forward()
             grads = [torch.zeros_like(t) for t in _learned(output)]
             if not grads:
                 raise RuntimeError("no output has a gradient to any parameter that learns")
@@ -297,7 +316,9 @@ class _Differentiable(Results):
 
     def copies(self) -> tuple[Tensor, ...]:
         """The outputs that have gradients."""
-        return tuple(super(_Differentiable, self)._tensor(t) for t in self.bucket.more.outputs)
+        found = [super(_Differentiable, self)._tensor(t) for t in self.bucket.more.outputs]
+        # The bucket's own tensors must not get a history.
+        return tuple(found if self.copy else [t.view_as(t) for t in found])
 
 
 class _Pass(torch.autograd.Function):
@@ -332,6 +353,9 @@ class _Pass(torch.autograd.Function):
 def _bring(grads: Sequence[Tensor], passes: _Backward) -> None:
     """Copy gradients to where the graph reads them."""
     for place, (grad, kept) in enumerate(zip(grads, passes.grads)):
+        if grad.dim() == 0:
+            kept.copy_(grad)
+            continue
         rows, before = grad.shape[0], passes.filled[place]
         kept[:rows].copy_(grad)
         if rows < before:
@@ -339,11 +363,35 @@ def _bring(grads: Sequence[Tensor], passes: _Backward) -> None:
         passes.filled[place] = rows
 
 
-def _modes(bucket: Bucket) -> list[bool]:
-    """Which modules train, and which tensors learn."""
-    modules, _, tensors = bucket.parts
-    learns = [tensor is not None and tensor.requires_grad for _, _, tensor, _ in tensors]
-    return [module.training for module in modules] + learns
+def _modes(bucket: Bucket) -> list[Any]:
+    """How modules train, and which tensors learn; schedules may change the two numbers."""
+    parts = bucket.parts
+    learns = [tensor is not None and tensor.requires_grad for _, _, tensor, _ in parts.tensors]
+    trains = [
+        (m.training, m.momentum if isinstance(m, _NormBase) else None,
+         m.p if isinstance(m, _DropoutNd) else None)
+        for m in parts.modules
+    ]  # fmt: skip
+    return [*trains, *learns]
+
+
+@contextmanager
+def _same_buffers(model: nn.Module) -> Iterator[None]:
+    """Raise RuntimeError if a pass puts other tensors in place of buffers, and put them back."""
+    tables = [module._buffers for module in model.modules()]
+    before = [dict(table) for table in tables]
+    try:
+        yield
+        for table, buffers in zip(tables, before):
+            for name, buffer in buffers.items():
+                if table.get(name) is not buffer:
+                    raise RuntimeError(
+                        f"a graph writes to the same buffers every time: `{name}` must be changed "
+                        f"in place, the network replaces it"
+                    )
+    finally:
+        for table, buffers in zip(tables, before):
+            table.update(buffers)
 
 
 def _learned(value: Any) -> list[Tensor]:

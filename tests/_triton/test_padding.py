@@ -10,6 +10,7 @@ from torch import nn
 
 from tests.scans import Dense, Several, again, flat, network, scan
 from torchsparse import _graphs
+from torchsparse import nn as spnn
 from torchsparse._capacity import PAD, Growth, Room, growing, rounded
 from torchsparse._ops import dispatch
 from torchsparse.backbones import SparseResUNet42
@@ -96,6 +97,22 @@ def test_padding_leaves_no_trace_in_gradients(
         torch.testing.assert_close(a[: b.shape[0]], b, rtol=1e-4, atol=1e-5)
     for a, b in zip(model.buffers(), usual.buffers()):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("training", [False, True])
+def test_a_norm_without_running_statistics(training: bool, device: torch.device) -> None:
+    """The batch's are taken in evaluation, too: of real rows alone."""
+    norm = spnn.BatchNorm(4, track_running_stats=False).to(device).train(training)
+    x = scan(50, 1, device)
+    n = x.coords.shape[0]
+    coords = torch.full((128, 4), PAD, dtype=torch.int32, device=device)
+    feats = torch.zeros(128, 4, device=device)
+    coords[:n], feats[:n] = x.coords, x.feats
+    with dispatch.forced("_triton"):
+        got, *_ = _graphs.padded(norm, x, coords, feats, torch.tensor([n], device=device), [])
+    want = nn.functional.batch_norm(x.feats, None, None, training=True)
+    torch.testing.assert_close(got.feats[:n], want, rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()

@@ -14,6 +14,7 @@ from tests.scans import Dense, Several, again, flat, network, scan
 from torchsparse import SparseTensor
 from torchsparse import nn as spnn
 from torchsparse.backbones import SparseResUNet42
+from torchsparse.inference import warmup
 from torchsparse.training import graphed
 
 CLOSE: dict[str, Any] = {"rtol": 1e-3, "atol": 1e-4}
@@ -215,3 +216,111 @@ def test_what_cannot_be_captured(gpu: torch.device) -> None:
     net = graphed(Waits().to(gpu))
     with pytest.raises(RuntimeError, match="cannot be captured"):
         net(scan(300, 1, gpu))
+
+
+class Grid(nn.Module):
+    """Ends in a norm of a dense map, in a scalar, and in the same tensor twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(spnn.Conv3d(4, 8, 3), spnn.BatchNorm(8), spnn.ReLU())
+        self.head = nn.BatchNorm3d(8)
+
+    def forward(self, x: SparseTensor) -> list[Any]:
+        y = self.body(x)
+        grid = self.head(y.dense().movedim(-1, 1))
+        pooled = spnn.functional.global_avg_pool(y, batch_size=2)
+        return [grid, grid.square().mean(), pooled, pooled, x.feats, y]
+
+
+@pytest.mark.parametrize("copied", [True, False])
+def test_outputs_of_a_fixed_size(copied: bool, gpu: torch.device) -> None:
+    model, other = pair(Grid, gpu)
+    net = graphed(model, copy=copied)
+    for seed, rows in enumerate((900, 900, 800, 900)):
+        x = scan(rows, seed, gpu, ranged=True)
+        got, of_input = step(net, x, None, seed)
+        want, of_usual = step(other, x, None, seed)
+        for a, b in zip(got, want, strict=True):
+            torch.testing.assert_close(a, b, **CLOSE)
+        torch.testing.assert_close(of_input, of_usual, rtol=1e-2, atol=1e-2)
+        assert_same_state(model, other, **CLOSE)
+    assert net.replays == 3
+    for bucket in net._buckets.values():
+        assert not any(t.requires_grad for t in bucket.more.outputs)
+
+
+def test_momentum_may_follow_a_schedule(gpu: torch.device) -> None:
+    model, other = pair(Dense, gpu)
+    net = graphed(model)
+    x = scan(900, 1, gpu, ranged=True)
+    for seed, momentum in enumerate((0.1, 0.1, 0.5, 0.5)):
+        for m in (*model.modules(), *other.modules()):
+            if isinstance(m, spnn.BatchNorm):
+                m.momentum = momentum
+        step(net, x, None, seed)
+        step(other, x, None, seed)
+        assert_same_state(model, other, **CLOSE)
+    assert (net.captures, net.replays) == (2, 2)
+
+
+def test_data_of_buffers_and_parameters_may_move(gpu: torch.device) -> None:
+    """What takes their place gets what a step writes, and what lay there is left alone."""
+    model, other = pair(Dense, gpu)
+    net = graphed(model)
+    x = scan(900, 1, gpu, ranged=True)
+    for seed in range(2):
+        step(net, x, None, seed)
+        step(other, x, None, seed)
+    old = [b.data for b in model.buffers()]
+    values = [b.clone() for b in old]
+    for m in (model, other):
+        for b in m.buffers():
+            b.data = torch.full_like(b, 3)
+    step(net, x, None, 2)
+    step(other, x, None, 2)
+    assert_same_state(model, other, **CLOSE)
+    assert all(torch.equal(a, b) for a, b in zip(old, values))
+    for m in (model, other):
+        m.cpu().to(gpu)
+    torch.cuda.empty_cache()
+    step(net, x, None, 3)
+    step(other, x, None, 3)
+    torch.cuda.synchronize(gpu)
+    assert_same_state(model, other, **CLOSE)
+    assert net.captures == 3
+
+
+def test_a_buffer_that_is_replaced(gpu: torch.device) -> None:
+    class Counts(nn.Module):
+        seen: Tensor
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = spnn.Conv3d(4, 4, 3)
+            self.register_buffer("seen", torch.zeros(4))
+
+        def forward(self, x: SparseTensor) -> SparseTensor:
+            self.seen = self.seen + 1
+            return self.conv(x)
+
+    model = Counts().to(gpu)
+    with pytest.raises(RuntimeError, match="`seen` must be changed in place"):
+        graphed(model)(scan(300, 1, gpu))
+    assert model.seen.tolist() == [1] * 4  # by the usual pass
+
+
+def test_warming_up_leaves_no_trace(gpu: torch.device) -> None:
+    """Although the graph is captured with the very buffers of the model."""
+    model, other = pair(Dense, gpu)
+    net = graphed(model)
+    x = scan(900, 1, gpu, ranged=True)
+    x.feats.requires_grad_()
+    before = torch.cuda.get_rng_state(gpu)
+    warmup(model, x, graph=net)
+    assert torch.equal(torch.cuda.get_rng_state(gpu), before)
+    assert_same_state(model, other, rtol=0, atol=0)
+    step(net, x, None, 1)
+    step(other, x, None, 1)
+    assert_same_state(model, other, **CLOSE)
+    assert (net.captures, net.replays) == (1, 1)

@@ -43,7 +43,7 @@ class _OverRows(_BatchNorm):
     """Batch normalisation of this process's rows; see `BatchNorm`."""
 
     def forward(self, input: SparseTensor) -> SparseTensor:
-        if self.training:
+        if self.training or self._takes_the_batch():
             joined = self._by_batch(input)
             if joined is not None:
                 return joined
@@ -58,6 +58,11 @@ class _OverRows(_BatchNorm):
         if input.feats.shape[0] == 0:
             return wrap(input.feats, input)
         return fapply(input, partial(_BatchNorm.forward, self))
+
+    def _takes_the_batch(self) -> bool:
+        """In evaluation too: there are no running statistics."""
+        buffers = self._buffers
+        return buffers.get("running_mean") is None and buffers.get("running_var") is None
 
     def _traced(self, feats: Tensor) -> Tensor:
         """What PyTorch's layer computes, in operations that take any number of rows."""
