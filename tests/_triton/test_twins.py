@@ -28,15 +28,15 @@ OWN_NAMES = {
     "conv": {
         # Chunks of pairs that fit into a cache, and buffers; tiles of rows that share their taps.
         "_reference": {
-            "Bags", "Chunk", "Layout", "Plan", "choose_layout", "make_plan", "scratch"
+            "Bags", "Chunk", "Layout", "Plan", "choose_layout", "make_plan", "scratch", "sum_bags"
         },
         # Weight gradients have a layout of their own; the reference uses its plan again, and has
         # nothing to compile.
         "_triton": {"choose_layout", "compile_ahead", "make_plan", "make_pairs"},
     },
     "coords": {
-        # The index is an opaque record to `_ops`; the bounds and the search serve other files.
-        "_reference": {"CoordIndex", "bounds", "flat_nonzero"},
+        # The index is an opaque record to `_ops`; the rest serves other files.
+        "_reference": {"CoordIndex", "bounds", "flat_nonzero", "stable_order"},
         "_triton": set(),
     },
     "depthwise": {"_reference": set(), "_triton": set()},

@@ -185,10 +185,9 @@ class _LineSearch:
         counts = torch.bincount(self.keys >> self.shift, minlength=(cells >> self.shift) + 1)
         self.most = int(counts.max())
         self.starts = counts.cumsum(0, dtype=torch.int32).sub_(counts)
-        # Sentinels behind the end keep every position readable.
-        self.padded = torch.nn.functional.pad(
-            self.keys, (0, self.most + 1), value=index.layout.above
-        )
+        # Sentinels behind the end keep every position readable. (`pad` would round them.)
+        behind = self.keys.new_full((self.most + 1,), index.layout.above)
+        self.padded = torch.cat([self.keys, behind])
 
     def run(self, queries: Tensor, count: int, step: int) -> list[tuple[Tensor, Tensor]]:
         """(positions [M] int32, hit [M] bool) for each of ``count`` taps along the line."""
