@@ -28,7 +28,7 @@ OWN_NAMES = {
     "conv": {
         # Chunks of pairs that fit into a cache, and buffers; tiles of rows that share their taps.
         "_reference": {
-            "Bags", "Chunk", "Layout", "Plan", "choose_layout", "make_plan", "scratch", "sum_bags"
+            "Chunk", "Layout", "Plan", "choose_layout", "make_plan", "scratch", "sum_bags"
         },
         # Weight gradients have a layout of their own; the reference uses its plan again, and has
         # nothing to compile.
