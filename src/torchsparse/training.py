@@ -59,8 +59,8 @@ def graphed(
             scaler.update()
 
     The first scan of each size class runs as usual; both passes are then captured, which takes a
-    few seconds. Calls on the CPU, without gradients, in evaluation mode, with fewer than two rows
-    or with more than ``max_points`` run as usual. Each call waits once for the device, to see that
+    few seconds. Calls on the CPU, without gradients, in evaluation mode, in float64, with fewer
+    than two rows or with more than ``max_points`` run as usual. Each call waits once for the device, to see that
     the levels that layers create had enough room; a scan that needs more runs as usual, and the
     graphs are captured anew.
 
@@ -192,7 +192,7 @@ class Graphed(Graphs):
             RuntimeError: The model does what a graph cannot hold.
             ValueError: What the network's layers raise.
         """
-        suits = self._suits(x) and x.coords.shape[0] > 1
+        suits = self._suits(x) and x.coords.shape[0] > 1 and x.feats.dtype != torch.float64
         if not (suits and self.model.training and torch.is_grad_enabled()):
             return self.model(x)
         with self._lock, torch.cuda.device(x.coords.device):
