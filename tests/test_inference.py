@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
@@ -10,7 +12,7 @@ from torch import nn
 
 import torchsparse
 from tests.scans import Dense, again, assert_agree, flat, network, scan
-from torchsparse import _graphs, training
+from torchsparse import PointTensor, _graphs, training
 from torchsparse.backbones import SparseResNet21D, SparseResUNet42
 from torchsparse.inference import graphed, warmup
 
@@ -112,3 +114,30 @@ def test_what_a_graph_holds_is_noticed_when_it_goes() -> None:
         assert parts.hold()
         change(net)
         assert parts.hold() is holds, change
+
+
+class Named(dict[str, Any]):
+    """A dictionary with more to it."""
+
+
+@dataclass(frozen=True)
+class Heads:
+    logits: Any
+    number: int = field(default=3, init=False)
+
+
+def test_results_of_every_form(device: torch.device) -> None:
+    """Each form is found again around other tensors; what has no form is refused."""
+    x = scan(20, 1, device)
+    t = torch.ones(2, device=device)
+    value = [defaultdict(list, a=t), Named(b=(t, None)), Heads({"c": x}), "text", 5]
+    assert [leaf.shape for leaf in _graphs.leaves(value)] == [t.shape, t.shape, x.feats.shape]
+    found = _graphs.mapped(value, lambda t: t + 1, lambda y: y.feats * 2)
+    assert isinstance(found[0], defaultdict) and found[0].default_factory is list
+    assert found[0]["a"].tolist() == [2, 2] and value[0]["a"].tolist() == [1, 1]
+    assert type(found[1]) is Named and found[1]["b"][1] is None
+    assert torch.equal(found[2].logits["c"], x.feats * 2) and found[2].number == 3
+    assert value[2].logits["c"] is x and found[3:] == ["text", 5]
+    with pytest.raises(RuntimeError, match=r"dataclasses of these, got PointTensor"):
+        _graphs.check_form([PointTensor(x.feats, x.coords.float())])
+    _graphs.check_form(value)

@@ -8,11 +8,12 @@ recorded is decided by `inference` and `training`.
 
 from __future__ import annotations
 
+import copy
 import threading
 import warnings
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -42,6 +43,7 @@ __all__ = [
     "Seen",
     "autocast_without_cache",
     "capturable",
+    "check_form",
     "fresh",
     "leaves",
     "mapped",
@@ -179,7 +181,7 @@ class Graphs:
             served, result = self._replay(bucket, x)
             if served:
                 return result
-            del self._buckets[kind, rows]
+            del self._buckets[kind, rows], bucket  # its memory is free for what follows
         result = self._eager(x, kind)
         self._buckets[kind, rows] = self._capture(x, kind, rows)
         while len(self._buckets) > self.keep:
@@ -218,6 +220,7 @@ class Graphs:
             Seen(max(a.share, b.share), max(a.cells, b.cells), b.bounded)
             for a, b in zip(before, now)
         ]
+        check_form(result)
         for _ in leaves(result):
             pass  # computed now
         return result
@@ -412,6 +415,35 @@ def leaves(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, (list, tuple)):
         for entry in value:
             yield from leaves(entry)
+    elif is_dataclass(value):
+        for field in fields(value):
+            yield from leaves(getattr(value, field.name))
+
+
+def check_form(value: Any) -> None:
+    """Look for tensors where `leaves` sees none.
+
+    Raises:
+        RuntimeError: An object of another kind has some.
+    """
+    if isinstance(value, (SparseTensor, Tensor)):
+        return
+    if isinstance(value, dict):
+        held = value.values()
+    elif isinstance(value, (list, tuple)):
+        held = value
+    elif is_dataclass(value):
+        held = [getattr(value, field.name) for field in fields(value)]
+    else:
+        held = ()
+        own = getattr(value, "__dict__", {}).values()
+        if any(isinstance(entry, (Tensor, SparseTensor)) for entry in own):
+            raise RuntimeError(
+                f"a captured network returns sparse and plain tensors, and tuples, lists, "
+                f"dictionaries and dataclasses of these, got {type(value).__name__}"
+            )
+    for entry in held:
+        check_form(entry)
 
 
 def mapped(
@@ -423,10 +455,18 @@ def mapped(
     if isinstance(value, Tensor):
         return tensor(value)
     if isinstance(value, dict):
-        return type(value)((key, mapped(entry, tensor, sparse)) for key, entry in value.items())
+        other = copy.copy(value)
+        other.update({key: mapped(entry, tensor, sparse) for key, entry in value.items()})
+        return other
     if isinstance(value, (list, tuple)):
         entries = [mapped(entry, tensor, sparse) for entry in value]
         return type(value)(*entries) if hasattr(value, "_fields") else type(value)(entries)
+    if is_dataclass(value) and not isinstance(value, type):
+        other = copy.copy(value)
+        for field in fields(value):
+            entry = mapped(getattr(value, field.name), tensor, sparse)
+            object.__setattr__(other, field.name, entry)  # also of a frozen one
+        return other
     return value
 
 

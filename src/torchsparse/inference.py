@@ -57,8 +57,9 @@ def graphed(
 
     Returns:
         A callable with the argument and the results of ``model``: sparse and plain tensors, and
-        tuples, lists and dictionaries of these. A tensor with as many rows as a level has room for
-        is cut to the rows of that level. Return no more than is needed: each tensor is copied.
+        tuples, lists, dictionaries and dataclasses of these. A tensor with as many rows as a level
+        has room for is cut to the rows of that level. Return no more than is needed: each tensor
+        is copied.
 
     Raises:
         ValueError: ``max_points`` or ``keep`` below 1.

@@ -60,9 +60,9 @@ def graphed(
 
     The first scan of each size class runs as usual; both passes are then captured, which takes a
     few seconds. Calls on the CPU, without gradients, in evaluation mode, in float64, with fewer
-    than two rows or with more than ``max_points`` run as usual. Each call waits once for the device, to see that
-    the levels that layers create had enough room; a scan that needs more runs as usual, and the
-    graphs are captured anew.
+    than two rows or with more than ``max_points`` run as usual. Each call waits once for the
+    device, to see that the levels that layers create had enough room; a scan that needs more runs
+    as usual, and the graphs are captured anew.
 
     Args:
         model: In training mode, called with one `SparseTensor`. It may do whatever a CUDA graph
