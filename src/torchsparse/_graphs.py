@@ -37,6 +37,7 @@ from torchsparse._validate import check_coords, check_feats, check_rows, check_s
 from torchsparse.tensor import SparseTensor, wrap
 
 __all__ = [
+    "PARALLEL",
     "Bucket",
     "Graphs",
     "Results",
@@ -58,6 +59,7 @@ SPARE = 1.15  # room in a level beyond the largest share of the input's rows see
 WIDEST = 2**31 - 1  # cells of a level with narrow keys
 NARROW = WIDEST // 2  # cells seen, below which keys are planned to be narrow
 SMALLEST = 1024  # rows of the smallest bucket
+PARALLEL = nn.DataParallel, nn.parallel.DistributedDataParallel  # around the module that computes
 
 
 def fresh(x: SparseTensor) -> SparseTensor:
@@ -117,13 +119,8 @@ class Seen(NamedTuple):
 class Graphs:
     """Graphs of one network for scans of several size classes.
 
-    A subclass says what is captured, and when a graph serves: `_capture`, `__call__`.
-
-    Attributes:
-        model: The network.
-        captures: Size classes captured so far.
-        replays: Calls served by a graph.
-        overflows: Calls in which a level had too little room.
+    A subclass says what is captured, and when a graph serves: `_capture`, `__call__`. It describes
+    the attributes.
     """
 
     def __init__(

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torchsparse._capacity import Found, Growth, growing
 from torchsparse._flags import pending_word
 from torchsparse._graphs import (
+    PARALLEL,
     Graphs,
     Seen,
     autocast_without_cache,
@@ -90,7 +91,7 @@ def _rehearse(model: nn.Module, x: SparseTensor, graph: Graphs | None) -> None:
 
 
 def _rehearse_padded(
-    model: nn.Module, x: SparseTensor, levels: Sequence[Found], graph: Any
+    model: nn.Module, x: SparseTensor, levels: Sequence[Found], graph: Graphs
 ) -> None:
     """The same on padded coordinates, as a graph would have it."""
     n = x.coords.shape[0]
@@ -117,8 +118,7 @@ def _step(model: nn.Module, x: SparseTensor) -> None:
 
 def _inner(model: nn.Module) -> nn.Module:
     """Without what waits for the gradients of other processes."""
-    parallel = (nn.DataParallel, nn.parallel.DistributedDataParallel)
-    return model.module if isinstance(model, parallel) else model
+    return model.module if isinstance(model, PARALLEL) else model
 
 
 def _differentiate(model: nn.Module, feats: Tensor, output: Any) -> None:

@@ -23,6 +23,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from torchsparse._cache import TensorCache
 from torchsparse._capacity import Growth
 from torchsparse._graphs import (
+    PARALLEL,
     Bucket,
     Graphs,
     Results,
@@ -41,7 +42,6 @@ __all__ = ["Graphed", "graphed"]
 
 OWN = BatchNorm, InstanceNorm, SyncBatchNorm  # they know which rows are real, or refuse
 DENSE = nn.BatchNorm2d, nn.BatchNorm3d, nn.InstanceNorm2d, nn.InstanceNorm3d  # not over rows
-PARALLEL = nn.DataParallel, nn.parallel.DistributedDataParallel
 
 
 def graphed(
@@ -142,11 +142,11 @@ class _Backward(NamedTuple):
     Attributes:
         modes: How modules train and which parameters learn, as captured.
         graph: Of the backward pass.
-        outputs: Those that have gradients, without padding they are what the network returns.
+        outputs: Those that have gradients.
         grads: Theirs, which the graph reads; zeros in rows of padding.
         filled: Rows of each that may hold something else than zeros.
-        wanted: All parameters.
-        places: Of the gradients found: 0 for the input's features, 1 + place in ``wanted``.
+        params: Of the model, all.
+        places: Of the gradients found: 0 for the input's features, 1 + place in ``params``.
         found: These gradients, written by the graph.
         buffers: Of the model; the forward pass changes them.
         before: What they held before it, packed.
@@ -157,7 +157,7 @@ class _Backward(NamedTuple):
     outputs: list[Tensor]
     grads: list[Tensor]
     filled: list[int]
-    wanted: Sequence[Tensor]
+    params: Sequence[Tensor]
     places: list[int]
     found: _Packed
     buffers: _Packed
@@ -213,12 +213,12 @@ class Graphed(Graphs):
         params = dict(self.model.named_parameters())
         # Leaves of their own: those of the model may belong to passes of other streams, for which
         # a captured one would have to wait.
-        leaves = {name: p.detach().requires_grad_(p.requires_grad) for name, p in params.items()}
-        inputs = [places.feats, *leaves.values()]
+        own = {name: p.detach().requires_grad_(p.requires_grad) for name, p in params.items()}
+        inputs = [places.feats, *own.values()]
         on_host: list[Tensor] = []
 
         def call(x: SparseTensor) -> Any:
-            return functional_call(self.model, leaves, (x,))
+            return functional_call(self.model, own, (x,))
 
         def forward() -> tuple[Any, Growth, list[Tensor]]:
             before = buffers.pack()
@@ -306,7 +306,7 @@ class _Differentiable(Results):
     def made(self) -> Any:
         """What the network returns."""
         passes: _Backward = self.bucket.more
-        found = _Pass.apply(self, self.x.feats, *passes.wanted)
+        found = _Pass.apply(self, self.x.feats, *passes.params)
         self._found = dict(zip(map(id, passes.outputs), found))
         return super().made()
 
@@ -342,7 +342,7 @@ class _Pass(torch.autograd.Function):
         owner.spent = True
         _bring(grads, passes)
         passes.graph.replay()
-        found: list[Tensor | None] = [None] * (1 + len(passes.wanted))
+        found: list[Tensor | None] = [None] * (1 + len(passes.params))
         for place, grad in zip(passes.places, passes.found.parts(passes.found.pack())):
             found[place] = grad
         if found[0] is not None:
