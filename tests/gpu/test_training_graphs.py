@@ -17,6 +17,7 @@ from torchsparse.backbones import SparseResUNet42
 from torchsparse.inference import warmup
 from torchsparse.training import graphed
 
+# The number of rows decides about tiles, and these about the order of float32 sums.
 CLOSE: dict[str, Any] = {"rtol": 1e-3, "atol": 1e-4}
 
 
@@ -71,6 +72,7 @@ def test_steps_are_those_of_the_usual_passes(kind: type[nn.Module], gpu: torch.d
         assert len(got) == len(want)
         for a, b in zip(got, want):
             torch.testing.assert_close(a, b, **CLOSE)
+        # A rounding that turns a ReLU moves the gradient of its row.
         torch.testing.assert_close(of_input, of_usual, rtol=1e-2, atol=1e-2)
         assert_same_state(model, other, **CLOSE)
         # Gradients add up where nobody clears them.
@@ -90,6 +92,7 @@ def test_mixed_precision(dtype: torch.dtype, gpu: torch.device) -> None:
         want, _ = step(other, x, dtype, seed)
         for a, b in zip(got, want):
             assert a.dtype == b.dtype
+            # Roundings of bfloat16 (2^-8) through eight layers, in another order of sums.
             torch.testing.assert_close(a.float(), b.float(), rtol=0.05, atol=0.05)
     assert_same_state(model, other, rtol=0.1, atol=0.1)
     assert net.replays == 2
