@@ -43,16 +43,17 @@ class _OverRows(_BatchNorm):
     """Batch normalisation of this process's rows; see `BatchNorm`."""
 
     def forward(self, input: SparseTensor) -> SparseTensor:
-        if self.training or self._takes_the_batch():
+        training = self.training
+        if not training and not torch.is_grad_enabled():
+            joined = self._join(input)
+            if joined is not None:
+                return joined
+        if training or self._takes_the_batch():
             joined = self._by_batch(input)
             if joined is not None:
                 return joined
             if row_count(input.coords) is not None:
                 raise RuntimeError(_ONLY_REAL_ROWS)
-        elif not torch.is_grad_enabled():
-            joined = self._join(input)
-            if joined is not None:
-                return joined
         if is_compiling():  # how many rows there are, is not known
             return fapply(input, self._traced)
         if input.feats.shape[0] == 0:
