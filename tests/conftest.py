@@ -114,3 +114,11 @@ def pytest_report_collectionfinish(config: pytest.Config) -> list[str]:
 @pytest.fixture(scope="session", params=DEVICES)
 def device(request: pytest.FixtureRequest) -> torch.device:
     return torch.device(request.param)
+
+
+@pytest.fixture(scope="session")
+def gpu() -> torch.device:
+    """The first CUDA device."""
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    return torch.device("cuda", 0)

@@ -68,10 +68,3 @@ def test_the_time_of_a_gpu_is_that_of_its_kernels(gpu: torch.device) -> None:
     long = measure(lambda: large @ large, gpu)
     assert 0 < short.low <= short.median <= short.high < long.median < 0.1
     assert short.calls >= 3
-
-
-@pytest.fixture(scope="session")
-def gpu() -> torch.device:
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
-    return torch.device("cuda", 0)

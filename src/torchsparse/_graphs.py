@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import threading
 import warnings
+import weakref
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, fields, is_dataclass
@@ -140,7 +141,8 @@ class Graphs:
         self.captures = self.replays = self.overflows = 0
         self._buckets: dict[Hashable, Bucket] = {}
         self._seen: dict[Hashable, list[Seen]] = {}
-        self._pool: Any = None
+        self._pool: Any = None  # of memory, shared by all graphs
+        self._alive: weakref.WeakSet[Any] = weakref.WeakSet()  # graphs
         self._stream: Any = None  # of the last call
         self._replayed: Any = None  # event
         self._lock = threading.Lock()
@@ -237,12 +239,15 @@ class Graphs:
         A capture that fails leaves PyTorch's random generator unable to capture again: look before
         (`capturable`, `no_waiting`) for what would make it fail.
         """
-        if self._pool is None:
+        if not self._alive:
+            # PyTorch takes a pool that no graph uses any longer for gone, although results may
+            # still lie in it.
             self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         # Other threads, as those that pin memory for a data loader, go on.
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             found = run()
+        self._alive.add(graph)
         return graph, found
 
     def _bucket(
