@@ -43,8 +43,8 @@ test-gpu:
 # without the sanitizer, which fills Triton's cache of compiled kernels.
 test-gpu-sanitizer:
 	$(GPU_ENV) $(PYTHON) tests/gpu/sanitize.py
-	$(GPU_ENV) PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZER) --tool $(TOOL) --error-exitcode 1 \
-	    $(PYTHON) tests/gpu/sanitize.py
+	$(GPU_ENV) PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(PYTHON) tests/gpu/sanitize.py \
+	    --under "$(SANITIZER) --tool $(TOOL) --error-exitcode 1"
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -1,16 +1,26 @@
 """Call every kernel of the library on small inputs, for compute-sanitizer to watch.
 
-    compute-sanitizer --tool memcheck python tests/gpu/sanitize.py
+    python tests/gpu/sanitize.py                                       # compiles what is missing
+    python tests/gpu/sanitize.py --under "compute-sanitizer --tool memcheck --error-exitcode 1"
 
-Sizes lie around the edges of tiles. At the end it names the Triton kernels that were never
-launched; that is a failure too, for then nobody watched them.
+Sizes lie around the edges of tiles. Parts run beside each other, in processes of their own. At the
+end it names the Triton kernels that were never launched; that is a failure too, for then nobody
+watched them.
 """
 
 from __future__ import annotations
 
+import argparse
 import itertools
+import json
+import os
 import pkgutil
+import shlex
+import subprocess
 import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 
@@ -34,14 +44,16 @@ ROWS = (1, 2, 70, 129)
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def convolutions(gpu: torch.device) -> None:
-    """Kinds, dtypes and channels each against a middling choice of the others."""
-    for name, kind in KINDS.items():
-        for dtype, flow in itertools.product(DTYPES, (0, 1, 2)):
-            run(kind, (32, 64), dtype, gpu, rows=200, dataflow=flow)
-        for rows in ROWS:
-            run(kind, (5, 7), "fp16", gpu, rows=rows)
-        print("  ", name, flush=True)
+def kind_of_layer(name: str, gpu: torch.device) -> None:
+    """Dtypes, dataflows and numbers of rows, each against a middling choice of the others."""
+    for dtype, flow in itertools.product(DTYPES, (0, 1, 2)):
+        run(KINDS[name], (32, 64), dtype, gpu, rows=200, dataflow=flow)
+    for rows in ROWS:
+        run(KINDS[name], (5, 7), "fp16", gpu, rows=rows)
+
+
+def widths(gpu: torch.device) -> None:
+    """Channels and modes."""
     for channels in CHANNELS:
         for dtype in ("fp16", "tf32"):
             run(Kind(3), channels, dtype, gpu, rows=300)
@@ -122,6 +134,8 @@ def points(gpu: torch.device) -> None:
             out.sum().backward()
             grid = to_dense(mean.detach().requires_grad_(), coords, (2, 64, 64, 24))
             grid.sum().backward()
+            crowded = coords % torch.tensor([2, 8, 8, 8], device=gpu, dtype=torch.int32)
+            to_dense(mean.detach(), crowded, (2, 8, 8, 8))
         table = GPUHashTable(2 * rows)
         sites = coords[:, [1, 2, 3, 0]].contiguous()
         table.insert_coords(sites)
@@ -184,38 +198,75 @@ def networks(gpu: torch.device) -> None:
             )
 
 
-def unwatched() -> tuple[int, list[str]]:
-    """How many kernels the library has, and those that nothing above has launched."""
+PARTS: dict[str, Callable[[torch.device], None]] = {
+    **{name: partial(kind_of_layer, name) for name in KINDS},
+    **{
+        f.__name__: f
+        for f in (widths, maps, dimensions, windows, points, rows_of_samples, networks)
+    },
+}
+
+
+def kernels() -> dict[str, bool]:
+    """The library's Triton kernels, and whether this process has launched them."""
     try:
         jit = import_module("triton").runtime.jit.JITFunction
         home = import_module("torchsparse._triton")
     except ImportError:
-        return 0, []
+        return {}
     found: dict[str, bool] = {}
     for info in pkgutil.walk_packages(home.__path__, home.__name__ + "."):
         for name, value in vars(import_module(info.name)).items():
             if isinstance(value, jit) and name.endswith("_kernel"):
                 caches = value.device_caches.values()
                 found[f"{value.module}.{name}"] = any(len(cache[0]) for cache in caches)
-    return len(found), sorted(name for name, launched in found.items() if not launched)
+    return found
+
+
+def watch(part: str) -> None:
+    """Run a part here, and print `kernels` as the last line."""
+    gpu = torch.device("cuda", 0)
+    PARTS[part](gpu)
+    torch.cuda.synchronize(gpu)
+    torchsparse.backends.check_errors()
+    print(json.dumps(kernels()))
 
 
 def main() -> int:
     """Returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # pyright: ignore[reportOptionalMemberAccess]
+    parser.add_argument("--under", default="", help="command that each process is started with")
+    parser.add_argument("--jobs", type=int, default=min(8, os.cpu_count() or 1))
+    parser.add_argument("--part", choices=PARTS, help="this part alone, in this process")
+    options = parser.parse_args()
     if not torch.cuda.is_available():
         print("skipped: no CUDA device")
         return 0
-    gpu = torch.device("cuda", 0)
-    for part in (convolutions, maps, dimensions, windows, points, rows_of_samples, networks):
-        print(part.__name__, flush=True)
-        part(gpu)
-        torch.cuda.synchronize(gpu)
-        torchsparse.backends.check_errors()
-    total, missed = unwatched()
-    print(f"{total - len(missed)} of {total} Triton kernels were launched")
+    if options.part:
+        watch(options.part)
+        return 0
+
+    def child(part: str) -> subprocess.CompletedProcess[str]:
+        command = [*shlex.split(options.under), sys.executable, __file__, "--part", part]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    failed: list[str] = []
+    launched: dict[str, bool] = {}
+    with ThreadPoolExecutor(options.jobs) as pool:
+        for part, result in zip(PARTS, pool.map(child, PARTS)):
+            lines = [line for line in result.stdout.splitlines() if line.startswith("{")]
+            if result.returncode or not lines:
+                failed.append(part)
+                print(f"{part}: exit code {result.returncode}\n{result.stdout}{result.stderr}")
+                continue
+            print(f"{part}: passed", flush=True)
+            for name, done in json.loads(lines[-1]).items():
+                launched[name] = launched.get(name, False) or done
+    missed = sorted(name for name, done in launched.items() if not done)
+    print(f"{len(launched) - len(missed)} of {len(launched)} Triton kernels were launched")
     for name in missed:
         print(f"never launched: {name}")
-    return 1 if missed else 0
+    return 1 if failed or missed else 0
 
 
 if __name__ == "__main__":

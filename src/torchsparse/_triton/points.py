@@ -28,8 +28,9 @@ __all__ = [
 
 BLOCK = 256  # rows of kernels without channels
 MAX_AXES = 5  # columns that the kernel of `flat_index` knows
-# Rows of a grid from this size on (bytes) are written through a table from cells to rows.
+# Cells of a grid from this size on (bytes) may be written through a table from cells to rows.
 TABLE_FROM = 64
+CLAIM = 64  # bytes that move when a row claims its cell: a sector of memory there and back
 
 
 # ------------------------------------------------------------------ cells
@@ -88,17 +89,18 @@ def scatter_rows(feats: Tensor, index: Tensor, num: int) -> Tensor:
     """Row j of ``feats`` becomes row ``index[j]``; -1 is skipped, the rest is 0.  -> [num, C].
 
     Of rows with one cell the last is kept, as on the CPU. A maximum over row numbers per cell
-    finds it, whatever the order of the threads. Wide cells have a table for these maxima (4 bytes
-    per cell, a 16th of the grid at most), from which each cell is then written once. For narrow
-    cells such a table would be as large as the grid: the maximum is formed inside the cell, where
-    the winner overwrites it.
+    finds it, whatever the order of the threads. Wide cells may have a table for these maxima (4
+    bytes per cell, a 16th of the grid at most), from which each cell is then written once. Where
+    rows are few, or cells so narrow that the table would be as large as the grid, the maximum is
+    formed inside a cleared cell, where the winner overwrites it.
     """
     n, channels = feats.shape
     size = channels * feats.element_size()
     if n == 0 or num == 0 or channels == 0:
         return feats.new_zeros((num, channels))
     feats, index = feats.contiguous(), index.contiguous()
-    if size >= TABLE_FROM:
+    # A table is written and read whole; without one, rows write cells that are written already.
+    if size >= TABLE_FROM and 8 * num <= n * (size + CLAIM):
         table = torch.full((num,), -1, dtype=torch.int32, device=feats.device)
         launch(_last_row_kernel, (cdiv(n, BLOCK),), feats, index, table, n, num, BLOCK=BLOCK)
         return _gather(feats, table)
