@@ -18,12 +18,13 @@ import torch
 from torch import Tensor
 
 from torchsparse import _tuned
+from torchsparse._confirm import paying
 from torchsparse._kernel_map import KernelMap
 from torchsparse._ops.conv import compile_ahead, gather_gemm, weight_grad
 from torchsparse._recipe import ConvRecipe, Dataflow
 from torchsparse._timing import measure
 
-__all__ = ["Choice", "Group", "Search", "Site", "choices_of"]
+__all__ = ["Change", "Choice", "Group", "Search", "Site", "choices_of"]
 
 MARGIN = 0.97  # what is there stays, unless something takes less than this share of its time
 PER_CALL = {"cpu": 0.05, "cuda": 0.01}  # seconds for the timing of one candidate on one map
@@ -189,13 +190,15 @@ class Group:
         """Seconds per sample with the best choice."""
         return self.costs.get(self.best, 0.0) / max(self.samples, 1)
 
+    def may_stay(self, allowed: Sequence[Choice]) -> bool:
+        """Whether what was found is allowed."""
+        dataflows = {choice.dataflow for choice in allowed}
+        return {choice.dataflow for choice in self.found.values()} <= dataflows
+
     def decide(self, allowed: Sequence[Choice]) -> None:
         """Choose the cheapest; what was found stays within the margin, if it is allowed."""
         ranked = [choice for choice in allowed if choice in self.costs]
-        stay = {choice.dataflow for choice in self.found.values()} <= {
-            choice.dataflow for choice in allowed
-        }
-        self.best = None if stay else [*ranked, *allowed][0]
+        self.best = None if self.may_stay(allowed) else [*ranked, *allowed][0]
         if ranked:
             first = min(ranked, key=self.costs.__getitem__)
             if self.costs[first] < MARGIN * self.costs.get(self.best, 0.0):
@@ -204,6 +207,9 @@ class Group:
     def choice(self, name: str) -> Choice:
         """What a layer gets."""
         return self.best or self.found[name]
+
+
+Change = Group | None  # the choice of a group; None: the tiles
 
 
 class Search:
@@ -233,6 +239,7 @@ class Search:
         self.kinds = ("fwd", "dgrad", "wgrad") if backward else ("fwd",)
         self.groups: dict[tuple[str, ...], Group] = {}
         self.entries: dict[str, _tuned.Entry] = {}  # answers of this search
+        self.replaced: dict[str, _tuned.Entry] = {}  # what was answered before, where it differs
         self.gained = 0.0  # seconds that they save per sample, of `launches`
         self.launches = 0.0
         self._again, self._tick = again, tick
@@ -268,6 +275,26 @@ class Search:
         found = measure(fn, self.device, seconds=limit, least=3)
         self._tick()
         return found.median
+
+    def confirm(self, time: Callable[[Sequence[Change]], Sequence[float]], slack: float) -> None:
+        """Take back what does not pay in the network as a whole.
+
+        Args:
+            time, slack: As for `paying`; of the changes in force.
+        """
+        changes: list[Change] = [
+            group for group in self.groups.values() if group.best and group.may_stay(self.allowed)
+        ]
+        changes.sort(key=lambda group: group.after - group.before if group else 0.0)
+        if self.replaced:
+            changes.append(None)
+        kept = paying(changes, time, slack)
+        for change in changes:
+            if change is not None and change not in kept:
+                change.best = None
+            elif change is None and None not in kept:
+                self.entries |= self.replaced
+                self.replaced, self.gained = {}, 0.0
 
     # -------------------------------------------------------------- choices
     def _time_group(self, sites: list[Site]) -> None:
@@ -431,6 +458,8 @@ class Search:
             if least >= MARGIN * before:
                 best, least = answer, before
         self.entries[name] = best
+        if best != answer:
+            self.replaced.setdefault(name, answer)
         _tuned.record({name: best}, self.device, write=False)
         self.gained += before - least
         self.launches += before

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 import statistics
 import time
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
-__all__ = ["Timing", "measure"]
+__all__ = ["Timing", "busy", "measure"]
 
 L2_BYTES = 64 << 20  # where the device does not say; an H100 has 50 MB
 MOST_LEAD = 0.05  # seconds that the host may run ahead
@@ -74,6 +76,32 @@ def measure(
         fn()
         found.append(clock() - start)
     return Timing.of(found)
+
+
+def busy(fn: Callable[[], Any], device: torch.device | str = "cpu", calls: int = 5) -> float:
+    """Seconds per call that a device computes.
+
+    On a GPU the durations of all kernels and copies, as PyTorch's profiler has them: the host may
+    be as slow as it likes. Where that is not to be had, since another profiler runs, `measure`. On
+    a CPU the fastest call. One more call warms up.
+    """
+    device = torch.device(device)
+    fn()
+    if device.type != "cuda":
+        return measure(fn, device, seconds=0.0, least=calls).low
+    torch.cuda.synchronize(device)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of events that end with a cycle: there is one
+            with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+                for _ in range(calls):
+                    fn()
+                torch.cuda.synchronize(device)
+        events = profiled.events() or ()
+    except RuntimeError:
+        events = ()
+    total = sum(event.device_time for event in events if event.device_type.name == "CUDA")
+    return total / calls / 1e6 if total else measure(fn, device).median
 
 
 def _on_gpu(

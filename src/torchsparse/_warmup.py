@@ -26,7 +26,7 @@ from torchsparse._graphs import (
 from torchsparse._ops.conv import compile_ahead
 from torchsparse.tensor import SparseTensor
 
-__all__ = ["warmup"]
+__all__ = ["compile_passes", "warmup"]
 
 
 def warmup(model: nn.Module, *examples: SparseTensor, graph: Graphs | None = None) -> int:
@@ -52,7 +52,7 @@ def warmup(model: nn.Module, *examples: SparseTensor, graph: Graphs | None = Non
     served = [x for x in examples if x.coords.is_cuda and x.feats.dtype != torch.float64]
     with _left_alone(model, examples) if model.training else nullcontext():
         if served:
-            compiled = _compile(model, served, graph)
+            compiled = compile_passes(model, served, graph)
         for x in examples:
             _step(model, fresh(x))
     if graph is not None:
@@ -63,7 +63,9 @@ def warmup(model: nn.Module, *examples: SparseTensor, graph: Graphs | None = Non
     return compiled
 
 
-def _compile(model: nn.Module, examples: Sequence[SparseTensor], graph: Graphs | None) -> int:
+def compile_passes(
+    model: nn.Module, examples: Sequence[SparseTensor], graph: Graphs | None
+) -> int:
     """First what makes maps, then, with the levels that it makes, all the rest."""
     like = examples[0].coords
     with _unflagged(like.device):

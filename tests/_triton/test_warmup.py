@@ -83,7 +83,7 @@ def test_all_kernels_of_a_step_are_compiled(
             loss.backward()
 
     with cast:
-        ahead = compiled(lambda: _warmup._compile(model, [x], None), monkeypatch)
+        ahead = compiled(lambda: _warmup.compile_passes(model, [x], None), monkeypatch)
     needed = launched(step, monkeypatch)
     assert len(needed) > 10
     assert {key[0].fn.__name__ for key in needed - ahead} == set()  # pyright: ignore
@@ -98,7 +98,7 @@ def test_all_kernels_of_a_graph_are_compiled(
     model = Net().to(device).eval()
     x = scan(90, 1, device)
     graph = graphed(model, wait=wait)
-    ahead = compiled(lambda: _warmup._compile(model, [x], graph), monkeypatch)
+    ahead = compiled(lambda: _warmup.compile_passes(model, [x], graph), monkeypatch)
     rows = _graphs.room_for(len(x.coords), None)
     coords = x.coords.new_full((rows, 4), _capacity.PAD)
     coords[: len(x.coords)] = x.coords
@@ -126,7 +126,7 @@ def test_a_rehearsal_leaves_no_trace(device: torch.device, kernels: None) -> Non
     before = {name: value.clone() for name, value in model.state_dict().items()}
     random = torch.get_rng_state()
     with _warmup._left_alone(model, [x]):
-        assert _warmup._compile(model, [x], None) > 10
+        assert _warmup.compile_passes(model, [x], None) > 10
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(value is buffers[name] for name, value in model.named_buffers())
     assert torch.equal(torch.get_rng_state(), random)

@@ -64,6 +64,11 @@ def widths(gpu: torch.device) -> None:
         run(Kind(3, 2, 1), (32, 64), "fp16", gpu, rows=300)
     F.set_conv_mode(0)
     F.set_kmap_mode("hashmap_on_the_fly")
+    coords = torch.from_numpy(surface(129)).to(gpu)
+    for channels, dtype in itertools.product((5, 64, 130), FLOATS):
+        feats = torch.ones(129, channels, device=gpu, dtype=dtype, requires_grad=True)
+        conv = spnn.Conv3d(channels, channels, 3, groups=channels).to(gpu, dtype)
+        conv(SparseTensor(feats, coords)).feats.sum().backward()
 
 
 def maps(gpu: torch.device) -> None:
@@ -86,6 +91,12 @@ def maps(gpu: torch.device) -> None:
         F.conv3d(coarse, weight, 3, None, 2, 1, transposed=True)
         F.conv3d(x, weight, 3, coordinates=coords)
     torchsparse.tensor.set_allow_negative_coordinates(False)
+    # So many sites that their bins are counted in two steps.
+    generator = torch.Generator(gpu).manual_seed(0)
+    cloud = torch.randint(0, 256, (60_000, 4), generator=generator, device=gpu)
+    cloud = torch.unique(cloud % torch.tensor([2, 256, 256, 32], device=gpu), dim=0).int()
+    x = SparseTensor(torch.ones(len(cloud), 8, device=gpu), cloud)
+    F.conv3d(x, torch.ones(27, 8, 8, device=gpu), 3, None, 2, 1)
 
 
 def dimensions(gpu: torch.device) -> None:
@@ -130,7 +141,7 @@ def points(gpu: torch.device) -> None:
         for dtype, c in itertools.product(FLOATS, (1, 5, 64, 130)):
             feats = torch.ones(3 * rows, c, device=gpu, dtype=dtype, requires_grad=True)
             mean = F.spvoxelize(feats, voxel, counts)
-            out = F.spdevoxelize(mean, index.int(), shares.to(dtype))
+            out = F.spdevoxelize(mean, index.int(), shares.to(dtype).requires_grad_())
             out.sum().backward()
             grid = to_dense(mean.detach().requires_grad_(), coords, (2, 64, 64, 24))
             grid.sum().backward()

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,10 +22,11 @@ from tqdm import tqdm
 from torchsparse import _tuned
 from torchsparse._cache import TensorCache
 from torchsparse._recipe import Dataflow
-from torchsparse._search import Choice, Search, Site, choices_of
+from torchsparse._search import Change, Choice, Search, Site, choices_of
 from torchsparse._settings import settings
-from torchsparse._timing import Timing, measure
+from torchsparse._timing import Timing, busy, measure
 from torchsparse._validate import one_of
+from torchsparse._warmup import compile_passes
 from torchsparse.nn.functional.conv.choices import resolve
 from torchsparse.nn.functional.conv.conv import find_map
 from torchsparse.nn.functional.conv.conv_config import AttributeDict, resolve_config
@@ -35,6 +37,9 @@ __all__ = ["Gain", "compare", "tune"]
 
 FORMAT = "torchsparse.tune/1"
 CONVS = (Conv1d, Conv2d, Conv3d, Conv4d)
+SEARCH = 0.8  # share of the time for measuring layers; the rest is for the network as a whole
+# Share of a network's time that counts as noise: of the sum of kernels, and of a CPU's clock.
+SLACK = {"cuda": 0.003, "cpu": 0.02}
 Configs = dict[str, AttributeDict]
 
 
@@ -60,7 +65,9 @@ def tune(
 
     Layers that share a kernel map get one configuration: dataflow, row order and splits. How each
     launch is cut into tiles (on a CPU: the maps into chunks) goes into this machine's table, from
-    which every program profits. All choices give the same result up to rounding.
+    which every program profits. All choices give the same result up to rounding. Layers are
+    measured one by one; at the end the network is run with and without what was chosen, and what
+    makes it slower, or evaluation without gradients slower, is taken back.
 
     The network runs in evaluation mode without gradients, to see which maps its layers meet.
     Afterwards only ``_config`` of its convolutions is different: modes, buffers, gradients, hooks,
@@ -118,13 +125,22 @@ def tune(
             return _Answer(_as_found(convs), False)
         bar = tqdm(desc="tuning", unit=" timings", disable=not verbose)
         search = Search(
-            device, allowed, tune_with_bwd, seconds, dataflow_prune, force_retune, bar.update
+            device,
+            allowed,
+            tune_with_bwd,
+            SEARCH * seconds,
+            dataflow_prune,
+            force_retune,
+            bar.update,
         )
         with bar, _untouched(model, device):
+            inputs: tuple[Any, ...] = ()
             for inputs in _inputs(data_loader, n_samples, collect_fn, device):
                 search.add(_sites(model, convs, inputs, device, enable_fp16))
                 if search.done:
                     break
+            if search.groups:
+                _confirm(model, convs, inputs, search, enable_fp16, tune_with_bwd)
         if not search.groups:  # no sample, or none that meets a map
             return _Answer(_as_found(convs), False)
         _tuned.record(search.entries, device)
@@ -201,17 +217,9 @@ def compare(
     device = _device_of(model)
     found = inputs if type(inputs) is tuple else (inputs,)
 
-    def step() -> None:
-        half = torch.autocast(device.type, torch.float16) if enable_fp16 else nullcontext()
-        with torch.set_grad_enabled(backward), half:
-            outputs = list(_outputs(model(*_moved(found, device))))  # asked for, thus computed
-        if backward:
-            losses = [t.float().square().mean() for t in outputs if t.requires_grad]
-            torch.autograd.backward(losses)
-            model.zero_grad(set_to_none=True)
-
     def time(after: bool) -> Timing:
         hidden = {} if after else dict.fromkeys(_tuned.entries(device))
+        step = partial(_step, model, found, device, enable_fp16, backward)
         with _tuned.trying(hidden, device), _configured(convs, configs if after else {}):
             return measure(step, device, seconds=seconds / 2)
 
@@ -219,6 +227,51 @@ def compare(
         model.train(backward)
         rounds = [Gain(time(False), time(True)) for _ in range(2)]
     return Gain(*(min(times, key=lambda timing: timing.median) for times in zip(*rounds)))
+
+
+def _step(
+    model: nn.Module, inputs: tuple[Any, ...], device: torch.device, enable_fp16: bool,
+    backward: bool,
+) -> None:  # fmt: skip
+    """A pass of the network over fresh copies, and all gradients of its parameters."""
+    half = torch.autocast(device.type, torch.float16) if enable_fp16 else nullcontext()
+    with torch.set_grad_enabled(backward), half:
+        outputs = list(_outputs(model(*_moved(inputs, device))))  # asked for, thus computed
+    losses = [t.float().square().mean() for t in outputs if backward and t.requires_grad]
+    if losses:
+        torch.autograd.backward(losses)
+        model.zero_grad(set_to_none=True)
+
+
+def _confirm(
+    model: nn.Module,
+    convs: Mapping[str, Any],
+    inputs: tuple[Any, ...],
+    search: Search,
+    enable_fp16: bool,
+    backward: bool,
+) -> None:
+    """Keep of a search's results what makes the network faster.
+
+    In evaluation mode, which needs no labels, as for `_sites`.
+    """
+    device = search.device
+
+    def time(changes: Sequence[Change]) -> list[float]:
+        taken_back = {} if None in changes else search.replaced
+        configs = _configs(convs, search, changes)
+        with _tuned.trying(taken_back, device), _configured(convs, configs):
+            if device.type == "cuda" and len(inputs) == 1 and isinstance(inputs[0], SparseTensor):
+                half = torch.autocast(device.type, torch.float16) if enable_fp16 else nullcontext()
+                with half:
+                    compile_passes(model, list(inputs), None)
+            return [
+                busy(partial(_step, model, inputs, device, enable_fp16, gradients), device)
+                for gradients in ((False, True) if backward else (False,))
+            ]
+
+    model.eval()
+    search.confirm(time, SLACK.get(device.type, SLACK["cpu"]))
 
 
 def _outputs(value: Any) -> Iterator[Tensor]:
@@ -404,9 +457,14 @@ def _as_found(convs: Mapping[str, Any]) -> Configs:
 KEYS = tuple(_fields(Choice(Dataflow.ImplicitGEMM, False, 1, 1, False)))
 
 
-def _configs(convs: Mapping[str, Any], search: Search) -> Configs:
+def _configs(
+    convs: Mapping[str, Any], search: Search, changes: Sequence[Change] | None = None
+) -> Configs:
+    """What a search found; of what it could leave as it was, these changes alone."""
     found = _as_found(convs)
     for group in search.groups.values():
+        if changes is not None and group not in changes and group.may_stay(search.allowed):
+            continue
         for name in group.names:
             found[name] = _config(convs[name], _fields(group.choice(name)))
     return found
