@@ -27,7 +27,8 @@ from torchsparse.backbones import SparseResNet21D, SparseResUNet42
 from torchsparse.backend import GPUHashTable
 from torchsparse.nn import functional as F
 from torchsparse.nn.utils import get_kernel_offsets
-from torchsparse.utils import to_dense
+from torchsparse.utils import to_dense, voxelize_points
+from torchsparse.utils.quantize import sparse_quantize
 
 CHANNELS = ((1, 1), (4, 16), (5, 7), (32, 64), (64, 96), (128, 128), (256, 256))
 ROWS = (1, 2, 70, 129)
@@ -106,7 +107,7 @@ def windows(gpu: torch.device) -> None:
 
 
 def points(gpu: torch.device) -> None:
-    """Voxels and points: hash, query, count, voxelize, devoxelize, dense, tables."""
+    """Voxels and points: hash, query, count, voxelize, devoxelize, dense, quantize, tables."""
     for rows in ROWS:
         coords = torch.from_numpy(surface(rows)).to(gpu)
         hashed = F.sphash(coords)
@@ -122,6 +123,15 @@ def points(gpu: torch.device) -> None:
             out.sum().backward()
             grid = to_dense(mean.detach().requires_grad_(), coords, (2, 64, 64, 24))
             grid.sum().backward()
+        clouds = (
+            coords[:, 1:],
+            coords[:, 1:].double() / 3,
+            torch.cat([coords[:, 1:].half()] * 300),
+        )
+        for cloud in clouds:
+            sparse_quantize(cloud, (0.1, 1, 3))
+            ids = torch.arange(len(cloud), device=gpu)
+            voxelize_points(cloud[:, :2], 0.7, labels=ids % 5, batch=ids % 3)
         table = GPUHashTable(2 * rows)
         sites = coords[:, [1, 2, 3, 0]].contiguous()
         table.insert_coords(sites)

@@ -48,7 +48,8 @@ def group_points(
     Returns:
         The groups, with A = D, or 1 + D columns with a batch; ``also``, rounded to float64. None
         for what is left to the reference: no points, many axes, rare dtypes, boxes of 2^62 cells,
-        and to say what is wrong with cells that are not finite or outside int32.
+        to say what is wrong with cells that are not finite or outside int32, and while kernels
+        are compiled ahead.
     """
     n, axes = points.shape
     dtypes = {points.dtype} if batch is None else {points.dtype, batch.dtype}
@@ -80,10 +81,6 @@ def group_points(
     if complaints and word is not None:
         word.zero_()
         raise_found(complaints, points.device)
-    most = INT_MAX.value - INT_MIN.value
-    extents = (low + high - most + 1 for low, high in zip(bounds[::2], bounds[1::2]))
-    if outside or math.prod(extents) >= MAX_CELLS[torch.int64]:
-        return None
     num = changes + 1
     coords = torch.empty((num, columns), dtype=torch.int32, device=points.device)
     starts = torch.empty(num + 2, dtype=torch.int64, device=points.device)
@@ -92,6 +89,12 @@ def group_points(
         _voxels_kernel, blocks, points,
         keys, order, ends, found, coords, starts, inverse, n, num, COLUMNS=columns, BLOCK=BLOCK,
     )  # fmt: skip
+    most = INT_MAX.value - INT_MIN.value
+    cells = math.prod(low + high - most + 1 for low, high in zip(bounds[::2], bounds[1::2]))
+    # While kernels are compiled ahead nothing runs: bounds of zero give nonsense, which is not in
+    # this range. Others read memory by what they get here, so it must be right even then.
+    if outside or not 0 < cells < MAX_CELLS[torch.int64]:
+        return None
     read = host[integers:].view(torch.float64).tolist()
     return VoxelGroups(coords, order, starts, inverse), read
 
@@ -133,19 +136,18 @@ def _cells_kernel(
     outside = row < 0
     key = tl.zeros([BLOCK], tl.int64)
     for column in tl.static_range(front + AXES):
-        axis: tl.constexpr = column - front
-        if axis < 0:
+        if column < front:
             cell = tl.load(batch + row * batch_stride, mask=here, other=0).to(tl.float64)
         else:
-            if axis == 0:
+            if column - front == 0:
                 size = tl.full([BLOCK], s0, tl.float64)
-            elif axis == 1:
+            elif column - front == 1:
                 size = tl.full([BLOCK], s1, tl.float64)
-            elif axis == 2:
+            elif column - front == 2:
                 size = tl.full([BLOCK], s2, tl.float64)
             else:
                 size = tl.full([BLOCK], s3, tl.float64)
-            at = row * row_stride + axis * stride
+            at = row * row_stride + (column - front) * stride
             value = tl.load(points + at, mask=here, other=0).to(tl.float64)
             cell = tl.floor(divide(value, size))
         fits = (cell >= -2147483648.0) & (cell < 2147483648.0)  # NaN: False
@@ -193,8 +195,7 @@ def _voxels_kernel(
     tl.store(inverse + tl.load(order + row, mask=here, other=0), voxel, mask=here)
     first = new | (row == 0)
     tl.store(starts + voxel, row, mask=first)
-    for behind in tl.static_range(COLUMNS - 1):
-        column: tl.constexpr = COLUMNS - 1 - behind
+    for column in tl.static_range(COLUMNS - 1, 0, -1):
         lower, extent = _box(found, column)
         rest = key // extent
         cell = lower + key - rest * extent
