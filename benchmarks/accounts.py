@@ -44,6 +44,8 @@ OURS = {
         "_flat_index_kernel", "_last_row_kernel", "_claim_kernel", "_scatter_kernel",
         "_gather_kernel", "_gather_strided_kernel", "_share_kernel", "_devoxelize_kernel",
         "_weight_grad_kernel", "_trilinear_kernel",
+        # voxels
+        "_cells_kernel", "_changes_kernel", "_voxels_kernel",
     ),
 }  # fmt: skip
 """The kernels of `torchsparse._triton`, by group."""

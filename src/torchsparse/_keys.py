@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["KeyLayout", "fit_layout", "pack", "unpack"]
+__all__ = ["MAX_CELLS", "KeyLayout", "fit_layout", "pack", "unpack"]
 
 # A layout leaves room for a sentinel above every key, and for one so far below that adding the
 # distance to a neighbour does not reach them. Short keys halve the memory that a search reads.

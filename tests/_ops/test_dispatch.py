@@ -58,7 +58,7 @@ def test_gpus_have_kernels_where_they_can_be_used(monkeypatch, usable) -> None:
     assert twin("conv", there).__name__ == f"torchsparse.{package}.conv"  # pyright: ignore[reportArgumentType]
     assert twin("pool", there).__name__ == f"torchsparse.{package}.pool"  # pyright: ignore[reportArgumentType]
     # No kernels: plain PyTorch.
-    assert twin("voxels", there).__name__ == "torchsparse._reference.voxels"  # pyright: ignore[reportArgumentType]
+    assert twin("sets", there).__name__ == "torchsparse._reference.sets"  # pyright: ignore[reportArgumentType]
 
 
 def test_tests_may_force_one() -> None:

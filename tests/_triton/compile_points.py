@@ -24,10 +24,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from torchsparse._groups import Groups
-from torchsparse._triton import grouping, norm, points, pool, reduce, sums, table
+from torchsparse._triton import grouping, norm, points, pool, reduce, sums, table, voxels
 
 TARGET = GPUTarget("cuda", 90, 32)
-FAMILIES: tuple[Any, ...] = (grouping, norm, points, pool, reduce, sums, table)
+FAMILIES: tuple[Any, ...] = (grouping, norm, points, pool, reduce, sums, table, voxels)
 TYPES = {
     torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64",
     torch.int16: "i16", torch.int32: "i32", torch.int64: "i64", torch.uint8: "u8",
@@ -158,6 +158,10 @@ def run_all(dtype: torch.dtype = torch.float16, channels: int = 64) -> None:
     table.find_rows(keys[0], keys)
     table.lookup(keys[0], index, keys)
     table.site_keys(coords.to(torch.int64))
+    for kind in (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64):
+        voxels.group_points(torch.zeros((n, 3), dtype=kind), (0.1,) * 3, None, None)
+    samples = torch.zeros(n, dtype=torch.int64)
+    voxels.group_points(torch.zeros((n, 4)), (0.1,) * 4, samples, torch.zeros(2))
 
 
 if __name__ == "__main__":

@@ -40,6 +40,8 @@ OWN_NAMES = {
         "_triton": set(),
     },
     "depthwise": {"_reference": set(), "_triton": set()},
+    # Votes are sorts and scans of PyTorch everywhere.
+    "voxels": {"_reference": {"majority"}, "_triton": set()},
 }  # fmt: skip
 # The parameter that holds an implementation's own layout: (reference, kernels).
 OWN_LAYOUT = {

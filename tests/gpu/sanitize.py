@@ -37,7 +37,8 @@ from torchsparse.backbones import SparseResNet21D, SparseResUNet42
 from torchsparse.backend import GPUHashTable
 from torchsparse.nn import functional as F
 from torchsparse.nn.utils import get_kernel_offsets
-from torchsparse.utils import to_dense
+from torchsparse.utils import to_dense, voxelize_points
+from torchsparse.utils.quantize import sparse_quantize
 
 CHANNELS = ((1, 1), (4, 16), (5, 7), (32, 64), (64, 96), (128, 128), (256, 256))
 ROWS = (1, 2, 70, 129)
@@ -129,7 +130,7 @@ def windows(gpu: torch.device) -> None:
 
 
 def points(gpu: torch.device) -> None:
-    """Voxels and points: hash, query, count, voxelize, devoxelize, dense, tables."""
+    """Voxels and points: hash, query, count, voxelize, devoxelize, dense, quantize, tables."""
     for rows in ROWS:
         coords = torch.from_numpy(surface(rows)).to(gpu)
         hashed = F.sphash(coords)
@@ -147,6 +148,15 @@ def points(gpu: torch.device) -> None:
             grid.sum().backward()
             crowded = coords % torch.tensor([2, 8, 8, 8], device=gpu, dtype=torch.int32)
             to_dense(mean.detach(), crowded, (2, 8, 8, 8))
+        clouds = (
+            coords[:, 1:],
+            coords[:, 1:].double() / 3,
+            torch.cat([coords[:, 1:].half()] * 300),
+        )
+        for cloud in clouds:
+            sparse_quantize(cloud, (0.1, 1, 3))
+            ids = torch.arange(len(cloud), device=gpu)
+            voxelize_points(cloud[:, :2], 0.7, labels=ids % 5, batch=ids % 3)
         table = GPUHashTable(2 * rows)
         sites = coords[:, [1, 2, 3, 0]].contiguous()
         table.insert_coords(sites)

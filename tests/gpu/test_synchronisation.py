@@ -14,6 +14,7 @@ from tests.gpu.layers import KINDS, Kind, surface
 from torchsparse import SparseTensor
 from torchsparse import nn as spnn
 from torchsparse.backbones import SparseResUNet42
+from torchsparse.utils import voxelize_points
 
 # Most waits per map: a strided or generative layer has as many sites as the data says.
 MOST_PER_MAP = {
@@ -79,6 +80,21 @@ def test_waits_per_map(name: str, ranged: bool, gpu: torch.device) -> None:
         conv(x)
     print(f"{name}, range {ranged}: {len(waits)} waits {waits}")
     assert len(waits) <= MOST_PER_MAP[name], waits
+
+
+@pytest.mark.parametrize("n", [1, 5000, 200_000])
+def test_voxels_of_points_wait_once(n: int, gpu: torch.device) -> None:
+    """For their number; the labels' bounds and earlier complaints come along."""
+    points = torch.rand(n, 3, device=gpu) * 50
+    ids = torch.arange(n, device=gpu)
+
+    def step() -> None:
+        voxelize_points(points, 0.2, feats=points, labels=ids % 9, batch=ids % 2)
+
+    warm(step)
+    with counted() as waits:
+        step()
+    assert len(waits) == 1, waits
 
 
 @pytest.mark.parametrize("training", [False, True])

@@ -18,8 +18,11 @@ __all__ = ["forced", "has_triton", "is_served", "reference", "twin"]
 
 # Families with Triton kernels.
 KERNELS = frozenset(
-    {"batch_norm", "conv", "coords", "depthwise", "norm", "points", "pool", "reduce", "table"}
-)
+    {
+        "batch_norm", "conv", "coords", "depthwise", "norm", "points", "pool", "reduce", "table",
+        "voxels",
+    }
+)  # fmt: skip
 _forced: list[str] = []
 
 

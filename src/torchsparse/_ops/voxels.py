@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from torchsparse._ops.dispatch import twin
-from torchsparse._reference.voxels import VoxelGroups
+from torchsparse._groups import VoxelGroups
+from torchsparse._ops.dispatch import reference, twin
 
 __all__ = ["VoxelGroups", "group_points", "majority"]
 
@@ -33,7 +33,10 @@ def group_points(
     Raises:
         ValueError: A point that is not finite, a cell outside int32.
     """
-    return twin("voxels", points).group_points(points, voxel_size, batch, also)
+    found = twin("voxels", points).group_points(points, voxel_size, batch, also)
+    if found is None:  # not for kernels, as this one says
+        found = reference("voxels").group_points(points, voxel_size, batch, also)
+    return found
 
 
 def majority(
@@ -51,4 +54,4 @@ def majority(
     Returns:
         [M] int64; ``ignored`` for a voxel without another label.
     """
-    return twin("voxels", labels).majority(labels, ignored, groups, lowest, spread)
+    return reference("voxels").majority(labels, ignored, groups, lowest, spread)

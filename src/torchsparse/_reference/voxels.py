@@ -3,31 +3,19 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from torchsparse._flags import pending_word, raise_found
+from torchsparse._groups import VoxelGroups
+from torchsparse._keys import MAX_CELLS
 from torchsparse._reference.coords import flat_nonzero
 
 __all__ = ["VoxelGroups", "group_points", "majority"]
 
 INT32 = torch.iinfo(torch.int32)
-MAX_BOX = 1 << 62  # cells of a box whose numbers fit into one 64-bit key
-
-
-class VoxelGroups(NamedTuple):
-    """Points by voxel.  Cells 5, 2, 5 on one axis:
-
-    coords = [[2], [5]], order = [1, 0, 2], starts = [0, 1, 3, 3], inverse = [1, 0, 1].
-    """
-
-    coords: Tensor  # [M, A] int32, distinct rows in lexicographic order
-    order: Tensor  # [N] int64, points of voxel 0, then of voxel 1, ...; ascending within a voxel
-    starts: Tensor  # [M + 2] int64 = [0] + cumsum(points per voxel) + [N], as in `reduce.Groups`
-    inverse: Tensor  # [N] int64, voxel of each point
 
 
 def group_points(
@@ -65,7 +53,7 @@ def group_points(
             f"`coords` / `voxel_size` must be finite and fit into 32-bit integers, "
             f"got cells from {lower} to {upper}"
         )
-    if math.prod(int(high - low) + 1 for low, high in zip(lower, upper)) >= MAX_BOX:
+    if math.prod(int(high - low) + 1 for low, high in zip(lower, upper)) >= MAX_CELLS[torch.int64]:
         order, new, rank = _ranked(_wide_keys(cells))
         last = int(rank[-1])
     starts = _starts(new, rank, last + 1)
