@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from torchsparse._timing import Timing, measure
+from torchsparse._timing import Timing, busy, measure
 
 
 class Clock:
@@ -51,6 +51,14 @@ def test_one_hiccup_does_not_move_the_median() -> None:
 def test_the_outer_tenths_are_left_out_of_the_spread() -> None:
     found = Timing.of([0.0, *[1.0] * 9, *[2.0] * 9, 90.0])
     assert (found.low, found.median, found.high) == (1.0, 1.5, 2.0)
+
+
+def test_a_cpu_is_as_busy_as_in_its_fastest_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(9.0, 3.0, 2.0, 4.0)
+    monkeypatch.setattr(
+        measure, "__kwdefaults__", {**(measure.__kwdefaults__ or {}), "clock": clock}
+    )
+    assert busy(clock.work, calls=3) == 2.0
 
 
 def test_a_failing_call_fails() -> None:

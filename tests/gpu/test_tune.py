@@ -14,7 +14,7 @@ from torch import nn
 import torchsparse
 from torchsparse import SparseTensor, _tuned
 from torchsparse import nn as spnn
-from torchsparse._timing import measure
+from torchsparse._timing import busy, measure
 from torchsparse.backbones import SparseResUNet42
 from torchsparse.datasets import HDL32, scan, street, voxelize
 from torchsparse.nn.functional import Dataflow
@@ -140,3 +140,4 @@ def test_the_clock_ignores_a_slow_host(gpu: torch.device) -> None:
         x.mul_(1.0)
 
     assert measure(slow, gpu).median < 5e-5
+    assert 0 < busy(slow, gpu) < 2e-5

@@ -9,6 +9,7 @@ import sys
 import textwrap
 import warnings
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -571,10 +572,12 @@ def cast_map(number: int) -> KernelMap:
     return f"map {number}"  # pyright: ignore[reportReturnType]
 
 
+@pytest.mark.parametrize("pays", [True, False])
 def test_kernels_are_searched_through_the_functions_that_run(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, pays: bool
 ) -> None:
-    """In Triton's interpreter: every question of the launches is answered by what is fastest."""
+    """In Triton's interpreter: every question of the launches is answered by what is fastest, but
+    if the network as a whole becomes slower, by what it was before."""
     pytest.importorskip("triton")
     asked: list[dict[str, Any]] = []
     real = _tuned.trying
@@ -584,14 +587,22 @@ def test_kernels_are_searched_through_the_functions_that_run(
         return real(found, device)
 
     def time_of(fn: Callable[[], Any], *args: Any, **options: Any) -> Timing:
-        """A kernel takes the time that its tile says: 64 channels per program are best."""
+        """A kernel takes the time that its tile says: four shares of the taps are best."""
         fn()
         answer = next(iter(asked[-1].values()), None) if asked else None
-        seconds = 1.0 if answer is None or answer[1] != 16 else 0.5
+        seconds = 1.0 if answer is None or answer[5] != 4 else 0.5
         return Timing(seconds, seconds, seconds, 1)
+
+    passes: list[float] = []
+
+    def whole(fn: Callable[[], Any], *args: Any) -> float:
+        """Forward and backward, first without changes, then with them."""
+        passes.append(1.0 if len(passes) < 2 else 0.5 if pays else 2.0)
+        return passes[-1]
 
     monkeypatch.setattr(_search, "measure", time_of)
     monkeypatch.setattr(_tuned, "trying", trying)
+    monkeypatch.setattr(import_module("torchsparse.utils.tune"), "busy", whole)
     coords = torch.tensor([[0, 1, 2, 3], [0, 1, 2, 4], [0, 1, 3, 3]], dtype=torch.int32)
     model = spnn.Conv3d(16, 32, 3)
     with forced("_triton"), warnings.catch_warnings():
@@ -599,7 +610,8 @@ def test_kernels_are_searched_through_the_functions_that_run(
         quiet(model, [SparseTensor(torch.randn(3, 16), coords)], tune_with_bwd=True, n_samples=1)
     found = {name.split("/")[0]: entry for name, entry in _tuned.entries(CPU).items()}
     assert set(found) == {"fwd", "dgrad", "wgrad"}
-    assert found["dgrad"][1] == 16
+    assert (found["fwd"][5] == 4) is (found["dgrad"][5] == 4) is pays
+    assert len(passes) == 4
 
 
 def test_a_candidate_that_computes_something_else_is_not_taken(
