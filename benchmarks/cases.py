@@ -9,12 +9,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+import torchsparse
 from benchmarks.floors import Work
 from benchmarks.scenes import Scene
 from torchsparse import SparseTensor
 from torchsparse import nn as spnn
 from torchsparse.backbones import SparseResNet21D, SparseResUNet42
 from torchsparse.backbones.modules.blocks import SparseResBlock
+from torchsparse.backbones.unet import SparseResUNet
 from torchsparse.nn import functional as F
 
 
@@ -38,6 +40,22 @@ class Last(nn.Module):
 
     def forward(self, x: Any) -> Any:
         return self.body(x)[-1]
+
+
+class LastOfUNet(Last):
+    """The same of a U-Net, which lets go of a level after its last use, as SpConv's twin does."""
+
+    body: SparseResUNet
+
+    def forward(self, x: Any) -> Any:
+        skips = [self.body.stem(x)]
+        for encoder in self.body.encoders:
+            skips.append(encoder(skips[-1]))
+        y = skips.pop()
+        for decoder in self.body.decoders:
+            parts: Any = decoder
+            y = parts["fuse"](torchsparse.cat([parts["upsample"](y), skips.pop()]))
+        return y
 
 
 def _layer(name: str, c_in: int, c_out: int, *args: Any) -> Case:
@@ -82,8 +100,10 @@ LAYERS = {
     )
 }
 NETWORKS = {
-    "minkunet": Case("minkunet", lambda: Last(SparseResUNet42()), 4),
-    "minkunet-half": Case("minkunet-half", lambda: Last(SparseResUNet42(width_multiplier=0.5)), 4),
+    "minkunet": Case("minkunet", lambda: LastOfUNet(SparseResUNet42()), 4),
+    "minkunet-half": Case(
+        "minkunet-half", lambda: LastOfUNet(SparseResUNet42(width_multiplier=0.5)), 4
+    ),
     "centerpoint": Case("centerpoint", centerpoint, 4),
     "resnet21d": Case("resnet21d", lambda: Last(SparseResNet21D()), 4),
 }

@@ -227,9 +227,12 @@ class _UNet(nn.Module):
             skips.append(encoder(skips[-1]))
         y = skips.pop()
         for up, fuse in zip(self.ups, self.fuses):
-            y = up(y)
-            y = fuse(y.replace_feature(torch.cat([y.features, skips.pop().features], 1)))
+            y = fuse(_joined(up(y), skips.pop()))
         return y
+
+
+def _joined(x: Any, skip: Any) -> Any:
+    return x.replace_feature(torch.cat([x.features, skip.features], 1))
 
 
 def training_step(
