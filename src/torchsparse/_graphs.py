@@ -53,6 +53,7 @@ __all__ = [
     "padded",
     "placed",
     "room_for",
+    "unwrapped",
 ]
 
 RATIO = 1.25  # of the capacities of neighbouring buckets
@@ -61,6 +62,11 @@ WIDEST = 2**31 - 1  # cells of a level with narrow keys
 NARROW = WIDEST // 2  # cells seen, below which keys are planned to be narrow
 SMALLEST = 1024  # rows of the smallest bucket
 PARALLEL = nn.DataParallel, nn.parallel.DistributedDataParallel  # around the module that computes
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The network without what waits for other devices or processes."""
+    return model.module if isinstance(model, PARALLEL) else model
 
 
 def fresh(x: SparseTensor) -> SparseTensor:

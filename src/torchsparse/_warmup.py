@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torchsparse._capacity import Found, Growth, growing
 from torchsparse._flags import pending_word
 from torchsparse._graphs import (
-    PARALLEL,
     Graphs,
     Seen,
     autocast_without_cache,
@@ -22,6 +21,7 @@ from torchsparse._graphs import (
     padded,
     placed,
     room_for,
+    unwrapped,
 )
 from torchsparse._ops.conv import compile_ahead
 from torchsparse.tensor import SparseTensor
@@ -111,16 +111,11 @@ def _step(model: nn.Module, x: SparseTensor) -> None:
     training = model.training
     x.feats = x.feats.detach().requires_grad_(training and x.feats.requires_grad)
     with torch.set_grad_enabled(training):
-        output = _inner(model)(x)
+        output = unwrapped(model)(x)
         for _ in leaves(output):
             pass  # computed now
     if training:
         _differentiate(model, x.feats, output)
-
-
-def _inner(model: nn.Module) -> nn.Module:
-    """Without what waits for the gradients of other processes."""
-    return model.module if isinstance(model, PARALLEL) else model
 
 
 def _differentiate(model: nn.Module, feats: Tensor, output: Any) -> None:

@@ -614,6 +614,23 @@ def test_kernels_are_searched_through_the_functions_that_run(
     assert len(passes) == 4
 
 
+class Guarded(nn.DataParallel):
+    """A wrapper that would wait for other processes."""
+
+    def forward(self, *inputs: Any, **kwargs: Any) -> Any:
+        raise AssertionError("the others do not take part")
+
+
+def test_what_was_found_is_tried_in_this_process_alone() -> None:
+    model = Guarded(network())
+    convs = {name: m for name, m in model.named_modules() if isinstance(m, spnn.Conv3d)}
+    search = Search(CPU, choices_of([Dataflow.ImplicitGEMM], True), True, 10.0)
+    name = _tuned.key("layout", 0, 0, 8, 0, "any", "ieee", "cpu")
+    search.entries, search.replaced = {name: (8192,)}, {name: (32768,)}
+    import_module("torchsparse.utils.tune")._confirm(model, convs, (cloud(),), search, False, True)
+    assert search.entries[name] in ((8192,), (32768,))
+
+
 def test_a_candidate_that_computes_something_else_is_not_taken(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

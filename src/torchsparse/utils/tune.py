@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from torchsparse import _tuned
 from torchsparse._cache import TensorCache
+from torchsparse._graphs import unwrapped
 from torchsparse._recipe import Dataflow
 from torchsparse._search import Change, Choice, Search, Site, choices_of
 from torchsparse._settings import settings
@@ -253,9 +254,9 @@ def _confirm(
 ) -> None:
     """Keep of a search's results what makes the network faster.
 
-    In evaluation mode, which needs no labels, as for `_sites`.
+    In evaluation mode, which needs no labels, and in this process alone, as for `_sites`.
     """
-    device = search.device
+    device, alone = search.device, unwrapped(model)
 
     def time(changes: Sequence[Change]) -> list[float]:
         taken_back = {} if None in changes else search.replaced
@@ -264,9 +265,9 @@ def _confirm(
             if device.type == "cuda" and len(inputs) == 1 and isinstance(inputs[0], SparseTensor):
                 half = torch.autocast(device.type, torch.float16) if enable_fp16 else nullcontext()
                 with half:
-                    compile_passes(model, list(inputs), None)
+                    compile_passes(alone, list(inputs), None)
             return [
-                busy(partial(_step, model, inputs, device, enable_fp16, gradients), device)
+                busy(partial(_step, alone, inputs, device, enable_fp16, gradients), device)
                 for gradients in ((False, True) if backward else (False,))
             ]
 
@@ -417,11 +418,9 @@ def _sites(
     handles = [
         conv.register_forward_hook(hook(name), with_kwargs=True) for name, conv in convs.items()
     ]
-    wrapped = (nn.DataParallel, nn.parallel.DistributedDataParallel)
-    inner = model.module if isinstance(model, wrapped) else model
     try:
         with torch.no_grad(), half:
-            inner(*inputs)
+            unwrapped(model)(*inputs)
     finally:
         for handle in handles:
             handle.remove()
