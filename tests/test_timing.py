@@ -58,7 +58,7 @@ def test_a_cpu_is_as_busy_as_in_its_fastest_call(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(
         measure, "__kwdefaults__", {**(measure.__kwdefaults__ or {}), "clock": clock}
     )
-    assert busy(clock.work, calls=3) == 2.0
+    assert busy(clock.work, calls=3) == 2.0 and clock.calls == 4
 
 
 def test_a_failing_call_fails() -> None:

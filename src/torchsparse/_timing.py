@@ -86,9 +86,9 @@ def busy(fn: Callable[[], Any], device: torch.device | str = "cpu", calls: int =
     a CPU the fastest call. One more call warms up.
     """
     device = torch.device(device)
-    fn()
     if device.type != "cuda":
         return measure(fn, device, seconds=0.0, least=calls).low
+    fn()
     torch.cuda.synchronize(device)
     try:
         with warnings.catch_warnings():
