@@ -8,7 +8,7 @@ import os
 import random
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -230,13 +230,16 @@ def compare(
     return Gain(*(min(times, key=lambda timing: timing.median) for times in zip(*rounds)))
 
 
+def _cast(device: torch.device, enable_fp16: bool) -> AbstractContextManager[Any]:
+    return torch.autocast(device.type, torch.float16) if enable_fp16 else nullcontext()
+
+
 def _step(
     model: nn.Module, inputs: tuple[Any, ...], device: torch.device, enable_fp16: bool,
     backward: bool,
 ) -> None:  # fmt: skip
     """A pass of the network over fresh copies, and all gradients of its parameters."""
-    half = torch.autocast(device.type, torch.float16) if enable_fp16 else nullcontext()
-    with torch.set_grad_enabled(backward), half:
+    with torch.set_grad_enabled(backward), _cast(device, enable_fp16):
         outputs = list(_outputs(model(*_moved(inputs, device))))  # asked for, thus computed
     losses = [t.float().square().mean() for t in outputs if backward and t.requires_grad]
     if losses:
@@ -263,8 +266,7 @@ def _confirm(
         configs = _configs(convs, search, changes)
         with _tuned.trying(taken_back, device), _configured(convs, configs):
             if device.type == "cuda" and len(inputs) == 1 and isinstance(inputs[0], SparseTensor):
-                half = torch.autocast(device.type, torch.float16) if enable_fp16 else nullcontext()
-                with half:
+                with _cast(device, enable_fp16):
                     compile_passes(alone, list(inputs), None)
             return [
                 busy(partial(_step, alone, inputs, device, enable_fp16, gradients), device)
@@ -414,12 +416,11 @@ def _sites(
         return see
 
     model.eval()
-    half = torch.autocast(device.type, torch.float16) if enable_fp16 else nullcontext()
     handles = [
         conv.register_forward_hook(hook(name), with_kwargs=True) for name, conv in convs.items()
     ]
     try:
-        with torch.no_grad(), half:
+        with torch.no_grad(), _cast(device, enable_fp16):
             unwrapped(model)(*inputs)
     finally:
         for handle in handles:
