@@ -60,14 +60,16 @@ def test_flat_index_notes_a_row_outside(value, bit, device):
 
 
 # ------------------------------------------------------------------ moves
+@pytest.mark.parametrize("num", [21, 20_000])
 @pytest.mark.parametrize("channels", [1, 2, 3, 4, 8, 33])
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-def test_scatter_keeps_the_last_of_equal_cells(dtype, channels, device):
-    """Narrow cells find the last row in the grid itself, wide ones in a table."""
+def test_scatter_keeps_the_last_of_equal_cells(dtype, channels, num, device):
+    """Narrow cells, and wide ones among many, find the last row in the grid itself, others in a
+    table."""
     feats = randn(150, channels, dtype=dtype, device=device)
     index = randint(-1, 20, (150,), device)
-    got = points.scatter_rows(feats, index, 21)
-    want = torch.zeros((21, channels), dtype=dtype, device=device)
+    got = points.scatter_rows(feats, index, num)
+    want = torch.zeros((num, channels), dtype=dtype, device=device)
     for row, cell in zip(feats, index.tolist()):
         if cell >= 0:
             want[cell] = row
