@@ -40,6 +40,25 @@ def test_weight_grad_is_the_sum_over_pairs(
     assert_near(got, problem.weight_grad())
 
 
+def test_no_chunk_is_longer_than_an_accumulator_bears(
+    tile, monkeypatch: pytest.MonkeyPatch, device: torch.device
+) -> None:
+    """Also where a list gives two taps: every row of a point cloud meets itself under each tap."""
+    relation = Geometry.submanifold((3,), (1,))
+    tile(target=1)
+    monkeypatch.setattr(product, "LONGEST", 256)
+    m = 1000
+    table = torch.arange(m, dtype=torch.int32, device=device).expand(3, m).contiguous()
+    pairs = make_pairs(table, relation)
+    ones = torch.ones(m, 16, device=device)
+    assert torch.equal(
+        weight_grad(ones, ones, pairs), torch.full((3, 16, 16), float(m)).to(device)
+    )
+    (known,) = pairs.memo.values()
+    target = known.chunks - pairs.volume
+    assert 3 * m / target <= 256
+
+
 def test_swapped_pairs(device: torch.device) -> None:
     """A transposed layer: its inputs are the map's outputs."""
     problem = Problem.of(device, (8, 30, 17), (16, 20))

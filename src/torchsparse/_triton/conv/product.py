@@ -485,7 +485,8 @@ def _plan_grad(feats: Tensor, grad: Tensor, pairs: Pairs, precision: str) -> _Gr
     precision = precision if feats.dtype == torch.float32 else "ieee"
     listed = pairs.inputs.shape[0]
     tile = grad_tile(listed, c_in, c_out, feats.dtype, precision, volume, feats.device)
-    tile = tile._replace(target=max(tile.target, cdiv(listed, LONGEST)))
+    most_pairs = listed * volume // pairs.lists  # half of the lists may be read from both ends
+    tile = tile._replace(target=max(tile.target, cdiv(most_pairs, LONGEST)))
     most = tile.target + volume  # every tap may end with a short chunk
     size = c_in * c_out
     rows, width = (4, 1024) if size >= 1 << 14 else (16, 128)
