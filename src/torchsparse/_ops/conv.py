@@ -126,7 +126,7 @@ def gather_gemm(
 
 
 def dense(feats: Tensor, weight: Tensor, bias: Tensor | None, epilogue: Epilogue) -> Tensor | None:
-    """``feats @ weight + bias`` with an epilogue in one pass, if a kernel does that.
+    """``feats @ weight + bias`` with an epilogue in one pass, where there is one.
 
     Args:
         feats: [M, C_in] floating.
@@ -138,7 +138,9 @@ def dense(feats: Tensor, weight: Tensor, bias: Tensor | None, epilogue: Epilogue
         [M, C_out] in the dtype of feats; None: use a product and `finish`.
     """
     chosen = twin("conv", feats)
-    if chosen is reference("conv") or feats.dtype not in HALVES or feats.shape[1] % 8:
+    if chosen is reference("conv"):
+        return chosen.dense(feats, weight, bias, epilogue) if feats.device.type == "cpu" else None
+    if feats.dtype not in HALVES or feats.shape[1] % 8:
         return None
     return chosen.dense(feats, weight, bias, epilogue)
 

@@ -77,6 +77,7 @@ class Layout(NamedTuple):
 
 LAYOUT = Layout(32768)
 TRIED = (Layout(8192), Layout(16384), LAYOUT, Layout(65536), Layout(131072))
+BLOCK_ROWS = 8192  # that are put into another order at a time
 WIDEST_GROUPED = 64  # channels up to which one call multiplies the rows of all taps
 
 
@@ -189,30 +190,47 @@ def gather_gemm(
     if plan.reverse:
         weight = weight.flip(0)
     xs = _in_order(feats.to(compute), plan.in_order)
-    out = feats.new_empty((plan.num_outputs, weight.shape[2]), dtype=compute)
-    if epilogue is not None and epilogue.residual is not None and plan.out_order is not None:
-        residual = epilogue.residual.index_select(0, plan.out_order)
-        epilogue = epilogue._replace(residual=residual)
+    shape = plan.num_outputs, weight.shape[2]
+    out = feats.new_empty(shape, dtype=compute)
     end = None if epilogue is None else _end(epilogue, compute)
     centre = None if plan.identity is None else weight[plan.identity]
     bias = None if bias is None else bias.to(compute)
 
     def fill(chunk: Chunk) -> None:
         sums = _sum_products(xs, weight, chunk)
+        where = slice(chunk.begin, chunk.end)
         if centre is not None:
-            sums.addmm_(xs[chunk.begin : chunk.end], centre)
+            sums.addmm_(xs[where], centre)
         if bias is not None:
             sums.add_(bias)
-        where = slice(chunk.begin, chunk.end)
-        if end is None:
+        if end is None or plan.out_rank is not None:
             out[where] = sums
         else:
             _finish(sums, end, where, out[where])
 
     for_each(fill, plan.chunks, out.device)
     if plan.out_rank is not None:
-        out = out.index_select(0, plan.out_rank)
+        out = _by_row(out, plan.out_rank, end)
     return out.to(feats.dtype)
+
+
+def _by_row(sums: Tensor, rank: Tensor, end: _End | None) -> Tensor:
+    """``sums[rank]``, with an epilogue applied to its rows while they are in the cache."""
+    out = sums.new_empty(sums.shape)
+
+    def place(where: slice) -> None:
+        rows = out[where]
+        torch.index_select(sums, 0, rank[where], out=rows)
+        if end is not None:
+            _finish(rows, end, where, rows)
+
+    for_each(place, _blocks(out.shape[0]), out.device)
+    return out
+
+
+def _blocks(n: int) -> list[slice]:
+    """``n`` rows in pieces for `for_each`; few rows are few pieces, and not worth its threads."""
+    return [slice(begin, begin + BLOCK_ROWS) for begin in range(0, n, BLOCK_ROWS)]
 
 
 class _End(NamedTuple):
@@ -251,12 +269,21 @@ def _finish(rows: Tensor, end: _End, where: slice, out: Tensor) -> None:
 
 def dense(feats: Tensor, weight: Tensor, bias: Tensor | None, epilogue: Epilogue) -> Tensor:
     """``feats @ weight + bias``, then an epilogue.  [M, C_in] -> [M, C_out] in the same dtype."""
-    dtype = sum_dtype(feats.dtype)
-    rows = feats.to(dtype) @ weight.to(dtype)
-    if bias is not None:
-        rows += bias
-    _finish(rows, _end(epilogue, dtype), slice(None), rows)
-    return rows.to(feats.dtype)
+    dtype, given = sum_dtype(feats.dtype), feats.dtype
+    feats, weight = feats.to(dtype), weight.to(dtype)
+    scale, shift, residual, slope = _end(epilogue, dtype)
+    bias = None if bias is None else bias.to(dtype)
+    if scale is not None and shift is not None:  # of the product: rows are not passed over again
+        weight = weight * scale
+        bias = shift if bias is None else torch.addcmul(shift, bias, scale)
+    # Into given rows, which autocast leaves as they are.
+    rows = feats.new_empty((feats.shape[0], weight.shape[1]))
+    if bias is None:
+        torch.mm(feats, weight, out=rows)
+    else:
+        torch.addmm(bias, feats, weight, out=rows)
+    _finish(rows, _End(None, None, residual, slope), slice(None), rows)
+    return rows.to(given)
 
 
 def finish(feats: Tensor, epilogue: Epilogue) -> Tensor:
@@ -268,7 +295,7 @@ def finish(feats: Tensor, epilogue: Epilogue) -> Tensor:
 
 def _in_order(feats: Tensor, order: Tensor | None) -> Tensor:
     """Rows in the positions' order: gathering neighbours then finds them in the cache."""
-    return feats.contiguous() if order is None else feats.index_select(0, order)
+    return feats.contiguous() if order is None else _by_row(feats, order, None)
 
 
 def _sum_products(xs: Tensor, weight: Tensor, chunk: Chunk) -> Tensor:
