@@ -49,7 +49,7 @@ class Chunk(NamedTuple):
     begin: int  # first output row
     end: int  # begin + R
     inputs: Tensor  # [P] int32, input row of each pair; by tap, then output row
-    outputs: Tensor  # [P] int64, output row of each pair
+    outputs: Tensor  # [P] int32, output row of each pair
     sizes: list[int]  # [K], pairs per tap
     tap_ends: Tensor  # [K] int32, where each tap's pairs end
     order: Tensor  # [P] int32, pairs by output row, then tap
@@ -151,17 +151,25 @@ def _chunk(neighbors: Tensor, present: Tensor, ends: Tensor, begin: int, end: in
     table = neighbors[:, begin:end].contiguous()
     present = present[:, begin:end].contiguous()
     pairs = flat_nonzero(present)
-    rows = pairs.remainder(end - begin)
-    # Short numbers are sorted by radix.
+    # Numbers of 16 bits are sorted by radix. (A remainder of the places would take twice as long.)
     short = torch.int16 if end - begin <= torch.iinfo(torch.int16).max else torch.int32
-    order = stable_order(rows.to(short)).to(torch.int32)
+    numbers = torch.arange(end - begin, dtype=short, device=table.device)
+    rows = numbers.repeat(table.shape[0]).index_select(0, pairs)
+    order = stable_order(rows).to(torch.int32)
     before = ends[begin - 1] if begin else ends.new_zeros(())
     offsets = torch.zeros(end - begin + 1, dtype=torch.int32, device=table.device)
     torch.sub(ends[begin:end], before, out=offsets[1:])
     inputs = table.view(-1).index_select(0, pairs)
-    sizes = present.sum(1)
-    tap_ends = sizes.cumsum(0, dtype=torch.int32)
-    return Chunk(begin, end, inputs, rows.add_(begin), sizes.tolist(), tap_ends, order, offsets)
+    outputs = rows.to(torch.int32).add_(begin)
+    tap_ends = _tap_ends(pairs, *table.shape)
+    sizes = torch.diff(tap_ends, prepend=tap_ends.new_zeros(1))
+    return Chunk(begin, end, inputs, outputs, sizes.tolist(), tap_ends, order, offsets)
+
+
+def _tap_ends(pairs: Tensor, taps: int, rows: int) -> Tensor:
+    """Where the places of each tap end: [P] int64, ascending, in a table of these sizes -> [K]."""
+    ends = torch.arange(1, taps + 1, device=pairs.device).mul_(rows)
+    return torch.searchsorted(pairs, ends, out_int32=True)
 
 
 def gather_gemm(

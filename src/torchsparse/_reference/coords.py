@@ -27,6 +27,7 @@ __all__ = [
     "flat_nonzero",
     "generative_sites",
     "invert_taps",
+    "sorted_values",
     "stable_order",
     "strided_sites",
 ]
@@ -161,6 +162,13 @@ def stable_order(values: Tensor) -> Tensor:
     if values.device.type == "cpu":  # NumPy sorts 30 000 numbers of 16 bits five times as fast
         return torch.from_numpy(np.argsort(values.numpy(), kind="stable"))
     return torch.sort(values, stable=True).indices
+
+
+def sorted_values(values: Tensor) -> Tensor:
+    """Ascending.  [N] -> [N]"""
+    if values.device.type == "cpu":  # without indices, NumPy's vector instructions win
+        return torch.from_numpy(np.sort(values.numpy()))
+    return torch.sort(values).values
 
 
 def _tap_strides(kernel_size: tuple[int, ...]) -> list[int]:
@@ -320,7 +328,7 @@ def strided_sites(
     """
     if upper is None:
         upper = _inferred_upper(index, geometry)
-    axes, low, high = [], *bounds(coords)
+    axes, low, high = [], index.lower.clone(), index.upper.clone()
     for i in range(geometry.ndim):
         o, s, r = geometry.offset[i], geometry.stride[i], geometry.reach[i]
         low[1 + i] = torch.div(low[1 + i] + o - r, s, rounding_mode="floor")
@@ -342,7 +350,7 @@ def generative_sites(
     index: CoordIndex, coords: Tensor, geometry: Geometry, lower: Bounds, upper: Bounds
 ) -> tuple[Tensor, CoordIndex]:
     """All fine sites that some tap ties to a coarse site; else as `strided_sites`."""
-    axes, low, high = [], *bounds(coords)
+    axes, low, high = [], index.lower.clone(), index.upper.clone()
     for i in range(geometry.ndim):
         o, s, r = geometry.offset[i], geometry.stride[i], geometry.reach[i]
         low[1 + i] = low[1 + i] * s - o
@@ -388,7 +396,7 @@ def _unique(keys: Tensor) -> Tensor:
     """Ascending distinct values; sorting beats torch.unique on the CPU."""
     if keys.shape[0] == 0:
         return keys
-    keys = torch.sort(keys).values
+    keys = sorted_values(keys)
     first = torch.ones(keys.shape[0], dtype=torch.bool, device=keys.device)
     torch.ne(keys[1:], keys[:-1], out=first[1:])
     return keys.index_select(0, flat_nonzero(first))
@@ -414,19 +422,27 @@ def _coarse_candidates(fine: Tensor, geometry: Geometry, axis: int) -> Candidate
     if s == 1:
         base, count = shifted, None
     else:
-        residue = shifted.remainder(s)
-        base = shifted - torch.tensor(first_tap, device=fine.device)[residue] * d
-        base = torch.div(base, s, rounding_mode="floor")
+        residue = _divide(shifted, s)[1]
+        base = shifted - torch.tensor(first_tap, device=fine.device).index_select(0, residue) * d
+        base = _divide(base, s)[0]
         count = (
             None
             if min(counts) == max(counts)
-            else torch.tensor(counts, device=fine.device)[residue]
+            else torch.tensor(counts, device=fine.device).index_select(0, residue)
         )
     found = []
     for j in range(max(counts)):
         site = base - j * (d * step // s) if j else base
         found.append((site, None if count is None else count > j))
     return found
+
+
+def _divide(values: Tensor, divisor: int) -> tuple[Tensor, Tensor]:
+    """Quotient, rounded down, and remainder of [N] int64."""
+    shift = divisor.bit_length() - 1
+    if divisor == 1 << shift:  # ten times as fast
+        return values >> shift, values & (divisor - 1)
+    return torch.div(values, divisor, rounding_mode="floor"), values.remainder(divisor)
 
 
 def _within(

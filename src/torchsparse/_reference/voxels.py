@@ -11,7 +11,7 @@ from torch import Tensor
 from torchsparse._flags import pending_word, raise_found
 from torchsparse._groups import VoxelGroups
 from torchsparse._keys import MAX_CELLS
-from torchsparse._reference.coords import flat_nonzero
+from torchsparse._reference.coords import flat_nonzero, sorted_values
 
 __all__ = ["VoxelGroups", "group_points", "majority"]
 
@@ -152,7 +152,7 @@ def majority(
     place = labels.index_select(0, groups.order) - lowest
     voxel = groups.inverse.index_select(0, groups.order)
     # Equal labels of a voxel side by side; the last of a run knows how many they are.
-    runs = _sorted(voxel * spread + place)
+    runs = sorted_values(voxel * spread + place)
     numbers = torch.arange(labels.shape[0], device=labels.device)
     begin = numbers.clone()
     begin[1:].masked_fill_(runs[1:] == runs[:-1], 0)
@@ -162,13 +162,6 @@ def majority(
     score.masked_fill_(place + lowest == ignored, -1)
     best = _highest(score, voxel, groups.starts[:-2])
     return torch.where(best < 0, ignored, spread - 1 - best % spread + lowest)
-
-
-def _sorted(values: Tensor) -> Tensor:
-    """Ascending.  [N] -> [N]."""
-    if values.device.type == "cpu":  # without indices, NumPy's vector instructions win
-        return torch.from_numpy(np.sort(values.numpy()))
-    return torch.sort(values)[0]
 
 
 def _highest(score: Tensor, voxel: Tensor, starts: Tensor) -> Tensor:
