@@ -198,25 +198,34 @@ def gather_gemm(
     if plan.reverse:
         weight = weight.flip(0)
     xs = _in_order(feats.to(compute), plan.in_order)
-    shape = plan.num_outputs, weight.shape[2]
-    out = feats.new_empty(shape, dtype=compute)
     end = None if epilogue is None else _end(epilogue, compute)
     centre = None if plan.identity is None else weight[plan.identity]
     bias = None if bias is None else bias.to(compute)
+    here = None if plan.out_rank is not None else end  # what is applied before rows are reordered
 
-    def fill(chunk: Chunk) -> None:
+    def sums_of(chunk: Chunk) -> Tensor:
         sums = _sum_products(xs, weight, chunk)
-        where = slice(chunk.begin, chunk.end)
         if centre is not None:
-            sums.addmm_(xs[where], centre)
+            sums.addmm_(xs[chunk.begin : chunk.end], centre)
         if bias is not None:
             sums.add_(bias)
-        if end is None or plan.out_rank is not None:
-            out[where] = sums
-        else:
-            _finish(sums, end, where, out[where])
+        return sums
 
-    for_each(fill, plan.chunks, out.device)
+    if len(plan.chunks) == 1:
+        out = sums_of(plan.chunks[0])
+        if here is not None:
+            _finish(out, here, slice(None), out)
+    else:
+        out = feats.new_empty((plan.num_outputs, weight.shape[2]), dtype=compute)
+
+        def fill(chunk: Chunk) -> None:
+            where = slice(chunk.begin, chunk.end)
+            if here is None:
+                out[where] = sums_of(chunk)
+            else:
+                _finish(sums_of(chunk), here, where, out[where])
+
+        for_each(fill, plan.chunks, out.device)
     if plan.out_rank is not None:
         out = _by_row(out, plan.out_rank, end)
     return out.to(feats.dtype)
