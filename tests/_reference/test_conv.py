@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from torchsparse._recipe import Epilogue, Norm
 from torchsparse._reference import conv
-from torchsparse._reference.conv import Layout, gather_gemm, make_plan, weight_grad
+from torchsparse._reference.conv import Layout, dense, finish, gather_gemm, make_plan, weight_grad
 
 LAYOUTS = list(map(Layout, (1, 7, 64, 100000)))  # one pair a chunk to all in one chunk
 HAS_GROUPED_MM = conv._has_grouped_mm()
@@ -68,6 +69,56 @@ def test_an_identity_tap_and_orders_change_nothing(layout: Layout) -> None:
     plan = make_plan(table, 13, order, order, layout)
     at_positions = expected(feats[order.long()], weight, table) + bias
     torch.testing.assert_close(gather_gemm(feats, weight, bias, plan), at_positions[rank])
+
+
+def some_epilogue(rows: int, channels: int, generator: torch.Generator) -> Epilogue:
+    mean, var, weight, bias = torch.randn(4, channels, generator=generator, dtype=torch.float64)
+    residual = torch.randn(rows, channels, generator=generator, dtype=torch.float64)
+    return Epilogue(Norm(mean, var.square(), weight, bias, 1e-3), residual, 0.1)
+
+
+@pytest.mark.parametrize("ordered", [False, True])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_an_epilogue_meets_its_rows(
+    ordered: bool, layout: Layout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In chunks or blocks of rows, in either order: what `finish` makes of the whole."""
+    monkeypatch.setattr(conv, "BLOCK_ROWS", 4)
+    n = 33
+    table = random_table(27, n, n)
+    table[13] = torch.arange(n, dtype=torch.int32)
+    generator = torch.Generator().manual_seed(5)
+    feats = torch.randn(n, 4, generator=generator, dtype=torch.float64)
+    weight = torch.randn(27, 4, 6, generator=generator, dtype=torch.float64)
+    bias = torch.randn(6, generator=generator, dtype=torch.float64)
+    order = torch.randperm(n, generator=generator).to(torch.int32) if ordered else None
+    plan = make_plan(table, 13, order, order, layout)
+    epilogue = some_epilogue(n, 6, generator)
+    want = finish(gather_gemm(feats, weight, bias, plan), epilogue)
+    got = gather_gemm(feats, weight, bias, plan, epilogue=epilogue)
+    torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("normed", [False, True])
+def test_a_dense_product_takes_the_norm_along(biased: bool, normed: bool) -> None:
+    generator = torch.Generator().manual_seed(6)
+    feats = torch.randn(9, 4, generator=generator, dtype=torch.float64)
+    weight = torch.randn(4, 6, generator=generator, dtype=torch.float64)
+    bias = torch.randn(6, generator=generator, dtype=torch.float64) if biased else None
+    epilogue = some_epilogue(9, 6, generator)
+    epilogue = epilogue if normed else epilogue._replace(norm=None)
+    product = feats @ weight if bias is None else feats @ weight + bias
+    got = dense(feats, weight, bias, epilogue)
+    torch.testing.assert_close(got, finish(product, epilogue))
+
+
+def test_autocast_leaves_a_dense_product_alone() -> None:
+    generator = torch.Generator().manual_seed(7)
+    feats, weight = (torch.randn(8, 8, generator=generator) for _ in range(2))
+    with torch.autocast("cpu", torch.bfloat16):
+        got = dense(feats, weight, None, Epilogue())
+    torch.testing.assert_close(got, feats @ weight)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)

@@ -10,6 +10,7 @@ import torch
 
 from torchsparse._geometry import Geometry, tap_list
 from torchsparse._keys import unpack
+from torchsparse._reference import coords
 from torchsparse._reference.coords import build_index, find_taps, invert_taps, strided_sites
 
 NDIMS = (1, 2, 3, 4)
@@ -111,3 +112,11 @@ def test_a_huge_box_gives_up_the_usual_margin() -> None:
     coarse, _ = strided_sites(index, coords, geometry, (0,) * 3, (None,) * 3)
     assert coarse.tolist() == [[0, 0, 0, 0], [0, 2**29, 2**28, 0]]
     assert find_taps(index, coarse, geometry)[0][0].tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("divisor", [1, 2, 3, 6, 8])
+def test_quotients_are_rounded_down(divisor: int) -> None:
+    values = torch.arange(-20, 20)
+    quotient, remainder = coords._divide(values, divisor)
+    assert quotient.tolist() == [value // divisor for value in range(-20, 20)]
+    assert remainder.tolist() == [value % divisor for value in range(-20, 20)]
