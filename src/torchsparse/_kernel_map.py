@@ -7,6 +7,7 @@ implementation likes better is a view, made when asked for and remembered beside
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
@@ -44,6 +45,9 @@ class KernelMap:
     Positions are rows, or rows in a spatial order where one was computed anyway (``in_order``,
     ``out_order``); `table` has rows throughout. Reading the map as TorchSparse 2.1's dictionary
     works too: ``kmap["out_in_map"]`` and the names listed by ``kmap.keys()``.
+
+    Where no gradients are wanted, ``neighbors`` is let go once a plan holds its contents in
+    another order (`plan`), and made again if anybody asks.
     """
 
     neighbors: Tensor  # [K, M] int32, -1 = none; tap-major
@@ -81,6 +85,28 @@ class KernelMap:
                 self._views[key] = view
         return view
 
+    # ------------------------------------------------------------------ the table, let go
+    def _let_go(self, planned: conv_ops.Planned) -> None:
+        """Keep the table in the plan's order alone."""
+        table = planned.table
+        if table is None or "neighbors" not in self.__dict__:
+            return
+        if not torch.compiler.is_compiling():
+            self._views["neighbors"] = table
+            object.__delattr__(self, "neighbors")
+
+    def __getattr__(self, name: str) -> Any:
+        """Called for what is not there."""
+        if name != "neighbors" or "_views" not in self.__dict__:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        table = self._views["neighbors"]()
+        if not torch.compiler.is_compiling():
+            object.__setattr__(self, name, table)
+        return table
+
+    def _table(self) -> Tensor:
+        return self.neighbors
+
     # ------------------------------------------------------------------ views
     @property
     def transposed(self) -> KernelMap:
@@ -112,26 +138,40 @@ class KernelMap:
         out_channels: int,
         transposed: bool = False,
         backward: bool = False,
+        keep: bool = True,
     ) -> conv_ops.Planned:
-        """The layout that `_ops.conv.gather_gemm` wants for a layer of these channels."""
+        """The layout that `_ops.conv.gather_gemm` wants for a layer of these channels.
+
+        Without ``keep`` the table is let go if the layout holds as much: no gradients will come.
+        """
         known = self._views.get((recipe, out_channels, transposed, backward))
         if known is None:
-            known = self._plan(recipe, out_channels, transposed, backward)
+            known = self._plan(recipe, out_channels, transposed, backward, keep)
             if not torch.compiler.is_compiling():
                 self._views[recipe, out_channels, transposed, backward] = known
         return known
 
     def _plan(
-        self, recipe: ConvRecipe, out_channels: int, transposed: bool, backward: bool
+        self, recipe: ConvRecipe, out_channels: int, transposed: bool, backward: bool, keep: bool
     ) -> conv_ops.Planned:
         if transposed and self.identity is None:
-            return self.transposed.plan(recipe, out_channels, backward=backward)
+            back = self.transposed
+            plan = back.plan(recipe, out_channels, backward=backward, keep=keep)
+            if not keep:  # both ends have been read
+                back._let_go(plan)
+                forth = self._views.get(("plan", recipe, backward))
+                if forth is not None:
+                    self._let_go(forth)
+            return plan
         plan = self._views.get(("plan", recipe, backward))
         if plan is None:
             key, make = self.planner(recipe, out_channels, backward=backward)
             plan = self._view(("plan", key), make)
             if plan.any_channels and not torch.compiler.is_compiling():
                 self._views["plan", recipe, backward] = plan
+        # Without overlap the map is small, and a decoder may still read it from its other end.
+        if not keep and self.geometry.volume > math.prod(self.geometry.stride):
+            self._let_go(plan)
         # Reversed taps of a symmetric table are its transposed, pair for pair.
         return plan.reversed() if transposed else plan
 
@@ -147,7 +187,8 @@ class KernelMap:
             key, make = self.transposed.planner(recipe, out_channels, backward=backward)
             return ("transposed", key), make
         return conv_ops.plan_key(
-            self.neighbors,
+            self._table,
+            self.out_coords,
             self.sort_keys,
             self.geometry,
             self.identity,
@@ -165,7 +206,7 @@ class KernelMap:
         """The layout that `_ops.conv.weight_grad` wants."""
         pairs = self._views.get(("pairs", recipe))
         if pairs is None:
-            found = conv_ops.pairs_key(self.neighbors, self.geometry, recipe)
+            found = conv_ops.pairs_key(self._table, self.out_coords, self.geometry, recipe)
             if found is None:
                 return self.plan(recipe, out_channels, transposed, backward=True)
             key, make = found
@@ -178,7 +219,7 @@ class KernelMap:
         self, recipe: ConvRecipe, out_channels: int, transposed: bool = False
     ) -> tuple[Any, Callable[[], conv_ops.Planned]]:
         """(key, make) of the layout in `pairs`."""
-        found = conv_ops.pairs_key(self.neighbors, self.geometry, recipe)
+        found = conv_ops.pairs_key(self._table, self.out_coords, self.geometry, recipe)
         return found or self.planner(recipe, out_channels, transposed, backward=True)
 
     @property

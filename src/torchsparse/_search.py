@@ -100,7 +100,8 @@ class Site:
     @property
     def work(self) -> int:
         """Proportional to its products, about."""
-        return self.kmap.neighbors.numel() * self.c_in * self.c_out
+        pairs = self.kmap.geometry.volume * self.kmap.num_outputs  # at most
+        return pairs * self.c_in * self.c_out
 
 
 class _Use(NamedTuple):
@@ -436,7 +437,7 @@ class Search:
                 calls.append(partial(call, use.ready(self._operands), answers))
             except Exception:  # whatever it is, timing it will show
                 continue
-        compile_ahead(launches[0][0].site.kmap.neighbors, calls)
+        compile_ahead(launches[0][0].site.kmap.out_coords, calls)
 
     def _answer(self, entry: _Asked, rest: list[_Use]) -> None:
         name, answer, others = entry.question
@@ -502,7 +503,7 @@ class _Asked(NamedTuple):
 def _fresh(use: _Use) -> _Use:
     """The product on a copy of its map without plans, where those depend on answers: on a CPU."""
     site = use.site
-    if site.kmap.neighbors.is_cuda:
+    if site.kmap.out_coords.is_cuda:
         return use
     return use._replace(site=replace(site, kmap=replace(site.kmap, _views={})))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from tests._triton.kit import HALVES
 from tests.cases import assert_close, assert_rows, convolve
 from tests.oracles import Layer
 from torchsparse import SparseTensor, backends
+from torchsparse._kernel_map import KernelMap, KernelMapKey
 from torchsparse._ops.dispatch import forced
 from torchsparse._recipe import Dataflow
 from torchsparse._triton import launch as launching
@@ -192,3 +194,90 @@ def test_maps_of_both_twins_are_equal(device: torch.device) -> None:
             want = F.build_kernel_map(coords, 19, kernel_size=size, stride=stride)
         for name in ("out_in_map", "out_in_map_t", "coords", "nbmaps", "nbsizes"):
             assert torch.equal(found[name], want[name]), name
+
+
+# ------------------------------------------------------------------ tables that are let go
+def _layers_on(x: SparseTensor, weights: dict[str, Tensor]) -> dict[str, SparseTensor]:
+    same = F.conv3d(x, weights["same"], 3)
+    return {
+        "same": same,
+        "overlapping": F.conv3d(same, weights["same"], 3, stride=2, padding=1),
+        "apart": F.conv3d(same, weights["apart"], 2, stride=2),
+    }
+
+
+def _maps(x: SparseTensor) -> dict[str, KernelMap]:
+    """By the name of the layer that made them."""
+    found = {}
+    for key, entries in x._caches.kmaps.items():
+        if isinstance(key, KernelMapKey):
+            geometry = key.geometry
+            name = "same" if geometry.is_symmetric else "apart" if geometry.volume == 8 else ""
+            found[name or "overlapping"] = entries[0].kmap
+    return found
+
+
+def _input(device: torch.device) -> tuple[SparseTensor, dict[str, Tensor]]:
+    rng = torch.Generator().manual_seed(3)
+    coords = torch.nn.functional.pad(torch.randint(0, 18, (200, 3), generator=rng), (1, 0)).unique(
+        dim=0
+    )
+    feats = torch.randn(len(coords), 4, generator=rng)
+    weights = {
+        "same": torch.randn(27, 4, 4, generator=rng).to(device),
+        "apart": torch.randn(8, 4, 4, generator=rng).to(device),
+    }
+    return SparseTensor(feats.to(device), coords.int().to(device)), weights
+
+
+def test_tables_are_let_go_without_gradients(device: torch.device) -> None:
+    """Where a plan has the same numbers and no decoder is likely to read the map backwards."""
+    x, weights = _input(device)
+    with torch.no_grad():
+        for z in _layers_on(x, weights).values():
+            z.feats.sum().item()
+    maps = _maps(x)
+    held = {name: "neighbors" in kmap.__dict__ for name, kmap in maps.items()}
+    assert held == {"same": False, "overlapping": False, "apart": True}
+    with torch.no_grad():
+        F.conv3d(z, weights["apart"], 2, stride=2, transposed=True).feats.sum().item()
+    for kmap in (maps["apart"], maps["apart"].transposed):  # both ends have been read
+        assert "neighbors" not in kmap.__dict__
+    y, _ = _input(device)
+    for z in _layers_on(y, {k: w.requires_grad_() for k, w in weights.items()}).values():
+        z.feats.sum().item()
+    for name, kmap in _maps(y).items():
+        assert "neighbors" in kmap.__dict__
+        assert torch.equal(maps[name].neighbors, kmap.neighbors)
+        assert "neighbors" in maps[name].__dict__
+
+
+def test_gradients_on_a_map_whose_table_was_let_go(device: torch.device) -> None:
+    """Bit for bit those of a map that kept it."""
+    gradients = []
+    for first in (torch.no_grad, torch.enable_grad):
+        x, weights = _input(device)
+        leaves = [x.feats.requires_grad_(), *(w.requires_grad_() for w in weights.values())]
+        with first():
+            for y in _layers_on(x, weights).values():
+                y.feats.sum().item()
+        held = {name: "neighbors" in kmap.__dict__ for name, kmap in _maps(x).items()}
+        assert held["same"] is (first is torch.enable_grad)
+        total = torch.stack(
+            [y.feats.square().sum() for y in _layers_on(x, weights).values()]
+        ).sum()
+        gradients.append(torch.autograd.grad(total, leaves))
+    for a, b in zip(*gradients, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_map_without_its_table_gives_it_to_a_copy(device: torch.device) -> None:
+    x, weights = _input(device)
+    with torch.no_grad():
+        F.conv3d(x, weights["same"], 3).feats.sum().item()
+    kmap = _maps(x)["same"]
+    assert "neighbors" not in kmap.__dict__
+    bare = replace(kmap, _views={})
+    assert torch.equal(bare.table, kmap.table)
+    with pytest.raises(AttributeError, match="'KernelMap' object has no attribute 'neighbours'"):
+        _ = kmap.neighbours

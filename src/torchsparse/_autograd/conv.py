@@ -51,7 +51,8 @@ def sparse_conv(
         feats.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     ):
         return _apply(feats, weight, bias, kmap, transposed, recipe)
-    return conv_forward(feats, weight, bias, kmap, transposed, recipe)
+    keep = torch.is_grad_enabled()  # other layers on the map may still want gradients
+    return conv_forward(feats, weight, bias, kmap, transposed, recipe, None, keep)
 
 
 def deferred_conv(
@@ -65,7 +66,9 @@ def deferred_conv(
     """`sparse_conv` without gradients, computed when somebody needs it: what follows may join."""
 
     def make(epilogue: Epilogue | None) -> Tensor:
-        return conv_forward(feats, weight, bias, kmap, transposed, recipe, epilogue)
+        return conv_forward(
+            feats, weight, bias, kmap, transposed, recipe, epilogue, torch.is_grad_enabled()
+        )
 
     rows = kmap.num_inputs if transposed else kmap.num_outputs
     inputs = (feats, weight) if bias is None else (feats, weight, bias)
@@ -96,9 +99,13 @@ def conv_forward(
     transposed: bool,
     recipe: ConvRecipe,
     epilogue: Epilogue | None = None,
+    keep: bool = True,
 ) -> Tensor:
-    """`sparse_conv` without gradients; ``epilogue`` is applied to the sums."""
-    planned = kmap.plan(recipe, weight.shape[2], transposed)
+    """`sparse_conv` without gradients; ``epilogue`` is applied to the sums.
+
+    With ``keep`` the map keeps what gradients need.
+    """
+    planned = kmap.plan(recipe, weight.shape[2], transposed, keep=keep)
     dtype = recipe.compute
     out = gather_gemm(
         _cast(feats, dtype),

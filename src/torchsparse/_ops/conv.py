@@ -35,6 +35,12 @@ class Planned(NamedTuple):
     plan: Any
     any_channels: bool = False  # its layout does not depend on them
 
+    @property
+    def table(self) -> Callable[[], Tensor] | None:
+        """What makes the neighbour table again, with the bits that it had, from what the plan
+        keeps; None where that is not enough."""
+        return None if self.chosen is reference("conv") else self.chosen.table_of(self.plan)
+
     def reversed(self) -> Planned:
         """Tap k of the table multiplies weight K - 1 - k."""
         return Planned(self.chosen, self.plan._replace(reverse=True), self.any_channels)
@@ -52,7 +58,8 @@ def _choose(tensor: Tensor, recipe: ConvRecipe) -> ModuleType:
 
 
 def plan_key(
-    neighbors: Tensor,
+    neighbors: Callable[[], Tensor],
+    coords: Tensor,
     keys: Any,
     geometry: Geometry,
     identity: int | None,
@@ -66,7 +73,8 @@ def plan_key(
     """A key for the layout that suits a layer, and a function that makes it.
 
     Args:
-        neighbors: [K, M] int32, positions of inputs, -1 = none.
+        neighbors: Returns the table, [K, M] int32, positions of inputs, -1 = none.
+        coords: [M, 1 + D], of the outputs.
         keys: Sort keys of the outputs, or None.
         geometry: Of the taps.
         identity: The tap with ``neighbors[k, m] = m``, or None.
@@ -79,26 +87,26 @@ def plan_key(
     Returns:
         (key, make): equal keys mean equal plans; ``make()`` returns the plan.
     """
-    chosen = _choose(neighbors, recipe)
+    chosen = _choose(coords, recipe)
     if chosen is reference("conv"):
-        layout = chosen.choose_layout(out_channels, neighbors.device)
+        layout = chosen.choose_layout(out_channels, coords.device)
         return ("reference", layout), lambda: Planned(
-            chosen, chosen.make_plan(neighbors, identity, in_order, out_order, layout)
+            chosen, chosen.make_plan(neighbors(), identity, in_order, out_order, layout)
         )
-    layout = chosen.choose_layout(neighbors.shape[1], geometry, recipe, backward)
+    layout = chosen.choose_layout(coords.shape[0], geometry, recipe, backward)
     return layout, lambda: Planned(
-        chosen, chosen.make_plan(neighbors, keys, geometry, layout, limit), True
+        chosen, chosen.make_plan(neighbors(), keys, geometry, layout, limit), True
     )
 
 
 def pairs_key(
-    neighbors: Tensor, geometry: Geometry, recipe: ConvRecipe
+    neighbors: Callable[[], Tensor], coords: Tensor, geometry: Geometry, recipe: ConvRecipe
 ) -> tuple[Any, Callable[[], Planned]] | None:
     """The same for `weight_grad`; None if it wants the plan of `gather_gemm`."""
-    chosen = _choose(neighbors, recipe)
+    chosen = _choose(coords, recipe)
     if chosen is reference("conv"):
         return None
-    return "pairs", lambda: Planned(chosen, chosen.make_pairs(neighbors, geometry))
+    return "pairs", lambda: Planned(chosen, chosen.make_pairs(neighbors(), geometry))
 
 
 def gather_gemm(

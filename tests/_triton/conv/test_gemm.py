@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from tests._triton.conv.problems import Problem, assert_near, geometry
-from tests._triton.kit import HALVES
+from tests._triton.kit import HALVES, random_table
 from torchsparse._recipe import Epilogue, Norm
 from torchsparse._reference import conv as reference
-from torchsparse._triton.conv import dense, finish, gather_gemm, make_plan, product
+from torchsparse._triton.conv import dense, finish, gather_gemm, make_plan, product, table_of
 from torchsparse._triton.conv.product import Plan
 from torchsparse._triton.tiles import GemmTile, gemm_tile
 
@@ -105,17 +105,41 @@ def test_few_input_channels(
     assert_near(got, problem.product(reverse) + problem.bias.double().cpu())
 
 
-def test_narrow_reads_tables_of_any_strides(device: torch.device) -> None:
-    """The search writes rows of taps, of which a plan holds a view."""
+def test_narrow_does_not_mind_the_order_of_rows(device: torch.device) -> None:
+    """Bit for bit: every row is the sum of all taps, in the order of taps."""
     problem = Problem.of(device, (27, 30, 40), (3, 16))
-    plan = lay_out(problem)
-    wide = torch.full((40, 32), -7, dtype=torch.int32, device=device)
-    wide[:, :27] = problem.table.t()
-    view = plan._replace(neighbors=wide[:, :27].t())
-    assert torch.equal(
-        gather_gemm(problem.feats, problem.weight, None, view),
-        gather_gemm(problem.feats, problem.weight, None, plan),
+    layouts = [lay_out(problem, sort) for sort in (False, True)]
+    natural, ordered = (gather_gemm(problem.feats, problem.weight, None, x) for x in layouts)
+    assert layouts[1].shares[0].tiles.order is not None
+    assert torch.equal(natural, ordered)
+
+
+@pytest.mark.parametrize("real", [None, 0, 25, 40])
+@pytest.mark.parametrize("sort", [False, True])
+@pytest.mark.parametrize("volume", [1, 27, 33])
+def test_a_plan_holds_the_table(
+    volume: int, sort: bool, real: int | None, device: torch.device
+) -> None:
+    """Of any strides, and with padding, of which nothing was read."""
+    table = random_table(device, volume, 30, 40)
+    limit = None if real is None else torch.tensor([real], device=device)
+    want = (
+        table if real is None else torch.where(torch.arange(40, device=device) < real, table, -1)
     )
+    wide = torch.full((40, 64), -7, dtype=torch.int32, device=device)
+    wide[:, :volume] = want.t()
+    view = wide[:, :volume].t()
+    plan = make_plan(view, None, geometry(volume), ("gemm", sort, 1), limit)
+    for known in (plan, plan._replace(reverse=True)):
+        again = table_of(known)
+        assert again is not None
+        assert torch.equal(again(), want)
+
+
+def test_shares_and_pairs_do_not_hold_the_table(device: torch.device) -> None:
+    table = random_table(device, 27, 30, 40)
+    for layout in (("gemm", True, 3), ("fetch", False, 1)):
+        assert table_of(make_plan(table, None, geometry(27), layout)) is None
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)

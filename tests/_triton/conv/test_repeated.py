@@ -77,12 +77,16 @@ def fakes(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     return SimpleNamespace(**found)
 
 
+def some_table(volume: int) -> Tensor:
+    return random_table(torch.device("cpu"), volume, ROWS, ROWS)
+
+
 def plan(volume: int = 3) -> Plan:
     """Of a random table, by real kernels."""
-    table = random_table(torch.device("cpu"), volume, ROWS, ROWS)
+    table = some_table(volume)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "INTERPRETED", True)
-        return Plan(table, (Share(0, volume, make_tiles(table, None)),), {})
+        return Plan(ROWS, (Share(0, volume, make_tiles(table, None)),), {})
 
 
 def operands(c_in: int, c_out: int) -> tuple[Tensor, Tensor, Tensor, Epilogue]:
@@ -147,7 +151,7 @@ def test_weight_gradients(fakes: SimpleNamespace) -> None:
     x, g = torch.rand(ROWS, 16), torch.rand(ROWS, 64)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "INTERPRETED", True)
-        pairs = make_pairs(plan().neighbors, Geometry.submanifold((3,), (1,)))
+        pairs = make_pairs(some_table(3), Geometry.submanifold((3,), (1,)))
     for _ in range(4):
         product.weight_grad(x, g, pairs)
     fakes.wgrad_kernel.agrees("partial")

@@ -90,6 +90,18 @@ def _with_padding(acc, there, live, rm, cols, limit, M, CO):
     return acc, there
 
 
+@triton.jit
+def _rows_of(rm, live, order, limit, SORTED: tl.constexpr):
+    """Where the positions ``rm`` of a table belong in the result; padding stays where it is."""
+    if SORTED:
+        rows = tl.load(order + rm, mask=live, other=0).to(tl.int64)
+        if limit is not None:
+            rows = tl.where(live, rows, rm.to(tl.int64))
+    else:
+        rows = rm.to(tl.int64)
+    return rows
+
+
 @triton.jit(do_not_specialize=["M", "T"])
 def gemm_kernel(
     x, w, out, table, order, masks, limit, bias, mean, var, gamma, beta, eps, residual, slope,
@@ -113,12 +125,7 @@ def gemm_kernel(
     cols = (pid % COLS) * BN + tl.arange(0, BN)
     rm = tile * BM + tl.arange(0, BM)
     live = rm < real_rows(M, limit)
-    if SORTED:
-        rows = tl.load(order + rm, mask=live, other=0).to(tl.int64)
-        if limit is not None:
-            rows = tl.where(live, rows, rm.to(tl.int64))
-    else:
-        rows = rm.to(tl.int64)
+    rows = _rows_of(rm, live, order, limit, SORTED)
     table += rm
     acc = tl.zeros((BM, BN), dtype=tl.float32)
     split = tl.program_id(1)
@@ -227,19 +234,20 @@ def turn_kernel(
     tl.store(out + tap * (CI * CO) + j[:, None] * CI + i[None, :], tl.trans(block), mask=there)
 
 
-@triton.jit(do_not_specialize=["M", "n_row", "n_tap"])
+@triton.jit(do_not_specialize=["M"])
 def narrow_kernel(
-    x, w, out, neighbors, limit, bias, mean, var, gamma, beta, eps, residual, slope,
-    M, n_row, n_tap, w_tap, w_in, w_out,
+    x, w, out, table, order, limit, bias, mean, var, gamma, beta, eps, residual, slope,
+    M, w_tap, w_in, w_out,
     K: tl.constexpr, CI: tl.constexpr, CO: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    REVERSE: tl.constexpr, PRECISION: tl.constexpr,
+    SORTED: tl.constexpr, REVERSE: tl.constexpr, PRECISION: tl.constexpr,
     BIAS: tl.constexpr, NORM: tl.constexpr, RESIDUAL: tl.constexpr, ACT: tl.constexpr,
 ):  # fmt: skip
     """The same for few input channels: taps and channels are one axis of the product.
 
-    A row of the left operand is the concatenation of its neighbours; no sorting, no tap is
-    skipped, and the whole sum takes K CI / BK steps.
+    A row of the left operand is the concatenation of its neighbours; no tap is skipped, and the
+    whole sum takes K CI / BK steps. It needs no sorted rows, but what is sorted for wider layers
+    serves as well, and the table as it was found need not be kept.
     """
     rm = tl.program_id(0) * BM + tl.arange(0, BM)
     cols = tl.program_id(1) * BN + tl.arange(0, BN)
@@ -249,8 +257,8 @@ def narrow_kernel(
         flat = start + tl.arange(0, BK)
         tap, c = flat // CI, flat % CI
         inside = flat < K * CI
-        at = rm.to(tl.int64)[:, None] * n_row + tap[None, :] * n_tap
-        idx = tl.load(neighbors + at, mask=live[:, None] & inside[None, :], other=-1)
+        at = rm[:, None] + tap[None, :].to(tl.int64) * M
+        idx = tl.load(table + at, mask=live[:, None] & inside[None, :], other=-1)
         a = tl.load(x + idx.to(tl.int64) * CI + c[None, :], mask=idx >= 0, other=0.0)
         slice_ = K - 1 - tap if REVERSE else tap
         weights = w + slice_[:, None].to(tl.int64) * w_tap + c[:, None] * w_in
@@ -258,7 +266,7 @@ def narrow_kernel(
         b = tl.load(weights + cols[None, :] * w_out, mask=there, other=0.0)
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
     there = live[:, None] & (cols < CO)[None, :]
-    rows = rm.to(tl.int64)
+    rows = _rows_of(rm, live, order, limit, SORTED)
     acc = _finish(
         acc, rows, cols, there, bias, mean, var, gamma, beta, eps, residual, slope, CO,
         BIAS, NORM, RESIDUAL, ACT,

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
+from functools import partial
 
+import torch
 from torch import Tensor
 
 from torchsparse._geometry import Geometry
 from torchsparse._recipe import ConvRecipe, Dataflow
-from torchsparse._triton.conv.order import SortKeys, key_bits, make_tiles, row_sort_keys
+from torchsparse._triton.conv.order import SortKeys, Tiles, key_bits, make_tiles, row_sort_keys
 from torchsparse._triton.conv.pairs import Pairs, list_pairs
 from torchsparse._triton.conv.product import Plan, Share
 
-__all__ = ["choose_layout", "make_pairs", "make_plan"]
+__all__ = ["choose_layout", "make_pairs", "make_plan", "table_of"]
 
 # Below so many rows a sort costs more than the taps it saves.
 FEW_ROWS = 1024
@@ -55,13 +58,14 @@ def make_plan(
         limit: [1] int64 on the device, how many rows are real; None: all.
     """
     kind, sort, splits = layout
+    rows = neighbors.shape[1]
     if kind == "fetch":
-        return Plan(neighbors, (), {}, make_pairs(neighbors, geometry))
+        return Plan(rows, (), {}, make_pairs(neighbors, geometry))
     if splits == 1:
         if sort and keys is None:
             keys = row_sort_keys(neighbors, key_bits(geometry, neighbors.device))
         tiles = make_tiles(neighbors, keys if sort else None, limit)
-        return Plan(neighbors, (Share(0, geometry.volume, tiles),), {}, limit=limit)
+        return Plan(rows, (Share(0, geometry.volume, tiles),), {}, limit=limit)
     bounds = [geometry.volume * part // splits for part in range(splits + 1)]
     shares = []
     for first, last in itertools.pairwise(bounds):
@@ -71,7 +75,27 @@ def make_plan(
             bits = key_bits(geometry, neighbors.device, first, last)
             part_keys = row_sort_keys(part, bits)
         shares.append(Share(first, last, make_tiles(part, part_keys, limit)))
-    return Plan(neighbors, tuple(shares), {}, limit=limit)
+    return Plan(rows, tuple(shares), {}, limit=limit)
+
+
+def table_of(plan: Plan) -> Callable[[], Tensor] | None:
+    """What makes the table again that a plan was made from; None if it is not all there."""
+    if len(plan.shares) != 1:
+        return None
+    return partial(_unsorted, plan.shares[0].tiles)
+
+
+def _unsorted(tiles: Tiles) -> Tensor:
+    """[K, M] int32, rows in their own order."""
+    order, table, _, limit = tiles
+    if limit is not None:  # behind it nothing was written
+        places = torch.arange(table.shape[1], dtype=torch.int32, device=table.device)
+        real = places < limit
+        table = torch.where(real, table, -1)
+        order = None if order is None else torch.where(real, order, places)
+    if order is None:
+        return table
+    return torch.empty_like(table).index_copy_(1, order.long(), table)
 
 
 def make_pairs(neighbors: Tensor, geometry: Geometry) -> Pairs:

@@ -46,7 +46,7 @@ class Share(NamedTuple):
 class Plan(NamedTuple):
     """A neighbour table, laid out for the kernels."""
 
-    neighbors: Tensor  # [K, M] int32, natural row order, any strides
+    rows: int  # of the result
     shares: tuple[Share, ...]  # for the implicit GEMM
     memo: dict[Any, _Product]  # how products over this table are launched
     pairs: Pairs | None = None  # for the fetch-on-demand dataflow, in place of shares
@@ -252,7 +252,7 @@ def gather_gemm(
     known = plan.memo.get(key)
     if known is not None:
         return _multiply(known, feats.contiguous(), weight, end)
-    m, (_, c_in, c_out) = plan.neighbors.shape[1], weight.shape
+    m, (_, c_in, c_out) = plan.rows, weight.shape
     empty = not (m and c_out and c_in and feats.shape[0])
     feats = feats.contiguous()
     precision = precision if feats.dtype == torch.float32 else "ieee"
@@ -341,13 +341,13 @@ def _plan_product(
     feats: Tensor, weight: Tensor, end: _End, plan: Plan, precision: str, key: Any
 ) -> _Product:
     """Choose tiles for a plan of one share. ``key`` is that of `Plan.memo`."""
-    dtype, m = feats.dtype, plan.neighbors.shape[1]
+    dtype, m = feats.dtype, plan.rows
     form = _forms.get(key)
     if form is None:
         form = _forms[key] = _form(weight, precision)
     _, narrow, pad, turn, (volume, c_in, c_out), _, swapped = form
     if narrow is not None:
-        call = _narrow(form, narrow, end, plan, precision)
+        call = _narrow(form, narrow, end, plan.shares[0].tiles, plan, precision)
         return _Product(m, c_out, False, False, 1, None, call)
     tile = gemm_tile(m, c_in, c_out, volume, dtype, precision, swapped, feats.device)
     own_end = end if tile.splits == 1 else NO_END
@@ -396,22 +396,23 @@ def _gemm(
     return _call(step, grid, (table, order, masks, limit), (m, masks.shape[1], *strides))
 
 
-def _narrow(form: _Form, tile: NarrowTile, end: _End, plan: Plan, precision: str) -> _Call:
+def _narrow(
+    form: _Form, tile: NarrowTile, end: _End, tiles: Tiles, plan: Plan, precision: str
+) -> _Call:
     """The launch of a product with few input channels."""
     (volume, c_in, c_out), strides = form.shape, form.strides
-    table, limit = plan.neighbors, plan.limit
-    name = (tile, limit is None)
+    order, table, _, limit = tiles
+    name = (tile, order is None, limit is None)
     step = form.steps.get(name)
     if step is None:
         step = form.steps[name] = Step(
             narrow_kernel, K=volume, CI=c_in, CO=c_out, BM=tile.BM, BN=tile.BN, BK=tile.BK,
-            REVERSE=plan.reverse, PRECISION=precision, **end.flags,
+            SORTED=order is not None, REVERSE=plan.reverse, PRECISION=precision, **end.flags,
             num_warps=tile.warps, num_stages=3,
         )  # fmt: skip
     m = table.shape[1]
-    n_tap, n_row = table.stride()
     grid = (cdiv(m, tile.BM), cdiv(c_out, tile.BN))
-    return _call(step, grid, (table, limit), (m, n_row, n_tap, *strides))
+    return _call(step, grid, (table, order, limit), (m, *strides))
 
 
 def _fetch(

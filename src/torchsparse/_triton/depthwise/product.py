@@ -33,7 +33,7 @@ def depthwise(
         [M, C / fold] in the dtype of feats, summed in float32 and rounded once.
     """
     volume, channels = weight.shape
-    m, c_in, c_out = plan.neighbors.shape[1], feats.shape[1], channels // fold
+    m, c_in, c_out = plan.rows, feats.shape[1], channels // fold
     out = feats.new_empty((m, c_out))
     if out.numel() == 0:
         return out
