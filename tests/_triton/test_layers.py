@@ -234,13 +234,16 @@ def test_tables_are_let_go_without_gradients(device: torch.device) -> None:
     """Where a plan has the same numbers and no decoder is likely to read the map backwards."""
     x, weights = _input(device)
     with torch.no_grad():
-        for z in _layers_on(x, weights).values():
-            z.feats.sum().item()
+        outputs = _layers_on(x, weights)
+        for y in outputs.values():
+            y.feats.sum().item()
     maps = _maps(x)
     held = {name: "neighbors" in kmap.__dict__ for name, kmap in maps.items()}
     assert held == {"same": False, "overlapping": False, "apart": True}
     with torch.no_grad():
-        F.conv3d(z, weights["apart"], 2, stride=2, transposed=True).feats.sum().item()
+        F.conv3d(
+            outputs["apart"], weights["apart"], 2, stride=2, transposed=True
+        ).feats.sum().item()
     for kmap in (maps["apart"], maps["apart"].transposed):  # both ends have been read
         assert "neighbors" not in kmap.__dict__
     y, _ = _input(device)
