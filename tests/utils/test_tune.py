@@ -468,15 +468,19 @@ PROCESS = """
     import os, sys, warnings, torch, torchsparse
     from torchsparse import SparseTensor, _tuned, nn as spnn
     warnings.simplefilter("ignore")  # as other libraries warn
-    rank, store = int(sys.argv[1]), sys.argv[2]
-    group = torch.distributed
-    group.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    rank, store, backend = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+    group, device = torch.distributed, torch.device("cpu")
+    if backend == "nccl":
+        device = torch.device("cuda", rank)
+        torch.cuda.set_device(device)
+    group.init_process_group(backend, init_method=f"file://{store}", rank=rank, world_size=2)
     torch.manual_seed(0)
     model = torch.nn.Sequential(spnn.Conv3d(4, 8, 3), spnn.Conv3d(8, 16, 2, stride=2))
+    model = model.to(device)
     model = torch.nn.parallel.DistributedDataParallel(model)
     coords = torch.cartesian_prod(*[torch.arange(4)] * 3)
     coords = torch.nn.functional.pad(coords, (1, 0)).int()
-    x = SparseTensor(torch.randn(64, 4), coords)
+    x = SparseTensor(torch.randn(64, 4, device=device), coords.to(device))
     options = dict(verbose=False, seconds=5.0, save_dir=f"{store}-out")
 
     with warnings.catch_warnings(record=True) as caught:
@@ -491,7 +495,7 @@ PROCESS = """
 
     found = torchsparse.tune(model, loader(), distributed=True, **options)
     told = [None, None]
-    mine = ({n: str(c) for n, c in found.items()}, _tuned.entries(torch.device("cpu")))
+    mine = ({n: str(c) for n, c in found.items()}, _tuned.entries(device))
     group.all_gather_object(told, mine)
     assert told[0] == told[1] and told[0][1]
     assert model.module[0]._config == found["module.0"]
@@ -514,12 +518,18 @@ PROCESS = """
 """
 
 
-def test_two_processes_get_the_same_answer_when_asked(folder: Path) -> None:
+@pytest.mark.parametrize("backend", ["gloo", "nccl"])
+def test_two_processes_get_the_same_answer_when_asked(
+    backend: str, folder: Path, device: torch.device
+) -> None:
+    """Through gloo on the CPU; through NCCL each process has a GPU of its own."""
+    if backend == "nccl" and (device.type != "cuda" or torch.cuda.device_count() < 2):
+        pytest.skip("needs two GPUs")
     code = textwrap.dedent(PROCESS)
     command = [sys.executable, "-c", code]
     processes = [
         subprocess.Popen(
-            [*command, str(rank), str(folder / "store")], stdout=subprocess.PIPE,
+            [*command, str(rank), str(folder / "store"), backend], stdout=subprocess.PIPE,
             stderr=subprocess.PIPE, text=True,
         )
         for rank in range(2)
