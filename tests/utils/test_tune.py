@@ -497,7 +497,8 @@ PROCESS = """
     told = [None, None]
     mine = ({n: str(c) for n, c in found.items()}, _tuned.entries(device))
     group.all_gather_object(told, mine)
-    assert told[0] == told[1] and told[0][1]
+    assert told[0] == told[1], told
+    assert told[0][1] or device.type == "cuda", told  # there the defaults may be the best
     assert model.module[0]._config == found["module.0"]
     model(x).feats.sum().backward()
 

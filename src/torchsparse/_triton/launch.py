@@ -29,6 +29,7 @@ __all__ = [
     "launch",
     "next_power",
     "number_kind",
+    "only_noted",
 ]
 
 _knobs: Any = getattr(triton, "knobs", None)
@@ -225,6 +226,11 @@ class Step:
         tensors = (arg for arg in args if isinstance(arg, Tensor))
         if known is not None and all(tensor.data_ptr() & 15 == 0 for tensor in tensors):
             self._known[like.get_device()] = known
+
+
+def only_noted() -> bool:
+    """Whether launches are looked at and left out: `compile_ahead`."""
+    return _noted is not None
 
 
 def watched() -> bool:

@@ -15,6 +15,7 @@ from torchsparse._recipe import ConvRecipe, Dataflow
 from torchsparse._triton.conv.order import SortKeys, Tiles, key_bits, make_tiles, row_sort_keys
 from torchsparse._triton.conv.pairs import Pairs, list_pairs
 from torchsparse._triton.conv.product import Plan, Share
+from torchsparse._triton.launch import only_noted
 
 __all__ = ["choose_layout", "make_pairs", "make_plan", "table_of"]
 
@@ -80,7 +81,7 @@ def make_plan(
 
 def table_of(plan: Plan) -> Callable[[], Tensor] | None:
     """What makes the table again that a plan was made from; None if it is not all there."""
-    if len(plan.shares) != 1:
+    if len(plan.shares) != 1 or only_noted():  # nothing was written to the tiles then
         return None
     return partial(_unsorted, plan.shares[0].tiles)
 
