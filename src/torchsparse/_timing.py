@@ -7,6 +7,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 __all__ = ["Timing", "busy", "measure"]
 
 L2_BYTES = 64 << 20  # where the device does not say; an H100 has 50 MB
+LEAD = 1.5  # times what the host seems to need
 MOST_LEAD = 0.05  # seconds that the host may run ahead
 
 
@@ -112,36 +114,38 @@ def _on_gpu(
     cache = torch.empty(size // 4, dtype=torch.int32, device=device)
     fn()  # compiles
     cache.zero_()
-    flush = _between(cache.zero_, 3)[0]
+    flush, to_flush = _between(cache.zero_, 3)
 
-    def cold() -> None:
-        cache.zero_()
-        fn()
-
-    on_device, on_host = _between(cold, 3)
-    count = min(max(math.ceil(seconds / max(on_device, 1e-6)), least), most)
-    # Where the host is slower than the device, work in front of it hides that. How long the
-    # function alone keeps the device busy is not known yet, for gaps are part of `on_device`.
-    lag = min(count * max(on_host - flush, 0.0), MOST_LEAD)
-    events = [
-        (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
-        for _ in range(count)
-    ]
-    torch.cuda.synchronize(device)
-    for _ in range(math.ceil(lag / max(flush, 1e-6)) + 1):
-        cache.zero_()
-    for begin, end in events:
+    def cold(begin: torch.cuda.Event, end: torch.cuda.Event) -> None:
         cache.zero_()
         begin.record()
         fn()
         end.record()
+
+    on_device, on_host = _between(partial(cold, *_events()), 3)
+    count = min(max(math.ceil(seconds / max(on_device, 1e-6)), least), most)
+    # Where the host is slower than the device, work in front of it hides that. How long the
+    # function alone keeps the device busy is not known yet, for gaps are part of `on_device`.
+    lag = min(LEAD * count * max(on_host - flush, 0.0), MOST_LEAD)
+    ahead = max(flush - to_flush, flush / 4, 1e-6)  # of the host, by each such work
+    events = [_events() for _ in range(count)]
+    torch.cuda.synchronize(device)
+    works = min(math.ceil(lag / ahead) + 1, math.ceil(MOST_LEAD / max(flush, 1e-6)))
+    for _ in range(works):
+        cache.zero_()
+    for begin, end in events:
+        cold(begin, end)
     torch.cuda.synchronize(device)
     return Timing.of([begin.elapsed_time(end) / 1e3 for begin, end in events])
 
 
+def _events() -> tuple[torch.cuda.Event, torch.cuda.Event]:
+    return torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+
+
 def _between(fn: Callable[[], Any], repeats: int) -> tuple[float, float]:
     """Seconds per call on the device, gaps included, and on the host."""
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin, end = _events()
     torch.cuda.synchronize()
     begin.record()
     start = time.perf_counter()

@@ -140,5 +140,6 @@ def test_the_clock_ignores_a_slow_host(gpu: torch.device) -> None:
         x.mul_(1.0)
 
     # What other processes take from the host meanwhile was not foreseen: the best of some.
-    assert min(measure(slow, gpu).median for _ in range(5)) < 5e-5
+    found = [measure(slow, gpu).median for _ in range(5)]
+    assert min(found) < 5e-5, found
     assert 0 < busy(slow, gpu) < 2e-5
