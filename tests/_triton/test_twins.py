@@ -31,12 +31,14 @@ OWN_NAMES = {
             "Chunk", "Layout", "Plan", "choose_layout", "make_plan", "scratch", "sum_bags"
         },
         # Weight gradients have a layout of their own; the reference uses its plan again, and has
-        # nothing to compile.
-        "_triton": {"choose_layout", "compile_ahead", "make_plan", "make_pairs"},
+        # nothing to compile. Its plans drop the order of rows that a table had.
+        "_triton": {"choose_layout", "compile_ahead", "make_plan", "make_pairs", "table_of"},
     },
     "coords": {
         # The index is an opaque record to `_ops`; the rest serves other files.
-        "_reference": {"CoordIndex", "bounds", "flat_nonzero", "stable_order"},
+        "_reference": {
+            "CoordIndex", "bounds", "flat_nonzero", "sorted_values", "stable_order"
+        },
         "_triton": set(),
     },
     "depthwise": {"_reference": set(), "_triton": set()},
