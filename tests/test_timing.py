@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 
+from torchsparse import _timing
 from torchsparse._timing import Timing, busy, measure
 
 
@@ -76,3 +81,56 @@ def test_the_time_of_a_gpu_is_that_of_its_kernels(gpu: torch.device) -> None:
     long = measure(lambda: large @ large, gpu)
     assert 0 < short.low <= short.median <= short.high < long.median < 0.1
     assert short.calls >= 3
+
+
+class Device:
+    """A GPU whose work starts when both it and the host have come to it; it has its own clock."""
+
+    def __init__(self, launch: float) -> None:
+        self.launch, self.host, self.free = launch, 0.0, 0.0
+
+    def start(self, seconds: float) -> float:
+        """Queue so much work; returns the moment at which it is done."""
+        self.host += self.launch
+        self.free = max(self.free, self.host) + seconds
+        return self.free
+
+    def wait(self, *_: Any) -> None:
+        self.host = max(self.host, self.free)
+
+    def event(self, **_: Any) -> Any:
+        own = SimpleNamespace(at=None)
+
+        def record() -> None:
+            self.host += 5e-6 if own.at is None else 0.0  # made when first used
+            own.at = self.start(0.0)
+
+        own.record = record
+        own.elapsed_time = lambda end: 1e3 * (end.at - own.at)
+        return own
+
+
+@pytest.mark.parametrize("launch", [1e-6, 1e-5, 2e-5, 3e-5])
+@pytest.mark.parametrize("work", [2e-6, 3e-4])
+def test_gaps_of_a_slow_host_are_not_part_of_the_time(
+    work: float, launch: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The flush takes 45 us, the call 100 us of the host."""
+    device = Device(launch)
+    cuda = SimpleNamespace(
+        Event=device.event, synchronize=device.wait, device=lambda _: nullcontext(),
+        get_device_properties=lambda _: SimpleNamespace(L2_cache_size=50 << 20),
+    )  # fmt: skip
+    cache = SimpleNamespace(zero_=lambda: device.start(45e-6))
+    fake = SimpleNamespace(
+        cuda=cuda, device=torch.device, int32=torch.int32, empty=lambda *_, **__: cache
+    )
+    monkeypatch.setattr(_timing, "torch", fake)
+    monkeypatch.setattr(_timing, "time", SimpleNamespace(perf_counter=lambda: device.host))
+
+    def slow() -> None:
+        device.host += 1e-4
+        device.start(work)
+
+    found = measure(slow, "cuda")
+    assert 0.99 * work < found.median < work + 1e-5
