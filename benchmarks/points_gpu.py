@@ -27,6 +27,7 @@ from torchsparse.nn import functional as F
 from torchsparse.nn.functional.norm import group_norm
 from torchsparse.utils.quantize import sparse_quantize
 from torchsparse.utils.to_dense import to_dense
+from torchsparse.utils.voxelize import voxelize_points
 
 FLUSH = 128 << 20  # bytes: more than twice the L2 cache of an H100
 
@@ -212,6 +213,34 @@ def search_cases(rows: int) -> Iterator[Case]:
     )
 
 
+def voxel_cases(rows: int) -> Iterator[Case]:
+    coords = cloud(rows, (2, 1024, 1024, 64))
+    generator = torch.Generator().manual_seed(2)
+    labels = torch.randint(0, 20, (len(coords),), generator=generator)
+    points, feats = coords[:, 1:] * 0.05 + 0.001, features(len(coords), 4, torch.float32)
+    p, f, y = points.cuda(), feats.cuda(), labels.cuda()
+    for name, more, moved in (
+        ("mean", {"feats": feats}, {"feats": f}),
+        ("max", {"feats": feats, "reduce": "max"}, {"feats": f, "reduce": "max"}),
+        ("first", {"feats": feats, "reduce": "first"}, {"feats": f, "reduce": "first"}),
+        ("majority", {"labels": labels}, {"labels": y}),
+        ("mean, majority", {"feats": feats, "labels": labels}, {"feats": f, "labels": y}),
+    ):
+        size = sum(t.nbytes for t in (points, *more.values()) if isinstance(t, Tensor))
+        yield Case(
+            f"voxelize_points {len(points)} {name}",
+            lambda moved=moved: present(voxelize_points(p, 0.1, **moved)),
+            size + 8 * len(points),
+            lambda more=more: present(voxelize_points(points, 0.1, **more)),
+            tolerance=1e-5,
+            waits=True,
+        )
+
+
+def present(found: tuple[Tensor | None, ...]) -> tuple[Tensor, ...]:
+    return tuple(t for t in found if t is not None)
+
+
 def sample_cases(rows: int) -> Iterator[Case]:
     batch = torch.arange(rows).div(rows / 4).int()
     coords = torch.stack([batch, *[torch.arange(rows).int()] * 3], 1)
@@ -290,6 +319,7 @@ CASES = {
     "to_dense": dense_cases,
     "points": point_cases,
     "search": search_cases,
+    "voxels": voxel_cases,
     "samples": sample_cases,
     "windows": window_cases,
 }

@@ -39,6 +39,24 @@ def test_numbers_ride_along(n: int) -> None:
     np.testing.assert_array_equal(groups.order, np.argsort(inverse.reshape(-1), kind="stable"))
 
 
+@pytest.mark.parametrize("lowest", [-5, 0, 2**40, -(2**63), 2**63 - 12])
+def test_short_votes_are_the_long_ones(lowest: int) -> None:
+    """Also where a label that does not count would look like another in 32 bits."""
+    generator = torch.Generator().manual_seed(1)
+    points = torch.randint(0, 40, (300, 1), generator=generator)
+    labels = torch.randint(0, 12, (300,), generator=generator) + lowest
+    groups, _ = group_points(points, (1.0,), None, None)
+    start, spread = labels.min(), labels.max() - labels.min() + 1
+    for ignored in (lowest, lowest + 3, lowest - 1, lowest + 3 - 2**32, -100):
+        if not -(2**63) <= ignored < 2**63:
+            continue
+        long, short = (majority(labels, ignored, groups, start, spread, s) for s in (False, True))
+        votes = [labels[(points[:, 0] == p) & (labels != ignored)].tolist() for p in range(40)]
+        want = [min(v, key=lambda x: (-v.count(x), x)) if v else ignored for v in votes]
+        assert long.tolist() == short.tolist() == want
+    assert long.dtype == short.dtype == torch.int64
+
+
 def test_votes_by_hand() -> None:
     """Voxel 0: two 4s beat 9; voxel 1: a tie goes to the lower; voxel 2: nobody votes."""
     points = torch.tensor([[0], [0], [0], [1], [1], [2], [2]])

@@ -187,6 +187,13 @@ def test_cells_spread_over_all_of_int32(device: torch.device) -> None:
     compare(voxelize_points(ignore_label=0, **moved), want)
 
 
+def test_labels_that_float64_cannot_tell_apart() -> None:
+    """Their distance, read from the device as such, is too small; the votes are right."""
+    labels = np.array([2**60, 2**60 + 90, 2**60 + 90, 2**60 + 1])
+    v = voxelize_points(np.array([[0.0], [0], [0], [1]]), labels=labels)
+    assert v.labels.tolist() == [2**60 + 90, 2**60 + 1]
+
+
 def test_labels_far_from_zero() -> None:
     labels = np.array([2**60, 2**60, 2**60 - 1])
     v = voxelize_points(np.zeros((3, 3)), labels=labels)

@@ -40,7 +40,12 @@ def group_points(
 
 
 def majority(
-    labels: Tensor, ignored: int, groups: VoxelGroups, lowest: Tensor, spread: Tensor
+    labels: Tensor,
+    ignored: int,
+    groups: VoxelGroups,
+    lowest: Tensor,
+    spread: Tensor,
+    short: bool = False,
 ) -> Tensor:
     """The most frequent label of each voxel, the lowest of several.
 
@@ -50,8 +55,9 @@ def majority(
         groups: Of N points.
         lowest, spread: [] int64, the smallest label, and the largest minus it plus 1; their
             product with N is below 2^62.
+        short: It is even below 2^31: half the bytes will do.
 
     Returns:
         [M] int64; ``ignored`` for a voxel without another label.
     """
-    return reference("voxels").majority(labels, ignored, groups, lowest, spread)
+    return reference("voxels").majority(labels, ignored, groups, lowest, spread, short)

@@ -135,7 +135,12 @@ def _starts(new: Tensor, rank: Tensor, num: int) -> Tensor:
 
 
 def majority(
-    labels: Tensor, ignored: int, groups: VoxelGroups, lowest: Tensor, spread: Tensor
+    labels: Tensor,
+    ignored: int,
+    groups: VoxelGroups,
+    lowest: Tensor,
+    spread: Tensor,
+    short: bool = False,
 ) -> Tensor:
     """The most frequent label of each voxel, the lowest of several.
 
@@ -145,22 +150,26 @@ def majority(
         groups: Of N points.
         lowest, spread: [] int64, the smallest label, and the largest minus it plus 1; their
             product with N is below 2^62.
+        short: It is even below 2^31: half the bytes will do.
 
     Returns:
         [M] int64; ``ignored`` for a voxel without another label.
     """
-    place = labels.index_select(0, groups.order) - lowest
+    dtype = torch.int32 if short else torch.int64
     voxel = groups.inverse.index_select(0, groups.order)
+    first = voxel.to(dtype) * spread  # of the places of a voxel's labels
+    place = (labels - lowest).to(dtype).index_select(0, groups.order)
     # Equal labels of a voxel side by side; the last of a run knows how many they are.
-    runs = sorted_values(voxel * spread + place)
-    numbers = torch.arange(labels.shape[0], device=labels.device)
+    runs = sorted_values(first + place)
+    numbers = torch.arange(labels.shape[0], dtype=dtype, device=labels.device)
     begin = numbers.clone()
     begin[1:].masked_fill_(runs[1:] == runs[:-1], 0)
     count = numbers - begin.cummax(0)[0] + 1
-    place = runs - voxel * spread
+    place = runs - first
     score = count * spread + (spread - 1 - place)  # more votes first, then the lower label
-    score.masked_fill_(place + lowest == ignored, -1)
-    best = _highest(score, voxel, groups.starts[:-2])
+    silent = (ignored - lowest).clamp(-1, torch.iinfo(dtype).max)  # no place, if not among them
+    score.masked_fill_(place == silent, -1)
+    best = _highest(score, voxel, groups.starts[:-2]).to(torch.int64)
     return torch.where(best < 0, ignored, spread - 1 - best % spread + lowest)
 
 
@@ -168,5 +177,5 @@ def _highest(score: Tensor, voxel: Tensor, starts: Tensor) -> Tensor:
     """Largest score of each voxel, which has one.  [N], [N] ascending, [M] -> [M]."""
     if score.device.type == "cpu":  # three times as fast as a scatter
         return torch.from_numpy(np.maximum.reduceat(score.numpy(), starts.numpy()))
-    lowest = torch.full_like(starts, -1)
+    lowest = score.new_full(starts.shape, -1)
     return lowest.scatter_reduce_(0, voxel, score, "amax")

@@ -132,11 +132,15 @@ def _voted(
     """Majority labels, once N times their spread is known to fit."""
     if bounds is None:
         return labels.clone()
-    if (read[1] - read[0] + 1) * labels.shape[0] >= 2.0**62:
+    most = (read[1] - read[0] + 1) * labels.shape[0]
+    if most >= 2.0**62:
         raise ValueError(
             f"`labels` must be closer together: N times their spread must stay below 2^62, got "
             f"{labels.shape[0]} labels from {int(read[0])} to {int(read[1])}"
         )
     lowest, highest = bounds.unbind()
     votes = labels.to(torch.int64)
-    return ops.majority(votes, ignored, groups, lowest, highest - lowest + 1).to(labels.dtype)
+    spread = highest - lowest + 1
+    short = most < 2**31 and max(map(abs, read[:2])) < 2**53  # as float64 has them all
+    found = ops.majority(votes, ignored, groups, lowest, spread, short)
+    return found.to(labels.dtype)
