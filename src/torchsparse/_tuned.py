@@ -69,6 +69,10 @@ def key(
 ) -> str:
     """The name of an entry. Sizes of one power of two share it.
 
+    The density of a map is not part of it: on a GPU the number of pairs is known to the host only
+    after waiting for it, and what depends on when it arrives would change the bits of results.
+    What density decides, row orders and splits, is chosen per layer of a network instead.
+
     Args:
         op: "fwd", "dgrad", "wgrad", or "layout" for plans on a CPU.
         rows: M of a product, or the pairs of a weight gradient.
