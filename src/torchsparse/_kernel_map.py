@@ -93,7 +93,7 @@ class KernelMap:
             return
         if not torch.compiler.is_compiling():
             self._views["neighbors"] = table
-            object.__delattr__(self, "neighbors")
+            self.__dict__.pop("neighbors", None)  # or another thread was faster
 
     def __getattr__(self, name: str) -> Any:
         """Called for what is not there."""
