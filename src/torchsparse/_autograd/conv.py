@@ -47,11 +47,11 @@ def sparse_conv(
         [M, C_out] in ``recipe.dtype``. Differentiable in feats, weight and bias; each gradient has
         the dtype of its tensor and is summed in float32 or better.
     """
-    if torch.is_grad_enabled() and (
+    keep = torch.is_grad_enabled()  # other layers on the map may want gradients
+    if keep and (
         feats.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     ):
         return _apply(feats, weight, bias, kmap, transposed, recipe)
-    keep = torch.is_grad_enabled()  # other layers on the map may still want gradients
     return conv_forward(feats, weight, bias, kmap, transposed, recipe, None, keep)
 
 
