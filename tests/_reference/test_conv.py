@@ -54,16 +54,21 @@ def test_gather_gemm_is_the_sum_over_taps(size: tuple[int, int, int], layout: La
     )
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_an_identity_tap_and_orders_change_nothing(layout: Layout) -> None:
-    """Positions instead of rows, and the centre taken out of the pairs: the same sums."""
+def with_identity(generator: torch.Generator) -> tuple[int, Tensor, Tensor, Tensor, Tensor]:
+    """Rows, table, features, weight and bias of a layer whose tap 13 ties each row to itself."""
     n = 33
     table = random_table(27, n, n)
     table[13] = torch.arange(n, dtype=torch.int32)
+    shapes = ((n, 4), (27, 4, 6), (6,))
+    draws = [torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in shapes]
+    return n, table, draws[0], draws[1], draws[2]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_an_identity_tap_and_orders_change_nothing(layout: Layout) -> None:
+    """Positions instead of rows, and the centre taken out of the pairs: the same sums."""
     generator = torch.Generator().manual_seed(1)
-    feats = torch.randn(n, 4, generator=generator, dtype=torch.float64)
-    weight = torch.randn(27, 4, 6, generator=generator, dtype=torch.float64)
-    bias = torch.randn(6, generator=generator, dtype=torch.float64)
+    n, table, feats, weight, bias = with_identity(generator)
     order = torch.randperm(n, generator=generator).to(torch.int32)
     rank = torch.argsort(order)
     plan = make_plan(table, 13, order, order, layout)
@@ -84,13 +89,8 @@ def test_an_epilogue_meets_its_rows(
 ) -> None:
     """In chunks or blocks of rows, in either order: what `finish` makes of the whole."""
     monkeypatch.setattr(conv, "BLOCK_ROWS", 4)
-    n = 33
-    table = random_table(27, n, n)
-    table[13] = torch.arange(n, dtype=torch.int32)
     generator = torch.Generator().manual_seed(5)
-    feats = torch.randn(n, 4, generator=generator, dtype=torch.float64)
-    weight = torch.randn(27, 4, 6, generator=generator, dtype=torch.float64)
-    bias = torch.randn(6, generator=generator, dtype=torch.float64)
+    n, table, feats, weight, bias = with_identity(generator)
     order = torch.randperm(n, generator=generator).to(torch.int32) if ordered else None
     plan = make_plan(table, 13, order, order, layout)
     epilogue = some_epilogue(n, 6, generator)
