@@ -23,7 +23,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from torchsparse._groups import Groups
+from torchsparse._groups import Groups, VoxelGroups
 from torchsparse._triton import grouping, norm, points, pool, reduce, sums, table, voxels
 
 TARGET = GPUTarget("cuda", 90, 32)
@@ -159,9 +159,10 @@ def run_all(dtype: torch.dtype = torch.float16, channels: int = 64) -> None:
     table.lookup(keys[0], index, keys)
     table.site_keys(coords.to(torch.int64))
     for kind in (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64):
-        voxels.group_points(torch.zeros((n, 3), dtype=kind), (0.1,) * 3, None, None)
+        voxels.group_points(torch.zeros((n, 3), dtype=kind), (0.1,) * 3, None)
     samples = torch.zeros(n, dtype=torch.int64)
-    voxels.group_points(torch.zeros((n, 4)), (0.1,) * 4, samples, torch.zeros(2))
+    voxels.group_points(torch.zeros((n, 4)), (0.1,) * 4, samples)
+    voxels.majority(samples, -1, VoxelGroups(coords, samples, samples, samples, samples[:num]))
 
 
 if __name__ == "__main__":

@@ -42,8 +42,7 @@ OWN_NAMES = {
         "_triton": set(),
     },
     "depthwise": {"_reference": set(), "_triton": set()},
-    # Votes are sorts and scans of PyTorch everywhere.
-    "voxels": {"_reference": {"majority"}, "_triton": set()},
+    "voxels": {"_reference": set(), "_triton": set()},
 }  # fmt: skip
 # The parameter that holds an implementation's own layout: (reference, kernels).
 OWN_LAYOUT = {

@@ -26,16 +26,14 @@ def compare(
     points: Tensor,
     voxel_size: tuple[float, ...],
     batch: Tensor | None = None,
-    also: Tensor | None = None,
 ) -> ops.VoxelGroups:
     """The kernels' groups, once they are those of the reference."""
-    found = voxels.group_points(points, voxel_size, batch, also)
+    found = voxels.group_points(points, voxel_size, batch)
     assert found is not None
-    want, numbers = reference.group_points(points, voxel_size, batch, also)
-    for name, ours, theirs in zip(want._fields, found[0], want):
+    want = reference.group_points(points, voxel_size, batch)
+    for name, ours, theirs in zip(want._fields, found, want):
         assert ours.dtype == theirs.dtype and ours.is_contiguous(), name
         assert torch.equal(ours, theirs), name
-    assert found[1] == numbers
     return want
 
 
@@ -101,13 +99,6 @@ def test_corners_of_int32(device: torch.device) -> None:
     compare(ends[:, :1].double() + 0.5, (1.0,))
 
 
-@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.float32, torch.float64])
-@pytest.mark.parametrize("count", [0, 1, 5])
-def test_numbers_ride_along(count: int, dtype: torch.dtype, device: torch.device) -> None:
-    also = torch.tensor([-7, 2**53 + 1, 3, 2**62 + 9, -(2**63)], device=device)[:count].to(dtype)
-    compare(randn(40, 3, dtype=torch.float32, device=device), (1.0, 1.0, 1.0), None, also)
-
-
 # ------------------------------------------------------------------ what the reference does
 def left_over(device: torch.device) -> dict[str, tuple[Tensor, tuple[float, ...], Tensor | None]]:
     far = torch.tensor([[-(2**31)] * 3, [2**31 - 1] * 3, [0, 1, 2], [0, 1, 2]], device=device)
@@ -127,12 +118,10 @@ def left_over(device: torch.device) -> dict[str, tuple[Tensor, tuple[float, ...]
 @pytest.mark.parametrize("name", left_over(torch.device("cpu")))
 def test_the_rest_is_left_to_the_reference(name: str, kernels, device: torch.device) -> None:
     points, sizes, batch = left_over(device)[name]
-    also = torch.tensor([3, -4], device=device)
-    assert voxels.group_points(points, sizes, batch, also) is None
-    got, read = ops.group_points(points, sizes, batch, also)
-    want, numbers = reference.group_points(points, sizes, batch, also)
+    assert voxels.group_points(points, sizes, batch) is None
+    got = ops.group_points(points, sizes, batch)
+    want = reference.group_points(points, sizes, batch)
     assert all(torch.equal(a, b) for a, b in zip(got, want))
-    assert read == numbers == [3.0, -4.0]
 
 
 @pytest.mark.parametrize(
@@ -143,7 +132,7 @@ def test_cells_outside_int32(value: float, place: int, kernels, device: torch.de
     points = randn(1600, 2, dtype=torch.float64, device=device)
     points[place, 1] = value
     with pytest.raises(ValueError, match="finite and fit into 32-bit integers") as want:
-        reference.group_points(points, (0.5, 1.0), None, None)
+        reference.group_points(points, (0.5, 1.0), None)
     with pytest.raises(ValueError, match="finite and fit into 32-bit integers") as got:
         ops.group_points(points, (0.5, 1.0))
     assert str(got.value) == str(want.value)
@@ -163,9 +152,9 @@ def test_earlier_complaints_come_first(value: float, monkeypatch, device: torch.
     monkeypatch.setattr(voxels, "flag_word", lambda where: word)
     points = torch.full((5, 3), value, device=device)
     with pytest.raises(ValueError, match="every index must be smaller"):
-        voxels.group_points(points, (1.0, 1.0, 1.0), None, None)
+        voxels.group_points(points, (1.0, 1.0, 1.0), None)
     assert word.item() == 0
-    again = voxels.group_points(points, (1.0, 1.0, 1.0), None, None)
+    again = voxels.group_points(points, (1.0, 1.0, 1.0), None)
     assert (again is None) == math.isnan(value)
 
 
@@ -174,11 +163,47 @@ def test_compiling_ahead_gets_true_voxels(batched: bool, kernels, device: torch.
     """Nothing is launched then, and PyTorch reads rows by what comes out."""
     points = randn(1500, 3, dtype=torch.float32, device=device)
     batch = randint(0, 3, (1500,), device) if batched else None
-    want, _ = reference.group_points(points, (0.3, 0.3, 0.3), batch, None)
+    want = reference.group_points(points, (0.3, 0.3, 0.3), batch)
     got = []
     call = lambda: got.append(ops.group_points(points, (0.3, 0.3, 0.3), batch))  # noqa: E731
     assert compile_ahead([call]) == 4  # all: one of them twice
-    assert all(map(torch.equal, got[0][0], want))
+    assert all(map(torch.equal, got[0], want))
+
+
+# ------------------------------------------------------------------ votes
+def votes_agree(labels: Tensor, groups: ops.VoxelGroups, *ignored: int) -> None:
+    for one in ignored:
+        got = voxels.majority(labels, one, groups)
+        want = reference.majority(labels, one, groups)
+        assert got.dtype == want.dtype == torch.int64 and torch.equal(got, want), one
+
+
+@pytest.mark.parametrize("n", [0, 1, 127, 129, 1500])
+def test_votes(n: int, device: torch.device) -> None:
+    """Voxels of many points and of few, ties, voxels where nobody votes."""
+    cells = randint(0, 1 + n // 4, (n, 1), device) * randint(0, 2, (n, 1), device, seed=2)
+    groups = reference.group_points(cells, (1.0,), None)
+    votes_agree(randint(-3, 4, (n,), device, seed=1), groups, -1, 2, -100, 2**40, -(2**63))
+
+
+def test_labels_of_all_sizes(device: torch.device) -> None:
+    """Equal in their low 32 bits, at both ends of int64, each its own, with gaps in memory."""
+    groups = reference.group_points(randint(0, 9, (400, 1), device), (1.0,), None)
+    few = randint(-2, 2, (400,), device, seed=1)
+    for factor in (2**32, 2**61, -(2**31)):
+        votes_agree(few * factor, groups, factor, 0, -2 * factor)
+    ends = torch.tensor([-(2**63), 2**63 - 1, -1, 0], device=device)[few + 2]
+    votes_agree(ends, groups, 2**63 - 1, -(2**63), 0)
+    each = torch.randperm(400, generator=torch.Generator().manual_seed(0)).to(device)
+    votes_agree(each, groups, 399)
+    votes_agree(torch.stack([few, each], 1)[:, 0], groups, 1)
+
+
+def test_all_vote_in_one_voxel(device: torch.device) -> None:
+    groups = reference.group_points(torch.zeros((700, 1), device=device), (1.0,), None)
+    number = torch.arange(700, device=device)
+    for labels in (number, number * 0 + 5, number % 2, number // 350):
+        votes_agree(labels, groups, 5, 0, -1)
 
 
 # ------------------------------------------------------------------ the functions on top
@@ -200,8 +225,7 @@ def test_quantize_and_voxelize(kernels, device: torch.device) -> None:
 def test_many_points_and_the_same_bits_again(device: torch.device) -> None:
     points = randn(300_000, 3, dtype=torch.float32, device=device) * 20
     batch = randint(0, 4, (300_000,), device)
-    also = torch.tensor([1, 2], device=device)
-    first = compare(points, (0.05, 0.1, 0.2), batch, also)
+    first = compare(points, (0.05, 0.1, 0.2), batch)
     for _ in range(3):
-        found = voxels.group_points(points, (0.05, 0.1, 0.2), batch, also)
-        assert found is not None and all(map(torch.equal, found[0], first))
+        found = voxels.group_points(points, (0.05, 0.1, 0.2), batch)
+        assert found is not None and all(map(torch.equal, found, first))

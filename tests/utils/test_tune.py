@@ -236,8 +236,10 @@ def test_half_precision_is_autocast() -> None:
     seen: list[torch.dtype] = []
     model.conv.register_forward_hook(lambda conv, x, out: seen.append(out.feats.dtype))
     quiet(model, enable_fp16=True)
+    half = set(seen)  # once, and again if something was found that must prove itself
+    seen.clear()
     quiet(model, force_retune=True)
-    assert seen == [torch.float16, torch.float32]
+    assert (half, set(seen)) == ({torch.float16}, {torch.float32})
     assert next(model.parameters()).dtype == torch.float32
 
 

@@ -198,10 +198,17 @@ def test_labels_far_from_zero() -> None:
     labels = np.array([2**60, 2**60, 2**60 - 1])
     v = voxelize_points(np.zeros((3, 3)), labels=labels)
     assert v.labels.tolist() == [2**60] and v.labels.dtype == np.int64
-    with pytest.raises(
-        ValueError, match=r"below 2\^62, got 3 labels from 0 to 2305843009213693952"
-    ):
-        voxelize_points(np.zeros((3, 3)), labels=np.array([0, 1, 2**61]))
+
+
+def test_labels_far_apart(device: torch.device) -> None:
+    """Also all of int64."""
+    x = example()
+    for labels in (x["labels"] * 2**61, np.where(x["labels"] > 0, 2**63 - 1, -(2**63))):
+        for ignored in (2**61, 2**63 - 1, -100):
+            points, votes = (torch.from_numpy(a).to(device) for a in (x["points"], labels))
+            got = voxelize_points(points, 0.7, feats=points, labels=votes, ignore_label=ignored)
+            want = search(x["points"], 0.7, x["points"], labels, None, "mean", ignored)
+            compare(got, want)
 
 
 def test_the_order_of_points_does_not_matter(device: torch.device) -> None:

@@ -23,38 +23,37 @@ class GroupSum(Function):
 
     @staticmethod
     def forward(
-        ctx: Any, feats: Tensor, order: Tensor, starts: Tensor, inverse: Tensor, mean: bool
+        ctx: Any,
+        feats: Tensor,
+        order: Tensor,
+        starts: Tensor,
+        inverse: Tensor,
+        counts: Tensor | None,
     ) -> Tensor:
-        ctx.save_for_backward(starts, inverse)
-        ctx.mean = mean
-        sums = reduce.segment_sum(feats, reduce.Groups(order, starts))
-        return (sums / _sizes(starts, sums.dtype) if mean else sums).to(feats.dtype)
+        ctx.save_for_backward(inverse, counts)
+        groups = reduce.Groups(order, starts)
+        return reduce.segment_sum(feats, groups, counts=counts, dtype=feats.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        starts, inverse = ctx.saved_tensors
-        if ctx.mean:
+        inverse, counts = ctx.saved_tensors
+        if counts is not None:
             dtype = torch.promote_types(grad.dtype, torch.float32)
-            grad = (grad / _sizes(starts, dtype)).to(grad.dtype)
+            grad = (grad / counts[:, None].to(dtype)).to(grad.dtype)
         return grad.index_select(0, inverse), None, None, None, None
 
 
-def _sizes(starts: Tensor, dtype: torch.dtype) -> Tensor:
-    """Points per voxel, [M, 1]."""
-    return starts.diff()[:-1, None].to(dtype)
-
-
-def group_sum(feats: Tensor, groups: VoxelGroups, mean: bool) -> Tensor:
+def group_sum(feats: Tensor, groups: VoxelGroups, counts: Tensor | None = None) -> Tensor:
     """Sums, or means, over the points of each voxel.
 
     Args:
         feats: [N, C] floating.
         groups: Of N points.
-        mean: Divide by the number of points.
+        counts: [M] integers, by which the sums are divided: those of the groups for means.
 
     Returns:
         [M, C] in the dtype of ``feats``, summed in float32 (float64 in float64) in the order of
         the points. Differentiable in ``feats``.
     """
-    return GroupSum.apply(feats, groups.order, groups.starts, groups.inverse, mean)  # pyright: ignore[reportReturnType]
+    return GroupSum.apply(feats, groups.order, groups.starts, groups.inverse, counts)  # pyright: ignore[reportReturnType]

@@ -14,8 +14,7 @@ def group_points(
     points: Tensor,
     voxel_size: tuple[float, ...],
     batch: Tensor | None = None,
-    also: Tensor | None = None,
-) -> tuple[VoxelGroups, list[float]]:
+) -> VoxelGroups:
     """Bring the points of each cell ``floor(point / voxel_size)`` together.
 
     Waits for the device once, for the number of voxels, and raises what it had noticed before.
@@ -24,40 +23,28 @@ def group_points(
         points: [N, D] numbers, divided in float64.
         voxel_size: D numbers.
         batch: [N] integers, the first column of the cells; None = no such column.
-        also: [J] numbers to be read while waiting.
 
     Returns:
-        The groups, with coordinates of D, or 1 + D columns with a batch; ``also``, rounded to
-        float64.
+        The groups, with coordinates of D, or 1 + D columns with a batch.
 
     Raises:
         ValueError: A point that is not finite, a cell outside int32.
     """
-    found = twin("voxels", points).group_points(points, voxel_size, batch, also)
+    found = twin("voxels", points).group_points(points, voxel_size, batch)
     if found is None:  # not for kernels, as this one says
-        found = reference("voxels").group_points(points, voxel_size, batch, also)
+        found = reference("voxels").group_points(points, voxel_size, batch)
     return found
 
 
-def majority(
-    labels: Tensor,
-    ignored: int,
-    groups: VoxelGroups,
-    lowest: Tensor,
-    spread: Tensor,
-    short: bool = False,
-) -> Tensor:
+def majority(labels: Tensor, ignored: int, groups: VoxelGroups) -> Tensor:
     """The most frequent label of each voxel, the lowest of several.
 
     Args:
         labels: [N] int64.
         ignored: A label that does not count.
         groups: Of N points.
-        lowest, spread: [] int64, the smallest label, and the largest minus it plus 1; their
-            product with N is below 2^62.
-        short: It is even below 2^31: half the bytes will do.
 
     Returns:
         [M] int64; ``ignored`` for a voxel without another label.
     """
-    return reference("voxels").majority(labels, ignored, groups, lowest, spread, short)
+    return twin("voxels", labels).majority(labels, ignored, groups)

@@ -19,18 +19,17 @@ INT32 = torch.iinfo(torch.int32)
 
 
 def group_points(
-    points: Tensor, voxel_size: tuple[float, ...], batch: Tensor | None, also: Tensor | None
-) -> tuple[VoxelGroups, list[float]]:
+    points: Tensor, voxel_size: tuple[float, ...], batch: Tensor | None
+) -> VoxelGroups:
     """Bring the points of each cell ``floor(point / voxel_size)`` together.
 
     Args:
         points: [N, D] numbers, divided in float64.
         voxel_size: D numbers.
         batch: [N] integers, the first column of the cells; None = no such column.
-        also: [J] numbers to be read while waiting for the number of voxels.
 
     Returns:
-        The groups, with A = D, or 1 + D columns with a batch; ``also``, rounded to float64.
+        The groups, with A = D, or 1 + D columns with a batch.
 
     Raises:
         ValueError: A point that is not finite, a cell outside int32.
@@ -40,13 +39,11 @@ def group_points(
     if n == 0:
         none = torch.zeros(0, dtype=torch.int64, device=points.device)
         coords = torch.zeros((0, axes), dtype=torch.int32, device=points.device)
-        read = [] if also is None else also.double().tolist()
-        return VoxelGroups(coords, none, none.new_zeros(2), none), read
+        return VoxelGroups(coords, none, none.new_zeros(2), none, none)
     # One axis at a time: over two axes at once, aminmax is nine times slower on the CPU.
     bounds = torch.stack([bound for axis in cells for bound in torch.aminmax(axis)])
     order, new, rank = _ranked(_keys(cells, bounds))
-    pieces = [bounds, rank[-1:].double()] + ([] if also is None else [also.double()])
-    read = _read(torch.cat(pieces))
+    read = _read(torch.cat([bounds, rank[-1:].double()]))
     lower, upper, last = read[0 : 2 * axes : 2], read[1 : 2 * axes : 2], int(read[2 * axes])
     if not all(INT32.min <= bound <= INT32.max for bound in lower + upper):  # NaN: False
         raise ValueError(
@@ -60,7 +57,7 @@ def group_points(
     inverse = torch.empty_like(order).index_copy_(0, order, rank)
     first = order.index_select(0, starts[: last + 1])
     coords = torch.stack([axis.index_select(0, first).to(torch.int32) for axis in cells], 1)
-    return VoxelGroups(coords, order, starts, inverse), read[2 * axes + 1 :]
+    return VoxelGroups(coords, order, starts, inverse, first)
 
 
 def _read(values: Tensor) -> list[float]:
@@ -134,41 +131,41 @@ def _starts(new: Tensor, rank: Tensor, num: int) -> Tensor:
     return torch.cat([ends.new_zeros(1), flat_nonzero(new), ends])
 
 
-def majority(
-    labels: Tensor,
-    ignored: int,
-    groups: VoxelGroups,
-    lowest: Tensor,
-    spread: Tensor,
-    short: bool = False,
-) -> Tensor:
+def majority(labels: Tensor, ignored: int, groups: VoxelGroups) -> Tensor:
     """The most frequent label of each voxel, the lowest of several.
 
     Args:
         labels: [N] int64.
         ignored: A label that does not count.
         groups: Of N points.
-        lowest, spread: [] int64, the smallest label, and the largest minus it plus 1; their
-            product with N is below 2^62.
-        short: It is even below 2^31: half the bytes will do.
 
     Returns:
         [M] int64; ``ignored`` for a voxel without another label.
     """
-    dtype = torch.int32 if short else torch.int64
+    n = labels.shape[0]
+    if n == 0:
+        return labels.clone()
+    lowest = int(labels.min())
+    spread = int(labels.max()) - lowest + 1
+    if n * spread >= MAX_CELLS[torch.int64]:  # by rank among the labels that occur, N at most
+        known, ranks = torch.unique(labels, return_inverse=True)
+        same = (known == ignored).nonzero()
+        return known[majority(ranks, int(same) if len(same) else -1, groups)]
+    # Half the bytes where they will do.
+    dtype = torch.int32 if n * spread < 2**31 else torch.int64
     voxel = groups.inverse.index_select(0, groups.order)
     first = voxel.to(dtype) * spread  # of the places of a voxel's labels
     place = (labels - lowest).to(dtype).index_select(0, groups.order)
     # Equal labels of a voxel side by side; the last of a run knows how many they are.
     runs = sorted_values(first + place)
-    numbers = torch.arange(labels.shape[0], dtype=dtype, device=labels.device)
+    numbers = torch.arange(n, dtype=dtype, device=labels.device)
     begin = numbers.clone()
     begin[1:].masked_fill_(runs[1:] == runs[:-1], 0)
     count = numbers - begin.cummax(0)[0] + 1
     place = runs - first
     score = count * spread + (spread - 1 - place)  # more votes first, then the lower label
-    silent = (ignored - lowest).clamp(-1, torch.iinfo(dtype).max)  # no place, if not among them
-    score.masked_fill_(place == silent, -1)
+    if lowest <= ignored < lowest + spread:
+        score.masked_fill_(place == ignored - lowest, -1)
     best = _highest(score, voxel, groups.starts[:-2]).to(torch.int64)
     return torch.where(best < 0, ignored, spread - 1 - best % spread + lowest)
 

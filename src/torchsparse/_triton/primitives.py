@@ -7,7 +7,7 @@ interpreter and other GPU makers need no special case.
 import triton
 import triton.language as tl
 
-__all__ = ["bit_count", "bit_or", "first_slot", "lowest_bit", "real_rows", "row_key"]
+__all__ = ["bit_count", "bit_or", "first_slot", "lowest_bit", "mix", "real_rows", "row_key"]
 
 
 @triton.jit
@@ -41,6 +41,14 @@ def first_slot(key, shift, slots_mask):
     """
     mixed = ((key >> 2) * -7046029254386353131) >> shift
     return ((mixed << 2) | (key & 3)) & slots_mask
+
+
+@triton.jit
+def mix(key):
+    """The finaliser of SplitMix64: every bit of a key reaches the low bits."""
+    key = (key ^ ((key >> 30) & 0x3FFFFFFFF)) * -0x40A7B892E31B1A47
+    key = (key ^ ((key >> 27) & 0x1FFFFFFFFF)) * -0x6B2FB644ECCEEE15
+    return key ^ ((key >> 31) & 0x1FFFFFFFF)
 
 
 @triton.jit

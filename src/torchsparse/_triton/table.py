@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from torchsparse._triton.launch import cdiv, launch, next_power
+from torchsparse._triton.primitives import mix
 from torchsparse._triton.rows import lower_bound
 
 __all__ = ["find_rows", "hash_rows", "insert_", "lookup", "site_keys"]
@@ -107,19 +108,11 @@ def find_rows(references: Tensor, queries: Tensor) -> Tensor:
     return found
 
 
-@triton.jit
-def _mix(key):
-    """The finaliser of SplitMix64: every bit of a key reaches the low bits."""
-    key = (key ^ ((key >> 30) & 0x3FFFFFFFF)) * -0x40A7B892E31B1A47
-    key = (key ^ ((key >> 27) & 0x1FFFFFFFFF)) * -0x6B2FB644ECCEEE15
-    return key ^ ((key >> 31) & 0x1FFFFFFFF)
-
-
 @triton.jit(do_not_specialize=["m", "capacity"])
 def _insert_kernel(references, slots, m, capacity, BLOCK: tl.constexpr):
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     key = tl.load(references + row, mask=row < m, other=0)
-    slot = _mix(key) & (capacity - 1)
+    slot = mix(key) & (capacity - 1)
     busy = row < m
     while tl.max(busy.to(tl.int32), 0) > 0:
         # There is no mask: who is done compares with a number that no slot holds.
@@ -136,7 +129,7 @@ def _insert_kernel(references, slots, m, capacity, BLOCK: tl.constexpr):
 def _find_kernel(references, slots, queries, found, n, capacity, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     key = tl.load(queries + at, mask=at < n, other=0)
-    slot = _mix(key) & (capacity - 1)
+    slot = mix(key) & (capacity - 1)
     busy = at < n
     row = tl.full([BLOCK], -1, tl.int32)
     while tl.max(busy.to(tl.int32), 0) > 0:

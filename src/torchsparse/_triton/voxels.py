@@ -1,4 +1,4 @@
-"""Points by voxel, as kernels: one sort, and one wait for the number of voxels."""
+"""Points by voxel, as kernels: one sort and one wait for their number; votes by hashing."""
 
 # Triton is optional, and its language is Python by syntax only.
 # pyright: reportMissingImports=false, reportGeneralTypeIssues=false, reportInvalidTypeForm=false
@@ -14,12 +14,14 @@ from torch import Tensor
 from torchsparse._flags import flag_word, raise_found
 from torchsparse._groups import VoxelGroups
 from torchsparse._keys import MAX_CELLS
-from torchsparse._triton.launch import cdiv, launch
+from torchsparse._triton.launch import cdiv, launch, next_power
+from torchsparse._triton.primitives import mix
 from torchsparse._triton.rows import divide
 
-__all__ = ["VoxelGroups", "group_points"]
+__all__ = ["VoxelGroups", "group_points", "majority"]
 
 BLOCK = 1024  # points of a program
+VOTERS = 128  # points of one warp, which walks until the last of them has found its slot
 MAX_AXES = 4  # voxel sizes that the kernels know
 NUMBERS = frozenset(
     {
@@ -30,37 +32,31 @@ NUMBERS = frozenset(
 INT_MIN, INT_MAX = tl.constexpr(-(2**31)), tl.constexpr(2**31 - 1)
 # What the host waits for, as int64 that begin at zero: whether a cell is outside int32, the number
 # of voxels minus 1, earlier complaints; for each column INT_MAX - lower and upper - INT_MIN, which
-# are maxima; numbers that ride along, as the bits of float64.
+# are maxima.
 BOUNDS = tl.constexpr(3)
 
 
 def group_points(
-    points: Tensor, voxel_size: tuple[float, ...], batch: Tensor | None, also: Tensor | None
-) -> tuple[VoxelGroups, list[float]] | None:
+    points: Tensor, voxel_size: tuple[float, ...], batch: Tensor | None
+) -> VoxelGroups | None:
     """Bring the points of each cell ``floor(point / voxel_size)`` together.
 
     Args:
         points: [N, D] numbers, divided in float64.
         voxel_size: D numbers.
         batch: [N] integers, the first column of the cells; None = no such column.
-        also: [J] numbers to be read while waiting for the number of voxels.
 
     Returns:
-        The groups, with A = D, or 1 + D columns with a batch; ``also``, rounded to float64. None
-        for what is left to the reference: no points, many axes, rare dtypes, boxes of 2^62 cells,
-        to say what is wrong with cells that are not finite or outside int32, and while kernels
-        are compiled ahead.
+        The groups, with A = D, or 1 + D columns with a batch. None for what is left to the
+        reference: no points, many axes, rare dtypes, boxes of 2^62 cells, to say what is wrong
+        with cells that are not finite or outside int32, and while kernels are compiled ahead.
     """
     n, axes = points.shape
     dtypes = {points.dtype} if batch is None else {points.dtype, batch.dtype}
     if n == 0 or not 0 < axes <= MAX_AXES or not dtypes <= NUMBERS:
         return None
     columns = axes + (batch is not None)
-    integers = BOUNDS.value + 2 * columns
-    width = integers + (0 if also is None else also.shape[0])
-    found = torch.zeros(width, dtype=torch.int64, device=points.device)
-    if also is not None:
-        found[integers:].view(torch.float64).copy_(also)
+    found = torch.zeros(BOUNDS.value + 2 * columns, dtype=torch.int64, device=points.device)
     keys = torch.empty(n, dtype=torch.int64, device=points.device)
     blocks = (cdiv(n, BLOCK),)
     for target in (None, keys):
@@ -76,8 +72,7 @@ def group_points(
     word = flag_word(points.device)
     launch(_changes_kernel, blocks, points, keys, tallies, found, word, n, BLOCK=BLOCK)
     ends = tallies.cumsum(0)
-    host = found.cpu()  # the one synchronisation
-    outside, changes, complaints, *bounds = host[:integers].tolist()
+    outside, changes, complaints, *bounds = found.tolist()  # the one synchronisation
     if complaints and word is not None:
         word.zero_()
         raise_found(complaints, points.device)
@@ -85,9 +80,11 @@ def group_points(
     coords = torch.empty((num, columns), dtype=torch.int32, device=points.device)
     starts = torch.empty(num + 2, dtype=torch.int64, device=points.device)
     inverse = torch.empty_like(order)
+    first = torch.empty(num, dtype=torch.int64, device=points.device)
     launch(
         _voxels_kernel, blocks, points,
-        keys, order, ends, found, coords, starts, inverse, n, num, COLUMNS=columns, BLOCK=BLOCK,
+        keys, order, ends, found, coords, starts, inverse, first, n, num,
+        COLUMNS=columns, BLOCK=BLOCK,
     )  # fmt: skip
     most = INT_MAX.value - INT_MIN.value
     cells = math.prod(low + high - most + 1 for low, high in zip(bounds[::2], bounds[1::2]))
@@ -95,8 +92,7 @@ def group_points(
     # this range. Others read memory by what they get here, so it must be right even then.
     if outside or not 0 < cells < MAX_CELLS[torch.int64]:
         return None
-    read = host[integers:].view(torch.float64).tolist()
-    return VoxelGroups(coords, order, starts, inverse), read
+    return VoxelGroups(coords, order, starts, inverse, first)
 
 
 @triton.jit
@@ -183,18 +179,21 @@ def _changes_kernel(keys, tallies, found, word, n, BLOCK: tl.constexpr):
 
 @triton.jit(do_not_specialize=["n", "num"])
 def _voxels_kernel(
-    keys, order, ends, found, coords, starts, inverse, n, num,
+    keys, order, ends, found, coords, starts, inverse, lowest, n, num,
     COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The voxel of each point; the first one of a voxel writes its coordinates and its start."""
+    """The voxel of each point; the first one of a voxel writes its coordinates, its start and
+    itself."""
     block = tl.program_id(0)
     row, here = _points_here(n, BLOCK)
     key, new = _changed(keys, row, here)
     before = tl.load(ends + block - 1, mask=block > 0, other=0)
     voxel = before + tl.cumsum(new.to(tl.int32), 0)
-    tl.store(inverse + tl.load(order + row, mask=here, other=0), voxel, mask=here)
+    point = tl.load(order + row, mask=here, other=0)
+    tl.store(inverse + point, voxel, mask=here)
     first = new | (row == 0)
     tl.store(starts + voxel, row, mask=first)
+    tl.store(lowest + voxel, point, mask=first)
     for column in tl.static_range(COLUMNS - 1, 0, -1):
         lower, extent = _box(found, column)
         rest = key // extent
@@ -205,3 +204,92 @@ def _voxels_kernel(
     tl.store(coords + voxel * COLUMNS, (lower + key).to(tl.int32), mask=first)
     if block == 0:
         tl.store(starts + num + tl.arange(0, 2), tl.full([2], n, tl.int64))
+
+
+# ------------------------------------------------------------------ votes
+def majority(labels: Tensor, ignored: int, groups: VoxelGroups) -> Tensor:
+    """The most frequent label of each voxel, the lowest of several.
+
+    Pairs of voxel and label are counted in a table with open addresses, at most half full, that
+    holds points: pairs are compared where they stand, so labels may be any. Counts, their maxima
+    and the lowest labels that reach them are integers, the same whoever comes first.
+
+    Args:
+        labels: [N] int64.
+        ignored: A label that does not count.
+        groups: Of N points.
+
+    Returns:
+        [M] int64; ``ignored`` for a voxel without another label.
+    """
+    n, num, device = labels.shape[0], groups.first.shape[0], labels.device
+    slots = next_power(2 * n)
+    # For each slot a point plus 1 and the votes of its pair, for each voxel the most votes.
+    table = torch.zeros(2 * slots + num, dtype=torch.int32, device=device)
+    winner = torch.empty(num, dtype=torch.int64, device=device)
+    found = torch.empty_like(winner)
+    pairs = groups.inverse, labels.contiguous()
+    launch(
+        _vote_kernel, (cdiv(n, VOTERS),), labels,
+        *pairs, table, winner, ignored, n, num, slots, BLOCK=VOTERS, num_warps=1,
+    )  # fmt: skip
+    launch(_win_kernel, (cdiv(slots, BLOCK),), labels, *pairs, table, winner, slots, BLOCK=BLOCK)
+    launch(
+        _elect_kernel, (cdiv(num, BLOCK),), labels,
+        table, winner, found, ignored, num, slots, BLOCK=BLOCK,
+    )  # fmt: skip
+    return found
+
+
+@triton.jit(do_not_specialize=["ignored", "n", "num", "slots"])
+def _vote_kernel(
+    inverse, labels, table, winner, ignored, n, num, slots, BLOCK: tl.constexpr
+):  # fmt: skip
+    """Count pairs of voxel and label, and the most votes of each voxel.
+
+    Every count of a pair is seen by the voter who made it, the last one too.
+    """
+    point = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(winner + point, tl.full([BLOCK], 0x7FFFFFFFFFFFFFFF, tl.int64), mask=point < num)
+    voxel = tl.load(inverse + point, mask=point < n, other=0)
+    label = tl.load(labels + point, mask=point < n, other=0)
+    votes = (point < n) & (label != ignored)
+    busy = votes
+    slot = mix(mix(voxel) + label) & (slots - 1)
+    place = slot
+    while tl.max(busy.to(tl.int32), 0) > 0:
+        # There is no mask: who is done compares with a number that no slot holds.
+        held = tl.atomic_cas(
+            table + slot, tl.where(busy, 0, -1), (point + 1).to(tl.int32), sem="relaxed"
+        ) - 1  # fmt: skip
+        other = busy & (held >= 0)
+        same = tl.load(inverse + held, mask=other, other=-1) == voxel
+        same = same & (tl.load(labels + held, mask=other, other=0) == label)
+        place = tl.where(busy, slot, place)
+        busy = other & (same == 0)
+        slot = (slot + 1) & (slots - 1)
+    count = tl.atomic_add(table + slots + place, 1, mask=votes, sem="relaxed") + 1
+    tl.atomic_max(table + slots + slots + voxel, count, mask=votes, sem="relaxed")
+
+
+@triton.jit(do_not_specialize=["slots"])
+def _win_kernel(inverse, labels, table, winner, slots, BLOCK: tl.constexpr):
+    """The lowest label of each voxel among those with the most votes."""
+    slot = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    point = tl.load(table + slot, mask=slot < slots, other=0) - 1
+    used = point >= 0
+    count = tl.load(table + slots + slot, mask=used, other=0)
+    voxel = tl.load(inverse + point, mask=used, other=0)
+    most = used & (tl.load(table + slots + slots + voxel, mask=used, other=0) == count)
+    label = tl.load(labels + point, mask=most, other=0)
+    tl.atomic_min(winner + voxel, label, mask=most, sem="relaxed")
+
+
+@triton.jit(do_not_specialize=["ignored", "num", "slots"])
+def _elect_kernel(table, winner, found, ignored, num, slots, BLOCK: tl.constexpr):
+    """The winners, and ``ignored`` where nobody voted."""
+    voxel = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    most = tl.load(table + slots + slots + voxel, mask=voxel < num, other=0)
+    label = tl.load(winner + voxel, mask=voxel < num, other=0)
+    nobody = tl.full([BLOCK], ignored, tl.int64)
+    tl.store(found + voxel, tl.where(most > 0, label, nobody), mask=voxel < num)

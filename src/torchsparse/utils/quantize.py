@@ -42,10 +42,10 @@ def sparse_quantize(
     points = coords.detach() if is_tensor else as_tensor(coords)
     if points.dim() != 2 or points.shape[1] != 3:
         raise ValueError(f"`coords` must have shape [N, 3], got {list(points.shape)}")
-    groups, _ = group_points(points, cell_size(voxel_size, 3))
+    groups = group_points(points, cell_size(voxel_size, 3))
     results = [groups.coords]
     if return_index:
-        results.append(groups.order.index_select(0, groups.starts[:-2]))
+        results.append(groups.first)
     if return_inverse:
         results.append(groups.inverse)
     if not is_tensor:

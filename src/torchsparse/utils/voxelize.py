@@ -70,8 +70,7 @@ def voxelize_points(
     Raises:
         TypeError: Features that are not floating, labels or a batch that are not integers.
         ValueError: Shapes that do not fit, tensors on different devices, an unknown reduction, a
-            voxel size that is not positive, NaN, Inf, a voxel that does not fit into int32,
-            labels too far apart (N times their spread reaches 2^62).
+            voxel size that is not positive, NaN, Inf, a voxel that does not fit into int32.
     """
     one_of(reduce, REDUCTIONS, "reduce")
     is_tensor = isinstance(points, Tensor)
@@ -83,18 +82,15 @@ def voxelize_points(
     votes = None if labels is None else _per_point(labels, "labels", n, 1)
     sample = None if batch is None else _per_point(batch, "batch", n, 1)
     check_same_device(points=points, feats=values, labels=votes, batch=sample)
-    bounds = None
-    if votes is not None and n:
-        bounds = torch.stack(torch.aminmax(votes)).to(torch.int64)
-    groups, read = ops.group_points(points, cell_size(voxel_size, points.shape[1]), sample, bounds)
-    index = groups.order.index_select(0, groups.starts[:-2])
+    groups = ops.group_points(points, cell_size(voxel_size, points.shape[1]), sample)
+    counts = groups.counts()
     found = VoxelizedPoints(
         coords=groups.coords,
-        feats=None if values is None else _reduced(values, groups, index, reduce),
-        labels=None if votes is None else _voted(votes, ignore_label, groups, bounds, read),
-        index=index,
+        feats=None if values is None else _reduced(values, groups, counts, reduce),
+        labels=None if votes is None else _voted(votes, ignore_label, groups),
+        index=groups.first,
         inverse=groups.inverse,
-        counts=groups.starts.diff()[:-1],
+        counts=counts,
     )
     if is_tensor:
         return found
@@ -114,33 +110,14 @@ def _per_point(value: Any, name: str, n: int, axes: int) -> Tensor:
     return value
 
 
-def _reduced(feats: Tensor, groups: ops.VoxelGroups, index: Tensor, reduce: str) -> Tensor:
+def _reduced(feats: Tensor, groups: ops.VoxelGroups, counts: Tensor, reduce: str) -> Tensor:
     if reduce == "first":
-        return take_rows(feats, index)
+        return take_rows(feats, groups.first)
     if reduce == "max":
-        return segment_max(feats, groups.inverse, index.shape[0])
-    return group_sum(feats, groups, reduce == "mean")
+        return segment_max(feats, groups.inverse, counts.shape[0])
+    return group_sum(feats, groups, counts if reduce == "mean" else None)
 
 
-def _voted(
-    labels: Tensor,
-    ignored: int,
-    groups: ops.VoxelGroups,
-    bounds: Tensor | None,
-    read: list[float],
-) -> Tensor:
-    """Majority labels, once N times their spread is known to fit."""
-    if bounds is None:
-        return labels.clone()
-    most = (read[1] - read[0] + 1) * labels.shape[0]
-    if most >= 2.0**62:
-        raise ValueError(
-            f"`labels` must be closer together: N times their spread must stay below 2^62, got "
-            f"{labels.shape[0]} labels from {int(read[0])} to {int(read[1])}"
-        )
-    lowest, highest = bounds.unbind()
-    votes = labels.to(torch.int64)
-    spread = highest - lowest + 1
-    short = most < 2**31 and max(map(abs, read[:2])) < 2**53  # as float64 has them all
-    found = ops.majority(votes, ignored, groups, lowest, spread, short)
-    return found.to(labels.dtype)
+def _voted(labels: Tensor, ignored: int, groups: ops.VoxelGroups) -> Tensor:
+    """Majority labels in the dtype of the labels."""
+    return ops.majority(labels.to(torch.int64), ignored, groups).to(labels.dtype)

@@ -47,12 +47,13 @@ def initial_voxelize(
     """
     _check_points(points)
     batch, positions = points.C[:, 0], points.C[:, 1:] * (init_res / after_res)
-    groups, _ = group_points(positions, (1.0, 1.0, 1.0), batch.to(torch.int64))
+    groups = group_points(positions, (1.0, 1.0, 1.0), batch.to(torch.int64))
     points.C = torch.cat([batch[:, None], positions], 1)
-    out = SparseTensor(group_sum(points.F, groups, mean=True), groups.coords)
+    counts = groups.counts()
+    out = SparseTensor(group_sum(points.F, groups, counts), groups.coords)
     _tables_of(points, out)
     points.additional_features["idx_query"][out.stride] = groups.inverse.to(torch.int32)
-    points.additional_features["counts"][out.stride] = groups.starts.diff()[:-1].to(torch.int32)
+    points.additional_features["counts"][out.stride] = counts.to(torch.int32)
     return out
 
 
