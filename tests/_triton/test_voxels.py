@@ -186,6 +186,13 @@ def test_votes(n: int, device: torch.device) -> None:
     votes_agree(randint(-3, 4, (n,), device, seed=1), groups, -1, 2, -100, 2**40, -(2**63))
 
 
+@pytest.mark.parametrize("size", [voxels.SHORT - 1, voxels.SHORT, voxels.SHORT + 1])
+def test_voxels_around_the_longest_short_one(size: int, device: torch.device) -> None:
+    cells = torch.arange(40 * size, device=device)[:, None] // size
+    groups = reference.group_points(cells.flip(0), (1.0,), None)
+    votes_agree(randint(0, 5, (40 * size,), device), groups, 0, 4, -100)
+
+
 def test_labels_of_all_sizes(device: torch.device) -> None:
     """Equal in their low 32 bits, at both ends of int64, each its own, with gaps in memory."""
     groups = reference.group_points(randint(0, 9, (400, 1), device), (1.0,), None)

@@ -69,7 +69,7 @@ def test_a_tuned_network_computes_the_same(half: bool, gpu: torch.device) -> Non
     x = SparseTensor(x.feats.to(gpu, torch.float16 if half else torch.float32), x.coords.to(gpu))
     before = gradients(model, x)
     torchsparse.tune(
-        model, [x], tune_with_bwd=True, dataflow_range=DATAFLOWS, verbose=False, seconds=60
+        model, [x], tune_with_bwd=True, dataflow_range=DATAFLOWS, verbose=False, seconds=400
     )
     names = {name.split("/")[0] for name in _tuned.entries(gpu)}
     # Dataflows without tiles may win; the weight gradient always has some.
@@ -84,7 +84,7 @@ def test_a_tuned_network_computes_the_same(half: bool, gpu: torch.device) -> Non
 
 def test_what_was_tuned_is_there_in_the_next_process(gpu: torch.device) -> None:
     model = network().to(gpu)
-    torchsparse.tune(model, [street_of(0)], verbose=False, seconds=20)
+    torchsparse.tune(model, [street_of(0)], verbose=False, seconds=200)
     known = _tuned.entries(gpu)
     _tuned.forget()
     assert known and _tuned.entries(gpu) == known

@@ -21,6 +21,8 @@ from torchsparse._triton.rows import divide
 __all__ = ["VoxelGroups", "group_points", "majority"]
 
 BLOCK = 1024  # points of a program
+SHORT = 16  # points of a voxel whose labels are compared with each other
+ELECTIONS = 32  # voxels of a program that does so
 VOTERS = 128  # points of one warp, which walks until the last of them has found its slot
 MAX_AXES = 4  # voxel sizes that the kernels know
 NUMBERS = frozenset(
@@ -210,9 +212,10 @@ def _voxels_kernel(
 def majority(labels: Tensor, ignored: int, groups: VoxelGroups) -> Tensor:
     """The most frequent label of each voxel, the lowest of several.
 
-    Pairs of voxel and label are counted in a table with open addresses, at most half full, that
-    holds points: pairs are compared where they stand, so labels may be any. Counts, their maxima
-    and the lowest labels that reach them are integers, the same whoever comes first.
+    In voxels of up to SHORT points all labels are compared with all. In larger ones pairs of voxel
+    and label are counted in a table with open addresses, at most half full, that holds points:
+    pairs are compared where they stand, so labels may be any. Counts, their maxima and the lowest
+    labels that reach them are integers, the same whoever comes first.
 
     Args:
         labels: [N] int64.
@@ -227,33 +230,40 @@ def majority(labels: Tensor, ignored: int, groups: VoxelGroups) -> Tensor:
     # For each slot a point plus 1 and the votes of its pair, for each voxel the most votes.
     table = torch.zeros(2 * slots + num, dtype=torch.int32, device=device)
     winner = torch.empty(num, dtype=torch.int64, device=device)
-    found = torch.empty_like(winner)
-    pairs = groups.inverse, labels.contiguous()
+    labels = labels.contiguous()
     launch(
         _vote_kernel, (cdiv(n, VOTERS),), labels,
-        *pairs, table, winner, ignored, n, num, slots, BLOCK=VOTERS, num_warps=1,
+        groups.inverse, groups.starts, labels, table, winner, ignored, n, num, slots,
+        SHORT=SHORT, BLOCK=VOTERS, num_warps=1,
     )  # fmt: skip
-    launch(_win_kernel, (cdiv(slots, BLOCK),), labels, *pairs, table, winner, slots, BLOCK=BLOCK)
     launch(
-        _elect_kernel, (cdiv(num, BLOCK),), labels,
-        table, winner, found, ignored, num, slots, BLOCK=BLOCK,
+        _win_kernel, (cdiv(slots, BLOCK),), labels,
+        groups.inverse, labels, table, winner, slots, BLOCK=BLOCK,
     )  # fmt: skip
-    return found
+    launch(
+        _elect_kernel, (cdiv(num, ELECTIONS),), labels,
+        groups.order, groups.starts, labels, table, winner, ignored, num, slots,
+        SHORT=SHORT, BLOCK=ELECTIONS, num_warps=1,
+    )  # fmt: skip
+    return winner
 
 
 @triton.jit(do_not_specialize=["ignored", "n", "num", "slots"])
 def _vote_kernel(
-    inverse, labels, table, winner, ignored, n, num, slots, BLOCK: tl.constexpr
+    inverse, starts, labels, table, winner, ignored, n, num, slots,
+    SHORT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Count pairs of voxel and label, and the most votes of each voxel.
+    """Count pairs of voxel and label in long voxels, and the most votes of each of these.
 
     Every count of a pair is seen by the voter who made it, the last one too.
     """
     point = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     tl.store(winner + point, tl.full([BLOCK], 0x7FFFFFFFFFFFFFFF, tl.int64), mask=point < num)
     voxel = tl.load(inverse + point, mask=point < n, other=0)
-    label = tl.load(labels + point, mask=point < n, other=0)
-    votes = (point < n) & (label != ignored)
+    end = tl.load(starts + voxel + 1, mask=point < n, other=0)
+    votes = end - tl.load(starts + voxel, mask=point < n, other=0) > SHORT
+    label = tl.load(labels + point, mask=votes, other=0)
+    votes = votes & (label != ignored)
     busy = votes
     slot = mix(mix(voxel) + label) & (slots - 1)
     place = slot
@@ -274,7 +284,7 @@ def _vote_kernel(
 
 @triton.jit(do_not_specialize=["slots"])
 def _win_kernel(inverse, labels, table, winner, slots, BLOCK: tl.constexpr):
-    """The lowest label of each voxel among those with the most votes."""
+    """The lowest label of each long voxel among those with the most votes."""
     slot = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     point = tl.load(table + slot, mask=slot < slots, other=0) - 1
     used = point >= 0
@@ -286,10 +296,31 @@ def _win_kernel(inverse, labels, table, winner, slots, BLOCK: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["ignored", "num", "slots"])
-def _elect_kernel(table, winner, found, ignored, num, slots, BLOCK: tl.constexpr):
-    """The winners, and ``ignored`` where nobody voted."""
+def _elect_kernel(
+    order, starts, labels, table, winner, ignored, num, slots,
+    SHORT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Let short voxels vote, and give ``ignored`` to those where nobody did."""
     voxel = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    most = tl.load(table + slots + slots + voxel, mask=voxel < num, other=0)
-    label = tl.load(winner + voxel, mask=voxel < num, other=0)
+    real = voxel < num
+    begin = tl.load(starts + voxel, mask=real, other=0)
+    size = tl.load(starts + voxel + 1, mask=real, other=0) - begin
+    short = tl.where(size > SHORT, 0, size)
+    seat = tl.arange(0, SHORT)
+    here = seat[None, :] < short[:, None]
+    point = tl.load(order + begin[:, None] + seat[None, :], mask=here, other=0)
+    label = tl.load(labels + point, mask=here, other=0)
+    count = tl.zeros([BLOCK, SHORT], tl.int32)
+    for k in range(tl.max(short, 0)):  # what the k-th of each voxel says
+        other = tl.load(order + begin + k, mask=k < short, other=0)
+        one = tl.load(labels + other, mask=k < short, other=0)
+        count += ((label == one[:, None]) & (k < short)[:, None]).to(tl.int32)
+    count = tl.where(here & (label != ignored), count, 0)
+    most = tl.max(count, 1)
+    last = tl.full([BLOCK, SHORT], 0x7FFFFFFFFFFFFFFF, tl.int64)
+    lowest = tl.min(tl.where(count == most[:, None], tl.where(count > 0, label, last), last), 1)
+    long = real & (size > SHORT)
+    most = tl.where(long, tl.load(table + slots + slots + voxel, mask=long, other=0), most)
+    lowest = tl.where(long, tl.load(winner + voxel, mask=long, other=0), lowest)
     nobody = tl.full([BLOCK], ignored, tl.int64)
-    tl.store(found + voxel, tl.where(most > 0, label, nobody), mask=voxel < num)
+    tl.store(winner + voxel, tl.where(most > 0, lowest, nobody), mask=real)
