@@ -225,9 +225,10 @@ def turn_kernel(
     BO: tl.constexpr,
 ):  # fmt: skip
     """out[k, j, i] = w[k, i, j]."""
+    COLS: tl.constexpr = (CO + BO - 1) // BO
     tap = tl.program_id(0).to(tl.int64)
-    i = tl.program_id(1) * BI + tl.arange(0, BI)
-    j = tl.program_id(2) * BO + tl.arange(0, BO)
+    i = (tl.program_id(1) // COLS) * BI + tl.arange(0, BI)
+    j = (tl.program_id(1) % COLS) * BO + tl.arange(0, BO)
     there = (i < CI)[:, None] & (j < CO)[None, :]
     block = tl.load(w + tap * w_tap + i[:, None] * w_in + j[None, :] * w_out, mask=there)
     there = (j < CO)[:, None] & (i < CI)[None, :]

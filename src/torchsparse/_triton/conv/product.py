@@ -291,11 +291,12 @@ def _multiply(known: _Product, feats: Tensor, weight: Tensor, end: _End) -> Tens
 def _turned(weight: Tensor) -> Tensor:
     """The same weight with its summed axis innermost."""
     volume, c_in, c_out = weight.shape
-    out = weight.new_empty(volume, c_out, c_in)
-    launch(
-        turn_kernel, (volume, cdiv(c_in, 32), cdiv(c_out, 64)), weight, weight, out,
-        *weight.stride(), CI=c_in, CO=c_out, BI=32, BO=64,
-    )  # fmt: skip
+    out, strides = weight.new_empty(volume, c_out, c_in), weight.stride()
+    name = ("turn", weight.dtype, weight.shape, strides)
+    step = _steps.get(name)
+    if step is None:
+        step = _steps[name] = Step(turn_kernel, CI=c_in, CO=c_out, BI=32, BO=64)
+    step((volume, cdiv(c_in, 32) * cdiv(c_out, 64)), (weight, out), strides)
     return out.transpose(1, 2)
 
 
