@@ -45,7 +45,8 @@ OURS = {
         "_gather_kernel", "_gather_strided_kernel", "_share_kernel", "_devoxelize_kernel",
         "_weight_grad_kernel", "_trilinear_kernel",
         # voxels
-        "_cells_kernel", "_changes_kernel", "_voxels_kernel",
+        "_cells_kernel", "_changes_kernel", "_voxels_kernel", "_vote_kernel", "_win_kernel",
+        "_elect_kernel",
     ),
 }  # fmt: skip
 """The kernels of `torchsparse._triton`, by group."""

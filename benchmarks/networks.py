@@ -19,7 +19,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -106,17 +106,13 @@ def joined(table: list[dict[str, Any]]) -> Iterator[str]:
 
 
 # ------------------------------------------------------------------ measuring
-def measure(
+def clock(
     subject: Subject, timed: list[Inputs], seconds: float, phases: timing.Phases
-) -> tuple[dict[str, Any], list[timing.Span]]:
-    """A row, and the kernels of a step, longest first (none on a CPU)."""
+) -> dict[str, Any]:
+    """Wall times and memory."""
     device, graph = subject.device, subject.call
     captures = getattr(graph, "captures", 0)
-    turn = itertools.cycle(timed)
-
-    def step() -> None:
-        subject.step(next(turn))
-
+    step = in_turn(subject, timed)
     if device.type == "cuda":
         torch.cuda.empty_cache()
     memory = timing.PeakMemory(device)
@@ -127,19 +123,37 @@ def measure(
         "wall_ms": statistics.median(found), "min_ms": min(found), "repeats": len(found),
         "peak_mb": memory.read(),
     }  # fmt: skip
-    spans = []
     if device.type == "cuda":
         row["reserved_mb"] = torch.cuda.max_memory_reserved(device) / 2**20
-        with phases("profile"):
-            spans = timing.spans(step, 2 * VARIANTS)
-            row |= of_spans(spans, row["wall_ms"]) if spans else {}
-            row |= of_replay(graphs_of(graph))
     if subject.engine.name == "torchsparse":
         torchsparse.backends.check_errors()
     again = getattr(graph, "captures", 0) - captures
     if again:
         row["remarks"] = f"captured anew {again} times while it was timed"
-    return row, spans
+    return row
+
+
+def profile(
+    subject: Subject, timed: list[Inputs], wall_ms: float, phases: timing.Phases
+) -> tuple[dict[str, Any], list[timing.Span]]:
+    """What a GPU does in a step, and its kernels, longest first."""
+    step = in_turn(subject, timed)
+    for _ in timed:
+        step()
+    with phases("profile"):
+        spans = timing.spans(step, 2 * VARIANTS)
+        found = of_spans(spans, wall_ms) if spans else {}
+        return found | of_replay(graphs_of(subject.call)), spans
+
+
+def in_turn(subject: Subject, timed: list[Inputs]) -> Callable[[], None]:
+    """A step of the next scan."""
+    turn = itertools.cycle(timed)
+
+    def step() -> None:
+        subject.step(next(turn))
+
+    return step
 
 
 def of_spans(spans: list[timing.Span], wall_ms: float) -> dict[str, Any]:
@@ -196,7 +210,7 @@ def against_floor(
     if rates is not None:
         least = rates.floor_ms(task.works, dtype, training)
         found |= {
-            "floor_ms": least, "share_of_floor": least / (row.get("gpu_ms") or row["wall_ms"]),
+            "floor_ms": least, "share_of_floor": least / row["wall_ms"],
             "copy_gb_per_s": rates.copy / 1e9, "matmul_tflop_per_s": rates.matmul[dtype] / 1e12,
         }  # fmt: skip
     return found
@@ -221,7 +235,24 @@ class Run:
         self.failed = False
 
     def rows(self) -> Iterator[dict[str, Any]]:
-        """Checked and timed in this process."""
+        """Checked and timed in this process.
+
+        On a GPU all rows are timed before the first is profiled: once a profiler has listened,
+        every launch of its process costs the host more.
+        """
+        waiting = []
+        for task, row, phases in self.clocked():
+            if self.options.device.type == "cuda":
+                wall = number(row, "wall_ms", "9.3f")
+                print(f"timed {words(row)}{row['library']:<12}{row['way']:<8}{wall}", flush=True)
+                waiting.append((task, row, phases))
+            else:
+                yield from self.accounted(task, row, phases)
+        for task, row, phases in waiting:
+            yield from self.accounted(task, row, phases)
+
+    def clocked(self) -> Iterator[tuple[Task, dict[str, Any], timing.Phases]]:
+        """Rows as far as a clock can fill them."""
         options = self.options
         device: torch.device = options.device
         rates = floors.measure_rates(device, options.dtypes) if options.floors else None
@@ -240,7 +271,10 @@ class Run:
                 print(f"  prepared in {phases}", flush=True)
             for dtype, library in itertools.product(options.dtypes, options.libraries):
                 for way in ways(library, mode, options.ways):
-                    yield from self.row(task, library, way, dtype, rates)
+                    phases = timing.Phases()
+                    row = self.row(task, library, way, dtype, phases)
+                    if row is not None:
+                        yield task, row | against_floor(row, task, dtype, rates), phases
 
     def task(self, case: Case, name: str, mode: str, phases: timing.Phases) -> Task:
         """A task and its truth; the first of its types is compiled on the way, maps and all."""
@@ -256,9 +290,9 @@ class Run:
             return prepare(case, Path(name).stem, scan, mode, options.device)
 
     def row(
-        self, task: Task, library: str, way: str, dtype: str, rates: floors.Rates | None
-    ) -> Iterator[dict[str, Any]]:
-        options, phases = self.options, timing.Phases()
+        self, task: Task, library: str, way: str, dtype: str, phases: timing.Phases
+    ) -> dict[str, Any] | None:
+        options = self.options
         row: dict[str, Any] = {
             "network": task.case.name, "scene": task.scene, "mode": task.mode, "dtype": dtype,
             "library": library, "way": way, "voxels": len(task.timed[0].coords),
@@ -274,13 +308,33 @@ class Run:
                     timing.synchronize(options.device)
             with phases("judge"):
                 row |= {"version": subject.engine.version} | judge(subject, timed)
-            found, spans = measure(subject, timed, options.seconds, phases)
+            found = clock(subject, timed, options.seconds, phases)
         except Exception as error:  # what another library cannot do is a result too
             self.refuse(row, error)
-            return
+            return None
         remarks = [r["remarks"] for r in (row, found) if r.get("remarks")]
-        row |= found | against_floor(found, task, dtype, rates)
-        yield row | {"remarks": "; ".join(remarks)}
+        return row | found | {"remarks": "; ".join(remarks)}
+
+    def accounted(
+        self, task: Task, row: dict[str, Any], phases: timing.Phases
+    ) -> Iterator[dict[str, Any]]:
+        """A row with what a GPU does in its step, and lines about it."""
+        options, spans = self.options, []
+        if options.device.type == "cuda":
+            gc.collect()
+            try:
+                subject = Subject(task, row["library"], row["way"], row["dtype"], options.device)
+                timed = [subject.inputs(scene) for scene in task.timed]
+                if row["library"] == "torchsparse":
+                    subject.warm(timed[0])
+                found, spans = profile(subject, timed, row["wall_ms"], phases)
+            except Exception as error:
+                self.refuse(row, error)
+                return
+            row |= found
+            if row.get("floor_ms") and row.get("gpu_ms"):
+                row["share_of_floor"] = row["floor_ms"] / row["gpu_ms"]
+        yield row
         for text in (*of_gaps(row), *costliest(spans, options.kernels)):
             print(text, flush=True)
         if options.verbose:

@@ -170,8 +170,7 @@ def test_a_graph_is_compared_with_eager_calls(task, monkeypatch) -> None:
     assert isinstance(subject.call, Graphed) and not subject.call.wait
     timed = [subject.inputs(scene) for scene in task.timed]
     assert tasks.judge(subject, timed)["to_eager"] == 0
-    row, spans = networks.measure(subject, timed, 0.0, Phases())
-    assert row["wall_ms"] > 0 and not spans
+    assert networks.clock(subject, timed, 0.0, Phases())["wall_ms"] > 0
     right = subject.infer
 
     def off(x: tasks.Inputs, call: Any) -> Any:
@@ -183,6 +182,27 @@ def test_a_graph_is_compared_with_eager_calls(task, monkeypatch) -> None:
     monkeypatch.setattr(subject, "infer", off)
     with pytest.raises(WrongResult, match="from eager calls"):
         tasks.judge(subject, timed)
+
+
+def test_a_gpu_is_profiled_when_all_rows_are_timed(monkeypatch) -> None:
+    """A profiler slows down the launches that come after it."""
+    options = networks.options_of(["resnet21d", "--device", "cuda"])
+    seen = []
+    row = {"network": "n", "scene": "s", "mode": "m", "dtype": "d", "library": "l", "way": "w"}
+
+    def clocked(run: Any) -> Any:
+        for number in range(3):
+            seen.append(("timed", number))
+            yield None, row | {"number": number}, Phases()
+
+    def accounted(run: Any, task: Any, row: Any, phases: Any) -> Any:
+        seen.append(("profiled", row["number"]))
+        yield row
+
+    monkeypatch.setattr(networks.Run, "clocked", clocked)
+    monkeypatch.setattr(networks.Run, "accounted", accounted)
+    assert [row["number"] for row in networks.Run(options).rows()] == [0, 1, 2]
+    assert seen == [(what, n) for what in ("timed", "profiled") for n in range(3)]
 
 
 class Graph(torch.nn.Module):
