@@ -503,3 +503,25 @@ def test_state_of_finds_the_usual_nests() -> None:
 if __name__ == "__main__":
     warnings.simplefilter("ignore")  # of spconv's imports
     judge_by_spconv(Path(sys.argv[1]))
+
+
+def test_a_channelwise_convolution(tmp_path: Path) -> None:
+    """MinkowskiEngine keeps [K, C]; our layer with a group per channel computes the same."""
+    kernel = torch.randn(27, 8)
+    state = {"a.kernel": kernel, "b.kernel": torch.randn(27, 8, 4)}
+    found = convert(state, "minkowski", channelwise=["a"])
+    assert torch.equal(found["a.kernel"], kernel[:, None]) and found["b.kernel"].dim() == 3
+    spnn.Conv3d(8, 8, 3, groups=8).load_state_dict({"kernel": found["a.kernel"]})
+    back = convert(found, "torchsparse", "minkowski", channelwise=["a.kernel"])
+    assert all(torch.equal(back[name], state[name]) for name in state)
+    even = torch.randn(8, 5)
+    found = convert({"a.kernel": even}, "minkowski", channelwise=["a"])
+    back = convert(found, "torchsparse", "minkowski", channelwise=["a"])
+    assert torch.equal(back["a.kernel"], even)
+    with pytest.raises(ValueError, match="`channelwise` names 'c'"):
+        convert(state, "minkowski", channelwise=["c"])
+
+
+def test_the_state_of_our_own_checkpoints_is_found() -> None:
+    state = {"a.kernel": torch.zeros(27, 4, 4)}
+    assert state_of({"format": "x", "recipe": {}, "state": state}) is state

@@ -357,3 +357,34 @@ def test_the_description_names_what_matters() -> None:
 def test_results_of_arithmetic_travel() -> None:
     x = sparse(torch.device("cpu")) * 2 + 1
     assert torch.equal(pickle.loads(pickle.dumps(x)).feats, x.feats)
+
+
+def test_a_coo_site_beyond_int32() -> None:
+    """2^32 + 1 looks like 1 in 32 bits."""
+    for place in (2**31, 2**32 + 1):
+        index = torch.tensor([[0, 0], [place, 1], [0, 0], [0, 0]])
+        coo = torch.sparse_coo_tensor(index, torch.ones(2, 1), (1, 2**33, 1, 1, 1))
+        with pytest.raises(ValueError, match="must fit into int32"):
+            SparseTensor.from_sparse_coo(coo)
+    wide = torch.sparse_coo_tensor(index[:, 1:], torch.ones(1, 1), (1, 2**33, 1, 1, 1))
+    assert SparseTensor.from_sparse_coo(wide).coords.tolist() == [[0, 1, 0, 0]]
+
+
+def test_samples_as_arrays_and_wrong_numbers_of_them(device: torch.device) -> None:
+    x = sparse(device, "batch_gap")
+    want = x.samples([2, 0])
+    for which in (torch.tensor([2, 0]), np.array([2, 0])):
+        assert torch.equal(x.samples(which).coords, want.coords)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match="must not be negative, got -1"):
+        x.decompose(-1)
+    with pytest.raises(TypeError):
+        x.decompose(2.0)  # pyright: ignore[reportArgumentType]
+
+
+def test_no_channels_in_samples_and_grids(device: torch.device) -> None:
+    x = sparse(device, "batch_gap", channels=0)
+    assert sum(len(f) for f in x.decompose()[1]) == len(x.coords)
+    assert x.samples(0).feats.shape[1] == 0
+    grid = torch.zeros(1, 2, 2, 2, 0, device=device)
+    mask = torch.ones(1, 2, 2, 2, dtype=torch.bool, device=device)
+    assert SparseTensor.from_dense(grid, mask).feats.shape == (8, 0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -281,3 +282,43 @@ def test_another_stream_waits() -> None:
         feats = y.feats
     side.synchronize()
     torch.testing.assert_close(feats, want)
+
+
+def test_a_buffer_of_inference_mode_may_be_filled_again(device: torch.device) -> None:
+    """Its writes are not counted, so what reads it must not be put off."""
+    net = filled(spnn.Conv3d(4, 8, 3), spnn.BatchNorm(8), spnn.ReLU(), device=device,
+                 dtype=torch.float32)  # fmt: skip
+    x = sparse(device, "odd", channels=4, dtype=torch.float32)
+    with torch.inference_mode():
+        frames = [torch.randn_like(x.feats, dtype=torch.float32) for _ in range(3)]
+        want = [net(SparseTensor(frame.clone(), x.coords)).feats for frame in frames]
+        buffer, seen = torch.empty_like(frames[0]), []
+        for frame in frames:
+            buffer.copy_(frame)
+            seen.append(net(SparseTensor(buffer, x.coords)))
+        assert all(torch.equal(y.feats, w) for y, w in zip(seen, want))
+
+
+def test_only_those_who_ask_are_told_of_a_late_change(device: torch.device) -> None:
+    x = sparse(device, "odd", channels=4, dtype=torch.float32)
+    conv = filled(spnn.Conv3d(4, 8, 3), device=device, dtype=torch.float32)
+    with torch.no_grad():
+        feats = x.feats
+        y = conv(x)
+        feats.zero_()
+        other = SparseTensor(torch.ones_like(feats), x.coords)
+        assert other.feats.sum() > 0 and conv(other).feats.shape[1] == 8
+        with pytest.raises(RuntimeError, match="changed in place"):
+            _ = y.feats
+
+
+def test_threads_may_ask_for_the_same_features(device: torch.device) -> None:
+    x = sparse(device, "odd", channels=4, dtype=torch.float32)
+    conv = filled(spnn.Conv3d(4, 8, 3), device=device, dtype=torch.float32)
+    with torch.no_grad():
+        want = conv(x).feats
+        for _ in range(40):
+            y = conv(x)
+            with ThreadPoolExecutor(4) as pool:
+                found = list(pool.map(lambda _, y=y: y.feats, range(4)))
+            assert all(torch.equal(f, want) for f in found)

@@ -15,6 +15,12 @@ from tests.scans import Dense, again, assert_agree, flat, network, scan
 from torchsparse import PointTensor, _graphs, training
 from torchsparse.backbones import SparseResNet21D, SparseResUNet42
 from torchsparse.inference import graphed, warmup
+from torchsparse.nn import functional as F
+from torchsparse.utils.tensor_cache import (
+    TensorCacheMode,
+    clear_global_tensor_cache,
+    set_tensor_cache_mode,
+)
 
 
 @pytest.mark.parametrize("wait", [True, False])
@@ -141,3 +147,37 @@ def test_results_of_every_form(device: torch.device) -> None:
     with pytest.raises(RuntimeError, match=r"dataclasses of these, got PointTensor"):
         _graphs.check_form([PointTensor(x.feats, x.coords.float())])
     _graphs.check_form(value)
+
+
+def test_a_graph_is_of_one_kind_while_nothing_decisive_changes(device: torch.device) -> None:
+    """Neither caches that come and go nor functions that set modes for their own length count."""
+    net = graphed(network(SparseResUNet42, device))
+    x = scan(50, 0, device)
+    kind = net._kind(x)
+    F.spdownsample(x.coords, 2, 2)
+    set_tensor_cache_mode(TensorCacheMode.GLOBAL_TENSOR_CACHE)
+    try:
+        clear_global_tensor_cache()
+        assert net._kind(x) == kind
+    finally:
+        set_tensor_cache_mode(TensorCacheMode.SEPARATE_TENSOR_CACHE)
+    torchsparse.backends.fuse = False
+    try:
+        assert net._kind(x) != kind
+    finally:
+        torchsparse.backends.fuse = True
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert net._kind(x) != kind
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert net._kind(x) == kind
+
+
+def test_a_part_in_training_mode_is_refused_before_it_runs(gpu: torch.device) -> None:
+    model = network(SparseResUNet42, gpu)
+    part: Any = next(m for m in model.modules() if isinstance(m, torch.nn.BatchNorm1d)).train()
+    before = part.running_mean.clone()
+    with pytest.raises(RuntimeError, match="training"):
+        graphed(model)(scan(300, 0, gpu))
+    assert torch.equal(part.running_mean, before)

@@ -20,9 +20,12 @@ CONV_CONFIG = """get_default_conv_config get_global_conv_config set_global_conv_
     clear_global_conv_config"""
 CONV_MODE = """ConvMode get_conv_mode set_conv_mode get_kmap_mode set_kmap_mode
     get_downsample_mode set_downsample_mode"""
+CHECK = "keys_check"
 MAPS = """build_kernel_map transpose_kernel_map spdownsample spupsample_generative
     convert_transposed_out_in_map"""
-CONV = f"conv1d conv2d conv3d conv4d Dataflow AttributeDict {CONV_CONFIG} {CONV_MODE} {MAPS}"
+CONV = (
+    f"conv1d conv2d conv3d conv4d Dataflow AttributeDict {CONV_CONFIG} {CONV_MODE} {MAPS} {CHECK}"
+)
 CACHE = """TensorCache TensorCacheMode get_tensor_cache_mode set_tensor_cache_mode
     get_global_tensor_cache set_global_tensor_cache clear_global_tensor_cache"""
 LOCAL_POOLS = " ".join(
@@ -209,6 +212,7 @@ ADDED = {
     "cat": "fill=None",
     "nn.functional.conv3d": "coordinates=None, groups=1",
     "nn.Conv3d": "groups=1",
+    "nn.functional.unpool3d": "coordinates=None",
 }
 
 

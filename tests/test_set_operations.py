@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -357,3 +358,48 @@ def test_broadcast_says_what_it_expected(device):
         operators.broadcast(x, torch.ones((4, 3), dtype=torch.int64, device=device))
     with raises_on_data(ValueError, match=r"smaller than `batch_size`"):
         operators.broadcast(x, vectors(device, samples=2))
+
+
+@pytest.mark.parametrize("place", [2**31, -(2**31) - 1, 2**33])
+@pytest.mark.parametrize(
+    "join",
+    [
+        operators.union,
+        operators.generative_add,
+        operators.add,
+        operators.sub,
+        operators.mul,
+        operators.intersection,
+        lambda a, b: operators.cat([a, b], fill=0.0),
+    ],
+)
+def test_coordinates_beyond_int32(join, place: int, device: torch.device) -> None:
+    far = torch.tensor([[0, place, 0, 0], [0, 1, 0, 0]], device=device)
+    near = torch.tensor([[0, 0, 0, 0], [0, 1, 0, 0]], device=device)
+    a, b = (SparseTensor(torch.ones(2, 1, device=device), c) for c in (far, near))
+    with raises_on_data(ValueError, "must fit into int32"):
+        join(a, b)
+    assert operators.union(b, b).coords.dtype == torch.int32
+
+
+def test_no_channels(device: torch.device) -> None:
+    x = sparse(device, "odd", channels=0)
+    keep = torch.arange(len(x.coords), device=device) % 2 == 0
+    assert operators.prune(x, keep).feats.shape == (int(keep.sum()), 0)
+    assert operators.broadcast(x, x.feats.new_zeros(9, 0)).feats.shape == x.feats.shape
+    assert operators.cat([x, x], fill=0.0).feats.shape == x.feats.shape
+
+
+def test_a_plain_tensor_is_refused() -> None:
+    x: Any = sparse(torch.device("cpu"), "odd")
+    plain: Any = torch.ones(3, 4)
+    for call in (
+        lambda: operators.cat([x, plain]),
+        lambda: operators.broadcast(plain, plain),
+        lambda: F.spcrop(plain),
+        lambda: F.relu(plain),
+        lambda: F.global_avg_pool(plain),
+        lambda: F.interpolate_points(plain, plain),
+    ):
+        with pytest.raises(TypeError, match="SparseTensor, got Tensor"):
+            call()

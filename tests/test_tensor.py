@@ -379,3 +379,29 @@ def test_point_tensor_moves_in_place(device: torch.device) -> None:
 def test_the_same_classes_under_every_name() -> None:
     assert torchsparse.tensor.SparseTensor is torchsparse.SparseTensor
     assert torchsparse.tensor.PointTensor is torchsparse.PointTensor
+
+
+def test_strides_are_positive_whole_numbers() -> None:
+    feats, coords = torch.ones(1, 4), torch.zeros(1, 4, dtype=torch.int32)
+    for wrong in (0, -1, (2.5, 1, 1), (0, 1, 1), [1, -2, 1], (1, True, 1)):
+        with pytest.raises(ValueError, match="`stride` must be"):
+            SparseTensor(feats, coords, wrong)
+    ints = SparseTensor(feats, coords, (torch.tensor(2), np.int64(2), 2.0)).stride
+    assert ints == (2, 2, 2) and all(type(step) is int for step in ints)
+
+
+def test_two_axes_take_a_stride_in_any_form() -> None:
+    feats, coords = torch.ones(1, 4), torch.zeros(1, 3, dtype=torch.int32)
+    for stride in ((2, 1), [2, 1], np.array([2, 1]), torch.tensor([2, 1])):
+        x = SparseTensor(feats, coords, stride)
+        x.s = x.s
+        assert x.stride == (2, 1)
+    assert SparseTensor(feats, coords, 2).stride == (2, 2, 2)
+
+
+def test_a_device_and_a_dtype_by_position() -> None:
+    coords = torch.zeros(1, 4, dtype=torch.int32)
+    x = SparseTensor(torch.ones(1, 4), coords).to("cpu", torch.half)
+    assert x.feats.dtype == torch.half and x.coords.dtype == torch.int32
+    assert PointTensor(torch.ones(1, 4), coords).to("cpu", torch.half).F.dtype == torch.half
+    assert "list" in repr(PointTensor([1], [2]))

@@ -343,3 +343,53 @@ def test_several_coordinate_sets_in_one_cache_come_home(device: torch.device) ->
         coarse.append(F.conv3d(x, weight, 2, None, 2))
     for x, y in zip(inputs, coarse):
         assert F.conv3d(y, weight, 2, None, 2, transposed=True).coords is x.coords
+
+
+# ------------------------------------------------------------------ onto given fine sites
+def test_given_fine_sites_are_those_of_an_encoder(device: torch.device) -> None:
+    """The same numbers as where an earlier layer has recorded them; gradients too."""
+    for kernel, stride, padding in ((2, 2, 0), (3, 2, 1), ((3, 1, 2), (1, 2, 1), 0), (3, 1, 0)):
+        x = sparse(device, "batch_gap", channels=4)
+        down, up_ = (
+            spnn.Conv3d(4, 4, kernel, stride, padding, transposed=t).double().to(device)
+            for t in (False, True)
+        )
+        y = down(x) if stride != 1 else x
+        want = up_(y)
+        alone = SparseTensor(y.feats.detach().requires_grad_(), y.coords, y.stride)
+        for sites in (SparseTensor(x.feats, x.coords), x.coords, x.coords.long()):
+            got = up_(alone, coordinates=sites)
+            assert torch.equal(got.coords, x.coords) and got.stride == x.stride
+            assert_close(got.feats, want.feats, torch.float64)
+        got.feats.sum().backward()
+        assert alone.feats.grad is not None and alone.feats.grad.abs().sum() > 0
+
+
+def test_unpooling_onto_given_sites(device: torch.device) -> None:
+    x = sparse(device, "batch_gap", channels=4)
+    y = spnn.MaxPool3d(2)(x)
+    want = spnn.Unpool3d(2)(y)
+    alone = SparseTensor(y.feats, y.coords, y.stride)
+    assert torch.equal(spnn.Unpool3d(2)(alone, coordinates=x).feats, want.feats)
+
+
+def test_given_sites_that_do_not_fit(device: torch.device) -> None:
+    x = sparse(device, "batch_gap", channels=4)
+    coarse = SparseTensor(x.feats, x.coords, 4)
+    up_ = spnn.Conv3d(4, 4, 2, 2, transposed=True).double().to(device)
+    with pytest.raises(ValueError, match=r"must have stride \(2, 2, 2\)"):
+        up_(coarse, coordinates=x)
+    create = spnn.Conv3d(4, 4, 2, 2, transposed=True, generative=True).double().to(device)
+    with pytest.raises(ValueError, match="cannot be given to a generative"):
+        create(coarse, coordinates=x)
+
+
+def test_a_replaced_fine_level_is_followed(device: torch.device) -> None:
+    def sites(*rows: list[int]) -> torch.Tensor:
+        return torch.tensor([[0, *row] for row in rows], dtype=torch.int32, device=device)
+
+    coarse = SparseTensor(torch.ones(2, 4, device=device), sites([0, 0, 0], [1, 1, 1]), 2)
+    up_ = spnn.Conv3d(4, 4, 2, 2, transposed=True).to(device)
+    for fine in (sites([0, 0, 0], [2, 2, 2]), sites([1, 1, 1], [2, 2, 3], [3, 3, 3])):
+        coarse._caches.cmaps[(1, 1, 1)] = (fine, None)
+        assert torch.equal(up_(coarse).coords, fine)

@@ -97,6 +97,7 @@ def test_a_writer_keeps_what_another_process_wrote() -> None:
         (content()[:-40], "cannot be read"),
         ("\x80\x04\x95 a pickle", "cannot be read"),
         ("[1, 2]", "expected format 1"),
+        ("[" * 100_000, "cannot be read"),
         (content(format=2), "expected format 1, got 2"),
         (content(entries={KEY: "64"}), "damaged"),
         (content(entries={KEY: [64, -1]}), "damaged"),
@@ -107,7 +108,7 @@ def test_a_writer_keeps_what_another_process_wrote() -> None:
         (content(machine=_tuned.machine(CPU) | {"torch": "0.1"}), "other versions"),
         (content(machine=_tuned.machine(CPU) | {"sources": "0"}), "other versions"),
     ],
-    ids=range(13),
+    ids=range(14),
 )
 def test_a_file_that_is_not_ours_is_ignored_with_one_warning(text: str, reason: str) -> None:
     file().write_bytes(text.encode("latin-1"))

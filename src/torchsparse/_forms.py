@@ -78,7 +78,13 @@ def from_coo(coo: Any) -> tuple[Tensor, Tensor, tuple[int, ...]]:
     feats = coo.values()
     if coo.dense_dim() == 0:
         feats = feats[:, None]
-    coords = coo.indices().t().to(torch.int32).contiguous()
+    indices = coo.indices().t()
+    most = torch.iinfo(torch.int32).max
+    if max(coo.shape[: coo.sparse_dim()]) > most + 1:
+        far = (indices > most).any()
+        complain_if(far, Complaint.OVERFLOW, lambda: f"up to {indices.amax(0).tolist()}")
+        raise_pending(indices.device)
+    coords = indices.to(torch.int32).contiguous()
     return feats, coords, tuple(coo.shape[: coo.sparse_dim()])
 
 

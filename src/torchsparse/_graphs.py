@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from torchsparse import _tuned
 from torchsparse._cache import TensorCache
 from torchsparse._capacity import (
     PAD,
@@ -150,7 +151,8 @@ class Graphs:
         self._pool: Any = None  # of memory, shared by all graphs
         self._alive: weakref.WeakSet[Any] = weakref.WeakSet()  # graphs
         self._stream: Any = None  # of the last call
-        self._replayed: Any = None  # event
+        self._replayed: Any = None  # event of the last call
+        self._replays: dict[torch.device, Any] = {}  # events, each of one device
         self._lock = threading.Lock()
         self._clock = 0
 
@@ -203,10 +205,12 @@ class Graphs:
             x.feats.dtype,
             x.stride,
             x.spatial_range,
-            settings.version,
+            settings.decisive(),
+            _tuned.generation(),  # also whether determinism is asked for
             torch.is_autocast_enabled("cuda"),
             torch.get_autocast_dtype("cuda"),
             torch.backends.cuda.matmul.allow_tf32,
+            torch.backends.cudnn.allow_tf32,
         )
 
     def _eager(self, x: SparseTensor, kind: Hashable) -> Any:
@@ -279,7 +283,7 @@ class Graphs:
         self._fill(bucket, x)
         bucket.graph.replay()
         if bucket.unsure:
-            self._replayed = self._replayed or torch.cuda.Event()
+            self._replayed = self._replays.setdefault(x.coords.device, torch.cuda.Event())
             self._replayed.record()
         # The device is busy: time to begin the copies, and to see whether the network still is
         # what was captured.

@@ -29,6 +29,10 @@ __all__ = ["Lazy", "close_chain"]
 NOTHING = Epilogue()
 
 
+class _StaleError(RuntimeError):
+    """An input was written to before it was needed."""
+
+
 class _Open(threading.local):
     chain: weakref.ref[Lazy] | None = None
 
@@ -38,13 +42,19 @@ _open = _Open()
 
 @runs_while_tracing
 def close_chain() -> None:
-    """Compute what is still open in this thread, if anybody holds it."""
+    """Compute what is still open in this thread, if anybody holds it.
+
+    Where an input was written to since, whoever asks for these features is told, nobody else.
+    """
     now = _open.chain
     if now is not None:
         chain = now()
         _open.chain = None
         if chain is not None:
-            chain.value()
+            try:
+                chain.value()
+            except _StaleError:
+                pass
 
 
 def _writes(tensors: tuple[Tensor, ...]) -> int:
@@ -79,8 +89,8 @@ class Lazy:
     """Features [M, C] to be computed by ``make(epilogue)``."""
 
     __slots__ = (
-        "__weakref__", "_stream", "_value", "_writes", "device", "dtype", "epilogue", "inputs",
-        "make", "shape",
+        "__weakref__", "_lock", "_stream", "_value", "_writes", "device", "dtype", "epilogue",
+        "inputs", "make", "shape",
     )  # fmt: skip
 
     def __init__(
@@ -105,6 +115,7 @@ class Lazy:
         self._writes = _writes(inputs)
         self._stream = _stream(inputs[0])
         self._value: Tensor | None = None
+        self._lock = threading.Lock()
         _open.chain = weakref.ref(self)
 
     @property
@@ -119,14 +130,19 @@ class Lazy:
             RuntimeError: An input was written to since; its old values are gone.
         """
         if self._value is None:
-            if self._writes != _writes(self.inputs):
-                raise RuntimeError(
-                    "features were changed in place before a convolution that reads them was "
-                    "needed; read its `feats` first, or set torchsparse.backends.fuse = False"
-                )
-            self._value = self._compute()
-            del self.make, self.inputs
-        return self._value
+            with self._lock:  # another thread may be at the same
+                if self._value is None:
+                    self._settle()
+        return self._value  # pyright: ignore[reportReturnType]
+
+    def _settle(self) -> None:
+        if self._writes != _writes(self.inputs):
+            raise _StaleError(
+                "features or weights were changed in place before a convolution that reads them "
+                "was needed; read its `feats` first, or set torchsparse.backends.fuse = False"
+            )
+        self._value = self._compute()
+        del self.make, self.inputs
 
     def _compute(self) -> Tensor:
         if torch.is_grad_enabled():
@@ -158,7 +174,7 @@ class Lazy:
         new.make, new.shape, new.dtype, new.device = self.make, self.shape, self.dtype, self.device
         new.inputs, new.epilogue = self.inputs + more, epilogue
         new._writes = self._writes + _writes(more) if more else self._writes
-        new._stream, new._value = self._stream, None
+        new._stream, new._value, new._lock = self._stream, None, threading.Lock()
         _open.chain = weakref.ref(new)
         return new
 

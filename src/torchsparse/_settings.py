@@ -40,7 +40,23 @@ class Settings:
 
     def __setattr__(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
-        object.__setattr__(self, "version", getattr(self, "version", 0) + 1)
+        if name != "global_tensor_cache":  # is replaced between steps, and decides nothing
+            object.__setattr__(self, "version", getattr(self, "version", 0) + 1)
+
+    def decisive(self) -> tuple[Any, ...]:
+        """What decides how a network is computed, as values that can be compared."""
+        config = self.conv_config
+        return (
+            self.conv_mode,
+            self.downsample_mode,
+            None if config is None else repr(sorted(config.items(), key=str)),
+            self.allow_negative_coordinates,
+            self.infer_spatial_range,
+            self.fuse,
+            self.allow_tf32,
+            self.float32_precision,
+            self.allow_fp16,
+        )
 
 
 settings = Settings()

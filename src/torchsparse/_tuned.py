@@ -168,7 +168,7 @@ def _load(path: Path, expected: Mapping[str, Any]) -> dict[str, Entry]:
         content = json.loads(path.read_text("utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         return {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         return _ignored(path, f"it cannot be read ({error})")
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         found = content.get("format") if isinstance(content, dict) else None

@@ -122,6 +122,7 @@ def convert(
     axes: str = "zyx",
     kernel_sizes: Mapping[str, Any] | None = None,
     strided: Iterable[str] = (),
+    channelwise: Iterable[str] = (),
     names: Mapping[str, str] | None = None,
     skip: Iterable[str] = (),
 ) -> dict[str, Any]:
@@ -160,6 +161,8 @@ def convert(
             not cubes and of which the source only tells K. 27 taps are taken for (3, 3, 3), 12
             taps could be (3, 2, 2) or (2, 3, 2). Sizes that the source does tell are compared.
         strided: Names of modules with a stride other than 1; read for kernels of one tap.
+        channelwise: Names of MinkowskiEngine's channelwise convolutions, whose kernels are
+            [K, C]; here they are [K, 1, C], those of ``Conv3d(C, C, groups=C)``.
         names: Regular expression -> replacement, applied to each name in this order (`re.sub`)
             before ``weight`` becomes ``kernel`` or the reverse. ``{r"\\.bn\\.": "."}`` takes
             MinkowskiEngine's batch norms to ours, ``{"^module\\\\.": ""}`` removes the prefix of
@@ -191,6 +194,7 @@ def convert(
         for name, size in (kernel_sizes or {}).items()
     }
     moving = {_known(name, modules, "strided") for name in strided}
+    single = {_known(name, modules, "channelwise") for name in channelwise}
 
     result: dict[str, Any] = {}
     for name, value in state.items():
@@ -202,7 +206,11 @@ def convert(
             outputs = value.shape[reader.axes.index("o") - len(reader.axes)]
             _check_bias(state.get(_bias_of(module)), module, outputs)
             size = sizes.get(module)
+            if module in single and value.dim() == 2:
+                value = value[:, None]
             value = _convert_weight(name, value, reader, writer, axes, size, module in moving)
+            if module in single and writer.name == "minkowski":
+                value = value.reshape(-1, value.shape[-1])
             if _last(new_name) == reader.weight:
                 new_name = new_name[: -len(reader.weight)] + writer.weight
         elif name == _bias_of(module) and module in modules:
@@ -227,7 +235,8 @@ def state_of(checkpoint: Any, key: str | None = None) -> Mapping[str, Any]:
         raise ValueError(f"a mapping was expected, got {type(checkpoint).__name__}")
     if key is None and _holds_tensors(checkpoint):
         return checkpoint
-    usual = ("state_dict", "model_state_dict", "model_state", "model", "network", "net")
+    usual = ("state_dict", "model_state_dict", "model_state", "model", "network", "net",
+             "state")  # fmt: skip
     keys = [name for name in ((key,) if key is not None else usual) if name in checkpoint]
     found = [name for name in keys if _holds_tensors(checkpoint[name])]
     if len(found) == 1:

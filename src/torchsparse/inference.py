@@ -103,6 +103,12 @@ class Graphed(Graphs):
         with self._lock, torch.no_grad(), torch.cuda.device(x.coords.device):
             return self._serve(x)
 
+    def _eager(self, x: SparseTensor, kind: Hashable) -> Any:
+        # Parts alone in training mode would take and move statistics.
+        if any(module.training for module in self.model.modules()):
+            raise RuntimeError(_IN_TRAINING)
+        return super()._eager(x, kind)
+
     def _capture(self, x: SparseTensor, kind: Hashable, rows: int) -> Bucket:
         places = placed(x, rows)
         rooms = self._rooms(kind, rows)

@@ -24,8 +24,15 @@ from torchsparse._validate import (
     check_same_device,
     one_of,
 )
+from torchsparse.nn.functional.conv.kmap import int32_coords
 from torchsparse.nn.functional.pooling import samples
-from torchsparse.tensor import SparseTensor, check_same_sites, site_stride, wrap
+from torchsparse.tensor import (
+    SparseTensor,
+    check_same_sites,
+    check_sparse,
+    site_stride,
+    wrap,
+)
 
 __all__ = [
     "add",
@@ -54,7 +61,7 @@ def align(
     """Put tensors of one stride on common sites.
 
     Args:
-        *inputs: At least one tensor, any numbers of channels.
+        *inputs: At least one tensor, features [N_i, C_i], any numbers of channels.
         sites: "union": all sites of all tensors; "intersection": those that every tensor has;
             "first": those of the first tensor, in its row order.
         fill: The features of a tensor at sites that it lacks.
@@ -68,15 +75,15 @@ def align(
         Differentiable.
 
     Raises:
-        ValueError: No tensors, different strides or devices, duplicate coordinates (noticed later
-            on a GPU).
+        ValueError: No tensors, different strides or devices; coordinates that do not fit into
+            int32; duplicate coordinates (noticed later on a GPU).
     """
     one_of(sites, SITES, "sites")
     _check_levels(inputs)
     first = inputs[0]
     if all(x.coords is first.coords for x in inputs):
         return tuple(wrap(x.feats, first) for x in inputs)
-    coords, sources, places = _meet([x.coords for x in inputs])
+    coords, sources, places = _meet([int32_coords(x._caches, x.coords) for x in inputs])
     if sites == "first":
         # Rows of the first tensor are the sites now.
         sources, places = (
@@ -98,18 +105,22 @@ def align(
 def union(*inputs: SparseTensor) -> SparseTensor:
     """Sum any number of tensors of one stride over the union of their sites.
 
+    Args:
+        *inputs: At least one tensor, features [N_i, C].
+
     Returns:
-        Sites sorted by (b, x, y, z), features summed per site in float32 (float64 in float64);
-        the stride of the first tensor; the elementwise maximum of the ranges, None if one has
-        none. Its own cache knows the coordinates of the other strides (those of the first tensor
-        that has them) and no maps. Differentiable.
+        Features [M, C], summed per site in float32 (float64 in float64), on [M, 4] sites sorted by
+        (b, x, y, z); the stride of the first tensor; the elementwise maximum of the ranges, None
+        if one has none. Its own cache knows the coordinates of the other strides (those of the
+        first tensor that has them) and no maps. Differentiable.
 
     Raises:
-        ValueError: No tensors, different strides, devices or numbers of channels.
+        ValueError: No tensors, different strides, devices or numbers of channels; coordinates
+            that do not fit into int32.
     """
     _check_levels(inputs)
     _check_channels(inputs)
-    coords = torch.cat([x.coords for x in inputs])
+    coords = torch.cat([int32_coords(x._caches, x.coords) for x in inputs])
     raise_pending(coords.device)  # the next line waits for the device anyway
     coords, place = unique_rows(coords)
     feats = segment_sum(torch.cat([x.feats for x in inputs]), place, coords.shape[0])
@@ -119,10 +130,13 @@ def union(*inputs: SparseTensor) -> SparseTensor:
 def generative_add(a: SparseTensor, b: SparseTensor) -> SparseTensor:
     """Add two tensors of one stride over the union of their sites; see `union`.
 
+    Args:
+        a, b: Features [N_a, C] and [N_b, C].
+
     Returns:
-        Sites sorted by (b, x, y, z), features summed per site; the stride of ``a``; the
-        elementwise maximum of both ranges, None if one has none. Its own cache knows the
-        coordinates of the other strides (those of ``a``, then of ``b``) and no maps.
+        Features [M, C], summed per site, on [M, 4] sites sorted by (b, x, y, z); the stride of
+        ``a``; the elementwise maximum of both ranges, None if one has none. Its own cache knows
+        the coordinates of the other strides (those of ``a``, then of ``b``) and no maps.
         Differentiable.
 
     Raises:
@@ -132,7 +146,10 @@ def generative_add(a: SparseTensor, b: SparseTensor) -> SparseTensor:
 
 
 def intersection(*inputs: SparseTensor) -> tuple[SparseTensor, ...]:
-    """The rows of each tensor at the sites that all of them have: `align` on the intersection."""
+    """The rows of each tensor, [N_i, C_i], at the M sites that all of them have: [M, C_i] each.
+
+    The rest as in `align` with ``sites="intersection"``.
+    """
     return align(*inputs, sites="intersection")
 
 
@@ -140,11 +157,11 @@ def add(a: SparseTensor, b: SparseTensor, sites: str = "union", fill: float = 0.
     """``a + b`` for tensors of different sites.
 
     Args:
-        a, b: Tensors of one stride with the same number of channels.
+        a, b: Tensors of one stride, features [N_a, C] and [N_b, C].
         sites, fill: As in `align`: where the result lives, and what an absent row counts as.
 
     Returns:
-        The elementwise result on the common sites; the rest as in `align`.
+        The elementwise result on the common sites, [M, C]; the rest as in `align`.
 
     Raises:
         ValueError: As `align`; also different numbers of channels.
@@ -154,13 +171,15 @@ def add(a: SparseTensor, b: SparseTensor, sites: str = "union", fill: float = 0.
 
 
 def sub(a: SparseTensor, b: SparseTensor, sites: str = "union", fill: float = 0.0) -> SparseTensor:
-    """``a - b`` for tensors of different sites; the rest as in `add`."""
+    """``a - b`` for tensors of different sites, [N_a, C] and [N_b, C] -> [M, C]; the rest as in
+    `add`."""
     a, b = _operands(a, b, sites, fill)
     return wrap(a.feats - b.feats, a)
 
 
 def mul(a: SparseTensor, b: SparseTensor, sites: str = "union", fill: float = 0.0) -> SparseTensor:
-    """``a * b`` for tensors of different sites; the rest as in `add`.
+    """``a * b`` for tensors of different sites, [N_a, C] and [N_b, C] -> [M, C]; the rest as in
+    `add`.
 
     Where only one tensor has a row, the product is 0; with ``fill=1`` it is that row.
     """
@@ -188,8 +207,9 @@ def cat(inputs: Sequence[SparseTensor], fill: float | None = None) -> SparseTens
         raise ValueError("cat() needs at least one sparse tensor, got none")
     if fill is not None:
         inputs = align(*inputs, fill=fill)
-    for other in inputs[1:]:
-        check_same_sites(inputs[0], other)
+    for x in inputs:
+        check_sparse(x)
+        check_same_sites(inputs[0], x)
     return wrap(torch.cat([x.feats for x in inputs], dim=1), inputs[0])
 
 
@@ -249,6 +269,7 @@ def broadcast(input: SparseTensor, vectors: Tensor) -> SparseTensor:
         ValueError: Another shape or device; a batch index below 0, or of B and more (noticed later
             on a GPU).
     """
+    check_sparse(input)
     check_feats(vectors, "vectors")
     check_same_device(feats=input.feats, vectors=vectors)
     batch, num = samples(input, vectors.shape[0])
@@ -395,6 +416,7 @@ def _operands(
 
 def _check_width(input: SparseTensor, vectors: Tensor) -> None:
     """One entry of a vector per channel."""
+    check_sparse(input)
     check_feats(input.feats)
     check_feats(vectors, "vectors")
     if vectors.shape[1] != input.feats.shape[1]:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from numbers import Number
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -62,7 +63,7 @@ class _OnDevice:
     def to(
         self,
         device: Any = None,
-        non_blocking: bool = True,
+        non_blocking: bool | torch.dtype = True,
         *,
         dtype: torch.dtype | None = None,
     ) -> Any:
@@ -91,6 +92,17 @@ class _OnDevice:
     def double(self) -> Any:
         """Cast features to float64, in place."""
         return self.to(dtype=torch.float64)
+
+
+def _destination(
+    device: Any, non_blocking: bool | torch.dtype, dtype: torch.dtype | None
+) -> tuple[Any, bool, torch.dtype | None]:
+    """The arguments of `to`, with a dtype in the place of the others put into its own."""
+    if isinstance(non_blocking, torch.dtype):
+        non_blocking, dtype = True, non_blocking
+    if isinstance(device, torch.dtype):
+        device, dtype = None, device
+    return device, non_blocking, dtype
 
 
 def _moved(value: Any, device: Any, dtype: torch.dtype | None, non_blocking: bool) -> Any:
@@ -162,14 +174,14 @@ class SparseTensor(OldNames, _OnDevice):
         F, C, s: The same as ``feats``, ``coords``, ``stride``.
     """
 
+    _given = False  # whether the features came from outside, where somebody may write to them
+
     def __init__(
         self, feats: Any, coords: Any, stride: Any = 1, spatial_range: Any = None
     ) -> None:
         self.feats = feats
         self.coords = coords
-        self.stride = (
-            stride if type(stride) is tuple else as_tuple(stride, _ndim(coords), "stride")
-        )
+        self.stride = _stride_of(stride, coords)
         self.spatial_range = None if spatial_range is None else _range_tuple(spatial_range)
         self._caches = new_cache()
 
@@ -185,6 +197,7 @@ class SparseTensor(OldNames, _OnDevice):
     @feats.setter
     def feats(self, value: Any) -> None:
         self._feats = value
+        self._given = True
 
     @property
     def F(self) -> Any:
@@ -211,12 +224,12 @@ class SparseTensor(OldNames, _OnDevice):
 
     @s.setter
     def s(self, value: Any) -> None:
-        self.stride = as_tuple(value, _ndim(self.coords), "stride")
+        self.stride = _stride_of(value, self.coords)
 
     def to(
         self,
         device: Any = None,
-        non_blocking: bool = True,
+        non_blocking: bool | torch.dtype = True,
         *,
         dtype: torch.dtype | None = None,
     ) -> SparseTensor:
@@ -224,11 +237,11 @@ class SparseTensor(OldNames, _OnDevice):
 
         Args:
             device: Where to; a dtype is understood too.
-            non_blocking: Let copies to a GPU overlap. Copies to the CPU always wait.
+            non_blocking: Let copies to a GPU overlap. Copies to the CPU always wait. A dtype in
+                this place, as in ``torch.Tensor.to``, is understood.
             dtype: Floating type of the features.
         """
-        if isinstance(device, torch.dtype):
-            device, dtype = None, device
+        device, non_blocking, dtype = _destination(device, non_blocking, dtype)
         before = getattr(self.coords, "device", None)
         self.feats = _moved(self.feats, device, dtype, non_blocking)
         self.coords = _moved(self.coords, device, None, non_blocking)
@@ -312,12 +325,13 @@ class SparseTensor(OldNames, _OnDevice):
 
         Raises:
             TypeError: Another layout.
-            ValueError: Fewer than 2 sparse axes, more than one dense one.
+            ValueError: Fewer than 2 sparse axes, more than one dense one; a site that does not
+                fit into int32.
         """
         feats, coords, extents = _forms.from_coo(coo)
         return SparseTensor(feats, coords, as_tuple(stride, len(extents) - 1, "stride"), extents)
 
-    def samples(self, which: int | slice | Sequence[int]) -> SparseTensor:
+    def samples(self, which: int | slice | Sequence[int] | Tensor) -> SparseTensor:
         """The voxels of some samples of the batch, numbered from 0. Waits for the device.
 
         Args:
@@ -337,7 +351,8 @@ class SparseTensor(OldNames, _OnDevice):
             size = _forms.batch_size_of(self.coords, self.spatial_range)
             chosen = list(range(*which.indices(size)))
         else:
-            several = which if isinstance(which, Sequence) else [which]
+            listed: Any = which.tolist() if isinstance(which, (Tensor, np.ndarray)) else which
+            several = listed if isinstance(listed, Sequence) else [listed]
             chosen = [operator.index(sample) for sample in several]
         feats, coords = _forms.pick_samples(self.feats, self.coords, chosen)
         extents = None if self.spatial_range is None else (len(chosen), *self.spatial_range[1:])
@@ -361,6 +376,8 @@ class SparseTensor(OldNames, _OnDevice):
         self._check(feats=False)
         if batch_size is None:
             batch_size = _forms.batch_size_of(self.coords, self.spatial_range)
+        if operator.index(batch_size) < 0:
+            raise ValueError(f"`batch_size` must not be negative, got {batch_size}")
         return _forms.split_samples(self.feats, self.coords, batch_size)
 
     def clone(self) -> SparseTensor:
@@ -403,6 +420,7 @@ class SparseTensor(OldNames, _OnDevice):
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
         self._feats = vars(self).pop("feats")
+        self._given = True
 
     def __repr__(self) -> str:
         parts = [f"feats={_described(self.feats)}", f"coords={_described(self.coords)}"]
@@ -428,6 +446,26 @@ def _ndim(coords: Any) -> int:
     return 3 if columns == 3 else max(columns - 1, 1)
 
 
+def _stride_of(value: Any, coords: Any) -> tuple[int, ...]:
+    """A stride as one positive int per axis. Three columns may also have two axes.
+
+    Raises:
+        ValueError: Other entries, or not as many as axes.
+    """
+    ndim = _ndim(coords)
+    if type(value) is not tuple or any(type(entry) is not int for entry in value):
+        several: Any = value.tolist() if isinstance(value, (Tensor, np.ndarray)) else value
+        columns = coords.shape[1] if getattr(coords, "ndim", 0) == 2 else 0
+        if columns == 3 and isinstance(several, (list, tuple)) and len(several) == 2:
+            ndim = 2
+        elif type(value) is tuple:
+            ndim = len(value)
+        value = as_tuple(value, ndim, "stride")
+    if any(entry < 1 for entry in value):
+        raise ValueError(f"`stride` must be at least 1 on every axis, got {value}")
+    return value
+
+
 def _range_tuple(value: Any) -> tuple[int, ...]:
     """A range from a list, tuple, array or tensor, as plain ints."""
     if hasattr(value, "tolist"):
@@ -437,13 +475,23 @@ def _range_tuple(value: Any) -> tuple[int, ...]:
 
 def pending(x: SparseTensor) -> Lazy | None:
     """The features of ``x``, if they are still to be computed."""
-    feats = x._feats
+    try:
+        feats = x._feats
+    except AttributeError:
+        raise TypeError(f"expected a SparseTensor, got {type(x).__name__}") from None
     return feats if isinstance(feats, Lazy) and feats._value is None else None
 
 
-def may_put_off() -> bool:
-    """Whether features may be computed later: nobody asks for gradients. Not while tracing."""
-    return settings.fuse and not torch.is_grad_enabled()
+def may_put_off(x: SparseTensor) -> bool:
+    """Whether what is computed from ``x`` may be computed later: nobody asks for gradients, and a
+    write to its features would be seen. Not while tracing.
+
+    Tensors of inference mode count no writes; those that the library made itself are safe.
+    """
+    if not settings.fuse or torch.is_grad_enabled():
+        return False
+    feats = x._feats
+    return not (x._given and isinstance(feats, Tensor) and feats.is_inference())
 
 
 def put_off(x: SparseTensor) -> Lazy | None:
@@ -451,7 +499,12 @@ def put_off(x: SparseTensor) -> Lazy | None:
     if torch.compiler.is_compiling():
         return None
     feats = x.feats
-    if not may_put_off() or not isinstance(feats, Tensor) or not feats.is_cuda or feats.dim() != 2:
+    if (
+        not may_put_off(x)
+        or not isinstance(feats, Tensor)
+        or not feats.is_cuda
+        or feats.dim() != 2
+    ):
         return None
     shape = (feats.shape[0], feats.shape[1])
 
@@ -513,6 +566,12 @@ def site_stride(x: SparseTensor) -> tuple[int, ...]:
     )
 
 
+def check_sparse(x: Any, name: str = "input") -> None:
+    """Raise TypeError unless ``x`` is a sparse tensor."""
+    if not isinstance(x, SparseTensor):
+        raise TypeError(f"`{name}` must be a SparseTensor, got {type(x).__name__}")
+
+
 def check_same_sites(a: SparseTensor, b: SparseTensor) -> None:
     """Raise ValueError unless both tensors have the same rows of coordinates."""
     if a.coords is b.coords:
@@ -562,13 +621,12 @@ class PointTensor(_OnDevice):
     def to(
         self,
         device: Any = None,
-        non_blocking: bool = True,
+        non_blocking: bool | torch.dtype = True,
         *,
         dtype: torch.dtype | None = None,
     ) -> PointTensor:
         """Move (features, coordinates and tables) and cast (features alone) in place."""
-        if isinstance(device, torch.dtype):
-            device, dtype = None, device
+        device, non_blocking, dtype = _destination(device, non_blocking, dtype)
         self.F = _moved(self.F, device, dtype, non_blocking)
         self.C = _moved(self.C, device, None, non_blocking)
         for table in (self.idx_query, self.weights, *self.additional_features.values()):
@@ -589,4 +647,4 @@ class PointTensor(_OnDevice):
         return out
 
     def __repr__(self) -> str:
-        return f"PointTensor(F={list(self.F.shape)}, C={list(self.C.shape)})"
+        return f"PointTensor(F={_described(self.F)}, C={_described(self.C)})"

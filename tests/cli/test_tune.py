@@ -51,7 +51,7 @@ def run(command: str, folder: Path, *options: str, scans: str = "scans") -> Resu
 
 def test_tune_writes_what_bench_times(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "runs" / "street.json"
-    result = run("tune", folder, f"--out={out}", "--seconds=1", "--samples=2", "--backward")
+    result = run("tune", folder, f"--out={out}", "--seconds=5", "--samples=2", "--backward")
     assert result.exit_code == 0, result.output
     layers = json.loads(out.read_text())["layers"]
     assert f"wrote the configurations of {len(layers)} layers to {out}" in result.stdout
@@ -106,3 +106,10 @@ def test_scans_that_cannot_be_read_are_not_enough(folder: Path, tmp_path: Path) 
         ["tune", str(folder / "checkpoint.pt"), str(tmp_path / "bad"), f"--out={out}"],
     )
     assert result.exit_code == 2 and "could be used" in result.stderr and not out.exists()
+
+
+def test_a_place_that_cannot_be_written_is_said_at_once(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    result = run("tune", folder, f"--out={tmp_path / 'file' / 'x.json'}")
+    assert result.exit_code == 2 and "cannot be written" in result.stderr
+    assert "wrote" not in result.stdout and "tuning" not in result.stderr

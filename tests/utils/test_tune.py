@@ -218,6 +218,29 @@ def test_the_samples_are_left_alone(device: torch.device) -> None:
     assert torch.equal(given.feats.cpu(), x.feats) and torch.equal(given.coords.cpu(), x.coords)
 
 
+def test_samples_survive_a_network_that_works_in_place(device: torch.device) -> None:
+    x = cloud()
+    before = x.feats.clone()
+    model = nn.Sequential(spnn.ReLU(True), spnn.Conv3d(4, 8, 3)).to(device)
+    quiet(model, [SparseTensor(x.feats.to(device), x.coords.to(device))], seconds=0.1)
+    quiet(model, [x], force_retune=True, seconds=0.1)
+    assert (before < 0).any() and torch.equal(x.feats, before)
+
+
+@pytest.mark.parametrize(
+    ("bad", "error"),
+    [
+        ({"n_samples": 1.5}, TypeError),
+        ({"n_samples": None}, TypeError),
+        ({"seconds": -1}, ValueError),
+        ({"seconds": float("nan")}, ValueError),
+    ],
+)
+def test_bad_bounds_of_the_work(bad: dict[str, Any], error: type[Exception]) -> None:
+    with pytest.raises(error):
+        quiet(network(), **bad)
+
+
 def test_layers_over_other_numbers_of_axes_and_given_sites_are_tuned() -> None:
     class Plane(nn.Module):
         def __init__(self) -> None:
@@ -405,8 +428,11 @@ def _changed(**layer: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
         (_changed(split_mask_num_bwd="3"), "split_mask_num_bwd"),
         (_changed(ifsort="yes"), "ifsort"),
         (_changed(more=1), "expected the keys"),
+        (_changed(ifsort=1), "ifsort"),
+        (lambda content: content | {"machine": {"device": "another"}}, "another machine"),
+        (lambda content: {k: v for k, v in content.items() if k != "machine"}, "another machine"),
     ],
-    ids=range(10),
+    ids=range(13),
 )
 def test_another_file_is_retuned_with_a_warning(
     change: Callable[[Any], Any], reason: str, folder: Path
@@ -422,11 +448,19 @@ def test_another_file_is_retuned_with_a_warning(
     )
 
 
+def test_json_too_deep_to_read_is_ignored(folder: Path) -> None:
+    path = folder / ".torchsparse-tune" / "temp"
+    path.parent.mkdir()
+    path.write_text("[" * 100_000)
+    with pytest.warns(UserWarning, match="expected JSON"):
+        quiet(network())
+
+
 def test_a_pickle_of_v21_is_not_opened(folder: Path) -> None:
     path = folder / ".torchsparse-tune" / "temp"
     path.parent.mkdir()
     path.write_bytes(b"\x80\x04cos\nsystem\n(S'touch opened'\ntR.")
-    with pytest.warns(UserWarning, match="expected JSON|written anew"):
+    with pytest.warns(UserWarning, match="expected JSON|is not used"):
         quiet(network())
     assert not (folder / "opened").exists()
     path.write_bytes(b"\x80\x04\x95")

@@ -246,3 +246,11 @@ P = np.zeros((4, 3))
 def test_refusals(kwargs: dict[str, Any], error: type[Exception], match: str) -> None:
     with pytest.raises(error, match=match):
         voxelize_points(**{"points": P, **kwargs})
+
+
+def test_an_ignored_label_of_numpy(device: torch.device) -> None:
+    points, labels = torch.zeros(3, 3, device=device), torch.tensor([9, 9, 4], device=device)
+    got = voxelize_points(points, labels=labels, ignore_label=np.int64(9))  # pyright: ignore
+    assert got.labels.tolist() == [4]
+    with pytest.raises(TypeError):
+        voxelize_points(points, labels=labels, ignore_label=9.0)  # pyright: ignore

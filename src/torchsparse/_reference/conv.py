@@ -325,7 +325,14 @@ def _sum_products(xs: Tensor, weight: Tensor, chunk: Chunk) -> Tensor:
     if pairs == 0:
         return xs.new_zeros((chunk.end - chunk.begin, c_out))
     grouped = max(c_in, c_out) <= WIDEST_GROUPED and c_in % 4 == c_out % 4 == 0
-    if grouped and xs.dtype == torch.float32 and xs.device.type == "cpu" and _has_grouped_mm():
+    if (
+        grouped
+        and c_in
+        and c_out
+        and xs.dtype == torch.float32
+        and xs.device.type == "cpu"
+        and _has_grouped_mm()
+    ):
         # Threads whose calls are short wait for each other in between.
         gathered = scratch.take("gathered", xs, (pairs, c_in))
         torch.index_select(xs, 0, chunk.inputs, out=gathered)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -51,7 +53,8 @@ def gather_rows(grid: Tensor, index: Tensor) -> Tensor:
     shape = grid.shape[:-1]
     absent = index < 0
     if grid.is_contiguous():
-        rows = grid.view(-1, grid.shape[-1]).index_select(0, index.clamp(min=0))
+        cells = grid.view(math.prod(shape), grid.shape[-1])
+        rows = cells.index_select(0, index.clamp(min=0))
     else:  # a permuted or expanded gradient: a copy of the whole grid would cost more
         rows = grid[torch.unravel_index(index.clamp(min=0), shape)]
     if index.device.type == "cpu" and not bool(absent.any()):

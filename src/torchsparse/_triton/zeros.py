@@ -1,9 +1,13 @@
 """Numbers that are 0 without a launch of their own: a kernel that runs anyway cleared them."""
 
+import threading
+
 import torch
 from torch import Tensor
 
 __all__ = ["Zeros"]
+
+_taking = threading.Lock()  # threads may build maps on one cache
 
 
 class Zeros:
@@ -23,10 +27,13 @@ class Zeros:
 
     def take(self, count: int) -> Tensor:
         """[count] int32 zeros that nobody else has; new ones if these do not suffice."""
-        left, first = self.left, self.taken
-        if first + count > left.shape[0] or _captured(left) != self.captured:
+        left = self.left
+        with _taking:
+            first = self.taken
+            fits = first + count <= left.shape[0] and _captured(left) == self.captured
+            self.taken = first + count * fits
+        if not fits:
             return torch.zeros(count, dtype=torch.int32, device=left.device)
-        self.taken = first + count
         return left[first : first + count]
 
 

@@ -38,6 +38,10 @@ def convert(
             metavar="MODULE", help="A kernel of one tap with a stride other than 1, if any."
         ),
     ] = None,
+    channelwise: Annotated[
+        list[str] | None,
+        typer.Option(metavar="MODULE", help="A channelwise convolution of MinkowskiEngine."),
+    ] = None,
     rename: Annotated[
         list[str] | None,
         typer.Option(
@@ -70,6 +74,7 @@ def convert(
             axes=axes,
             kernel_sizes=sizes,
             strided=strided or (),
+            channelwise=channelwise or (),
             names=names,
             skip=skip or (),
         )

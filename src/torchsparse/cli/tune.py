@@ -49,6 +49,16 @@ def tune(
     the network before and after. What OUT held before is replaced.
     """
     segmenter, paths = prepare(checkpoint, folder, device)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        there = out.exists()
+        with out.open("a"):
+            pass
+        if not there:
+            out.unlink()
+    except OSError as error:
+        typer.echo(f"torchsparse: {out} cannot be written ({error.strerror})", err=True)
+        raise typer.Exit(2) from None
     scans = inputs(segmenter, paths)
     first = next(scans, None)
     if first is None:

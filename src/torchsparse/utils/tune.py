@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import operator
 import os
 import random
 import warnings
@@ -96,13 +97,16 @@ def tune(
         ``torch.use_deterministic_algorithms(True)`` nothing is changed and it is as found.
 
     Raises:
-        ValueError: No dataflow to choose from, a negative number of samples.
+        TypeError: ``n_samples`` is no int.
+        ValueError: No dataflow to choose from, a negative number of samples or seconds.
         NotImplementedError: `Dataflow.CodedCSR`.
     """
     convs = {name: m for name, m in model.named_modules() if isinstance(m, CONVS)}
     allowed = _allowed(dataflow_range, tune_with_bwd)
-    if n_samples < 0:
+    if operator.index(n_samples) < 0:
         raise ValueError(f"`n_samples` must be at least 0, got {n_samples}")
+    if not seconds >= 0:
+        raise ValueError(f"`seconds` must be at least 0, got {seconds}")
     path = Path(save_dir) / tune_tag
     device = _device_of(model)
     grouped = torch.distributed.is_available() and torch.distributed.is_initialized()
@@ -115,7 +119,7 @@ def tune(
         if torch.are_deterministic_algorithms_enabled():
             advise("nothing is tuned while torch.use_deterministic_algorithms(True) holds")
             return _Answer(_as_found(convs), False)
-        known = None if force_retune else _read(path, convs, advise)
+        known = None if force_retune else _read(path, convs, device, advise)
         if known is not None:
             return _Answer(known, True)
         if grouped and not distributed:
@@ -362,7 +366,7 @@ def _inputs(
 def _moved(value: Any, device: torch.device) -> Any:
     """A copy on the device, as deep as tensors lie; sparse tensors without maps."""
     if isinstance(value, Tensor):
-        return value.detach().to(device)
+        return value.detach().to(device, copy=True)
     if isinstance(value, SparseTensor):
         out = copy.copy(value)
         out.feats, out._caches = _moved(value.feats, device), TensorCache()
@@ -495,30 +499,34 @@ def _write(
         advise(f"{path} cannot be written ({error.strerror or error})")
 
 
-def _read(path: Path, convs: Mapping[str, Any], advise: Callable[[str], None]) -> Configs | None:
+def _read(
+    path: Path, convs: Mapping[str, Any], device: torch.device, advise: Callable[[str], None]
+) -> Configs | None:
     """The configurations in a file; None, with a warning, if it is not for this network."""
     try:
-        return _parsed(path.read_text("utf-8"), convs)
+        return _parsed(path.read_text("utf-8"), convs, _tuned.machine(device))
     except FileNotFoundError:
         return None
     except (OSError, ValueError, NotImplementedError) as error:
         reason = " ".join(str(error).split())
-        advise(f"{path} is not used, and written anew: {reason}")
+        advise(f"{path} is not used: {reason}")
         return None
 
 
-def _parsed(text: str, convs: Mapping[str, Any]) -> Configs:
+def _parsed(text: str, convs: Mapping[str, Any], machine: Mapping[str, Any]) -> Configs:
     """The configurations in the text of a file.
 
     Raises:
-        ValueError: It is no JSON, or of another format or network.
+        ValueError: It is no JSON, or of another format, machine or network.
     """
     try:
         content = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         content = None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise ValueError(f"expected JSON of format {FORMAT!r}")
+    if content.get("machine") != machine:
+        raise ValueError("it was measured on another machine or by other versions")
     return _from_rows(content.get("layers"), convs)
 
 
@@ -536,7 +544,8 @@ def _from_rows(layers: Any, convs: Mapping[str, Any]) -> Configs:
             raise ValueError(f"expected the keys {', '.join(KEYS)} for {name}, got {row!r}")
         dataflow = Dataflow[one_of(row["dataflow"], tuple(d.name for d in Dataflow), "dataflow")]
         for key in ("ifsort", "auto"):
-            one_of(row[key], (True, False), key)
+            if type(row[key]) is not bool:
+                raise ValueError(f"`{key}` must be true or false, got {row[key]!r}")
         found[name] = _config(convs[name], {**row, "dataflow": dataflow})
         resolve_config(found[name])
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any, NamedTuple
 
 import torch
@@ -120,4 +121,5 @@ def _reduced(feats: Tensor, groups: ops.VoxelGroups, counts: Tensor, reduce: str
 
 def _voted(labels: Tensor, ignored: int, groups: ops.VoxelGroups) -> Tensor:
     """Majority labels in the dtype of the labels."""
+    ignored = operator.index(ignored)  # of NumPy too
     return ops.majority(labels.to(torch.int64), ignored, groups).to(labels.dtype)

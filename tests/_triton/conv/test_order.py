@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -18,6 +20,8 @@ from torchsparse._triton.conv.order import (
     make_tiles,
     row_sort_keys,
 )
+from torchsparse._triton.conv.pairs import list_pairs
+from torchsparse._triton.coords.index import invert_taps
 
 ONES = (1, 1, 1)
 CUBE = Geometry.submanifold((3, 3, 3), ONES)
@@ -173,3 +177,23 @@ def test_sorting_makes_tiles_pure(device: torch.device) -> None:
     one, other = sum(1 << k for k in range(5)), sum(1 << k for k in range(20, 27))
     assert mixed.tolist() == [[one | other] * 2]
     assert sorted(pure.tolist()[0]) == sorted([one, other])
+
+
+@pytest.mark.parametrize("tap", [1 << 28, 1 << 30])
+def test_taps_further_apart_than_int32(tap: int, tmp_path: Path) -> None:
+    """Tables of 2^31 entries and more, of which the file holds what is written."""
+    path, rows, entries = tmp_path / "sparse.bin", 64, 2 * tap + 64
+    with path.open("wb") as file:
+        file.truncate(4 * entries)
+    flat = torch.from_file(str(path), shared=True, size=entries, dtype=torch.int32)
+    table = flat.as_strided((3, rows), (tap, 1))
+    table.copy_(torch.arange(3 * rows).view(3, rows))
+    near = table.clone()
+    bits = key_bits(Geometry.submanifold((3, 1, 1), ONES), torch.device("cpu"))
+    assert torch.equal(row_sort_keys(table, bits).keys, row_sort_keys(near, bits).keys)
+    assert torch.equal(make_tiles(table, None).table, near)
+    far, want = (list_pairs(t, False, 3 * rows) for t in (table, near))
+    assert torch.equal(far.inputs, want.inputs)
+    geometry = Geometry.strided((3, 1, 1), (3, 1, 1), (0, 0, 0), ONES, "spconv")
+    far, want = (invert_taps(t, 3 * rows, geometry)[0] for t in (table, near))
+    assert torch.equal(far, want)

@@ -139,7 +139,7 @@ def row_key_kernel(
     word = tl.zeros((BR,), dtype=tl.int32)
     for first in range(0, K, 32):
         taps = first + tl.arange(0, 32)
-        at = rows.to(tl.int64)[:, None] * n_row + taps[None, :] * n_tap
+        at = rows.to(tl.int64)[:, None] * n_row + taps.to(tl.int64)[None, :] * n_tap
         idx = tl.load(neighbors + at, mask=live[:, None] & (taps < K)[None, :], other=-1)
         bit = tl.load(bits + taps)
         word |= tl.reduce(tl.where(idx >= 0, bit[None, :], 0), 1, bit_or)
@@ -200,7 +200,7 @@ def tile_kernel(
     else:
         rows = places.to(tl.int64)
     taps = tl.program_id(1) * 32 + tl.arange(0, 32)
-    at = rows[:, None] * n_row + taps[None, :] * n_tap
+    at = rows[:, None] * n_row + taps.to(tl.int64)[None, :] * n_tap
     there = live[:, None] & (taps < K)[None, :]
     idx = tl.load(neighbors + at, mask=there, other=-1)
     target = table + taps.to(tl.int64)[None, :] * M + places[:, None]

@@ -41,7 +41,7 @@ def count_kernel(
     block = tl.program_id(0)
     rows = block * BR + tl.arange(0, BR)
     taps = tl.program_id(1) * 32 + tl.arange(0, 32)
-    at = rows.to(tl.int64)[:, None] * n_row + taps[None, :] * n_tap
+    at = rows.to(tl.int64)[:, None] * n_row + taps.to(tl.int64)[None, :] * n_tap
     idx = tl.load(neighbors + at, mask=(rows < M)[:, None] & (taps < L)[None, :], other=-1)
     found = tl.sum((idx >= 0).to(tl.int32), axis=0)
     tl.store(counts + taps.to(tl.int64) * blocks + block, found, mask=taps < L)
@@ -56,7 +56,7 @@ def list_kernel(
     rows = block * BR + tl.arange(0, BR)
     taps = tl.program_id(1) * 32 + tl.arange(0, 32)
     listed = taps < L
-    at = rows.to(tl.int64)[:, None] * n_row + taps[None, :] * n_tap
+    at = rows.to(tl.int64)[:, None] * n_row + taps.to(tl.int64)[None, :] * n_tap
     idx = tl.load(neighbors + at, mask=(rows < M)[:, None] & listed[None, :], other=-1)
     there = idx >= 0
     count = there.to(tl.int32)

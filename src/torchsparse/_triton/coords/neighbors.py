@@ -79,7 +79,7 @@ def invert_kernel(
     """inverse[neighbors[m, k], k] = m, where there is a neighbour."""
     rows = tl.program_id(0) * BR + tl.arange(0, BR)
     taps = tl.program_id(1) * 32 + tl.arange(0, 32)
-    at = rows.to(tl.int64)[:, None] * n_row + taps[None, :] * n_tap
+    at = rows.to(tl.int64)[:, None] * n_row + taps.to(tl.int64)[None, :] * n_tap
     there = (rows < M)[:, None] & (taps < K)[None, :]
     idx = tl.load(neighbors + at, mask=there, other=-1)
     target = inverse + idx.to(tl.int64) * WIDTH + taps[None, :]

@@ -10,7 +10,7 @@ from torchsparse._cache import new_cache
 from torchsparse._compiling import left_to_python
 from torchsparse._geometry import as_tuple
 from torchsparse._validate import check_coords, check_rows, check_same_device
-from torchsparse.tensor import SparseTensor, wrap
+from torchsparse.tensor import SparseTensor, check_sparse, wrap
 
 __all__ = ["spcrop"]
 
@@ -27,6 +27,7 @@ def spcrop(input: SparseTensor, coords_min: Any = None, coords_max: Any = None) 
         The kept rows in their order, with the stride and range of ``input`` and a cache of its
         own. Differentiable.
     """
+    check_sparse(input)
     feats, coords = input.feats, input.coords
     check_coords(coords, ndim=None)
     check_rows(feats, coords)

@@ -17,7 +17,7 @@ from torchsparse._validate import (
     check_same_device,
     one_of,
 )
-from torchsparse.tensor import SparseTensor
+from torchsparse.tensor import SparseTensor, check_sparse
 
 __all__ = ["interpolate_points", "on_lattice"]
 
@@ -57,6 +57,7 @@ def interpolate_points(
         ValueError: An unknown mode, shapes that do not fit, tensors on different devices.
     """
     one_of(mode, ("trilinear", "nearest"), "mode")
+    check_sparse(input)
     feats, coords = input.feats, input.coords
     check_feats(feats)
     check_coords(coords)

@@ -130,6 +130,7 @@ def unpool3d(
     dilation: Any = 1,
     mode: str = "mean",
     config: Config = None,
+    coordinates: Sites = None,
 ) -> SparseTensor:
     """Copy coarse features to the finer sites of their windows.
 
@@ -140,6 +141,8 @@ def unpool3d(
             overlap give each fine site the value of its one coarse site (nearest neighbour).
         mode: What a fine site in several windows gets: the "mean" or the "sum" of their values.
         config: As in `max_pool3d`.
+        coordinates: The fine sites, a tensor or its [M, 4] coordinates, in place of an earlier
+            level.
 
     Returns:
         [M, C] on the fine sites, in the dtype of the features; summed in float32 (float64 in
@@ -148,7 +151,9 @@ def unpool3d(
     Raises:
         ValueError: As `max_pool3d`; also an unknown fine level.
     """
-    return unpool(3, input, kernel_size, stride, padding, dilation, mode, config)
+    return unpool(
+        3, input, kernel_size, stride, padding, dilation, mode, config, coordinates=coordinates
+    )
 
 
 def max_unpool3d(
@@ -232,12 +237,14 @@ def unpool(
     dilation: Any,
     mode: str = "mean",
     config: Config = None,
+    coordinates: Sites = None,
 ) -> SparseTensor:
     """`unpool3d` over ``ndim`` spatial axes."""
     one_of(mode, ("mean", "sum"), "mode")
     kmap, level = _windows(
-        ndim, x, kernel_size, stride, padding, dilation, config, transposed=True
-    )
+        ndim, x, kernel_size, stride, padding, dilation, config, transposed=True,
+        coordinates=coordinates,
+    )  # fmt: skip
     feats = sum_pool(x.feats, kmap, transposed=True, mean=mode == "mean")
     return on_level(feats, x, level)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+
 import torch
 from torch import Tensor
 
@@ -12,7 +14,7 @@ from torchsparse._compiling import left_to_python
 from torchsparse._flags import Complaint, complain_if, raise_pending
 from torchsparse._ops import reduce
 from torchsparse._validate import check_coords, check_feats, check_rows, check_same_device
-from torchsparse.tensor import SparseTensor
+from torchsparse.tensor import SparseTensor, check_sparse
 
 __all__ = ["global_avg_pool", "global_max_pool", "global_sum_pool", "samples"]
 
@@ -70,11 +72,14 @@ def samples(input: SparseTensor, batch_size: int | None = None) -> tuple[Tensor,
     Returns:
         [N] integers, and ``batch_size`` or, without one, the largest batch index + 1.
     """
+    check_sparse(input)
     feats, coords = input.feats, input.coords
     check_feats(feats)
     check_coords(coords, ndim=None)
     check_rows(feats, coords)
     check_same_device(feats=feats, coords=coords)
+    if batch_size is not None and operator.index(batch_size) < 0:
+        raise ValueError(f"`batch_size` must not be negative, got {batch_size}")
     batch = coords[:, 0].contiguous()
     if batch_size is not None:
         negative = batch < 0
@@ -91,4 +96,6 @@ def samples(input: SparseTensor, batch_size: int | None = None) -> tuple[Tensor,
     raise_pending(batch.device)  # the line above has waited for the device
     if lowest < 0:
         raise ValueError(f"{Complaint.BATCH.value} (got {lowest})")
+    if highest > torch.iinfo(torch.int32).max:
+        raise ValueError(f"{Complaint.OVERFLOW.value} (got the batch index {highest})")
     return batch, highest + 1

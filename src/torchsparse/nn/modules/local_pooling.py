@@ -144,9 +144,14 @@ class _Unpool(_Window):
         super().__init__(kernel_size, stride, padding, dilation, config)
         self.mode = one_of(mode, ("mean", "sum"), "mode")
 
-    def forward(self, input: SparseTensor) -> SparseTensor:
-        """[N, C] features on coarse sites -> [M, C] on the finer ones."""
-        return unpool(self.ndim, input, *self._window, mode=self.mode, config=self._config)
+    def forward(
+        self, input: SparseTensor, coordinates: SparseTensor | Tensor | None = None
+    ) -> SparseTensor:
+        """[N, C] features on coarse sites -> [M, C] on the finer ones, or on ``coordinates``."""
+        return unpool(
+            self.ndim, input, *self._window, mode=self.mode, config=self._config,
+            coordinates=coordinates,
+        )  # fmt: skip
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, mode={self.mode!r}"

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from torchsparse.tensor import SparseTensor, wrap
+from torchsparse.tensor import SparseTensor, check_sparse, wrap
 
 __all__ = ["fapply"]
 
@@ -28,8 +28,10 @@ def fapply(
         are shared.
 
     Raises:
+        TypeError: No sparse tensor.
         ValueError: ``fn`` changed the number of rows.
     """
+    check_sparse(input)
     given = input.feats
     feats = fn(given, *args, **kwargs)
     if feats.shape != given.shape and feats.shape[:1] != given.shape[:1]:

@@ -8,6 +8,7 @@ from torchsparse.nn.functional.conv.conv_config import (
     clear_global_conv_config,
     get_default_conv_config,
     get_global_conv_config,
+    keys_check,
     set_global_conv_config,
 )
 from torchsparse.nn.functional.conv.conv_mode import (
@@ -47,6 +48,7 @@ __all__ = [
     "get_downsample_mode",
     "get_global_conv_config",
     "get_kmap_mode",
+    "keys_check",
     "kmap",
     "set_conv_mode",
     "set_downsample_mode",

@@ -30,7 +30,9 @@ from torchsparse.nn.functional.conv import lead
 from torchsparse.nn.functional.conv.choices import compute_dtype, resolve_for
 from torchsparse.nn.functional.conv.kmap import (
     Level,
+    back_onto,
     downsampled,
+    finer,
     generated,
     int32_coords,
     onto,
@@ -76,7 +78,8 @@ def conv3d(
         transposed, generative: As above.
         training: Accepted for compatibility; has no effect.
         coordinates: Sites to convolve onto, a tensor or its [M, 4] coordinates, in place of those
-            that the layer would create; not for transposed layers.
+            that the layer would create; for a transposed layer the fine sites, in place of an
+            earlier level. Not for generative layers.
         groups: G. Output channel j reads only the C_in / G input channels of group
             j // (C_out / G), as in ``torch.nn.functional.conv3d``. With G = C_in the layer is
             depthwise and only scales and sums rows; else each group is a convolution.
@@ -264,6 +267,12 @@ class _Path(NamedTuple):
                 return False
         return True
 
+    def leads(self, x: SparseTensor) -> bool:
+        """Whether the level that a transposed layer reached is still the one under its stride."""
+        level = self.level
+        known = x._caches.level(level.stride, level.coords.device)
+        return known is not None and known[0] is level.coords
+
 
 def run_layer(
     layer: Layer,
@@ -282,7 +291,7 @@ def run_layer(
     if layer.pointwise and coordinates is None:
         matrix = weight if weight.dim() == 2 else weight[0]
         if layer.groups == 1:
-            product = deferred_pointwise if may_put_off() else pointwise
+            product = deferred_pointwise if may_put_off(x) else pointwise
             feats = product(feats, matrix, bias, recipe.dtype)
         else:
             feats = grouped_pointwise(feats, matrix, bias, recipe.dtype, layer.groups)
@@ -298,8 +307,9 @@ def run_layer(
     )
     paths = x._caches.kmaps.get("paths")
     path = paths.get(key) if paths and coordinates is None else None
-    if path is not None and path.holds(x):
-        feats = _product(layer, feats, weight, bias, path.kmap, recipe)
+    late = may_put_off(x)
+    if path is not None and path.holds(x) and (not layer.transposed or path.leads(x)):
+        feats = _product(layer, feats, weight, bias, path.kmap, recipe, late)
         if not layer.generative:
             return wrap(feats, x, *path.level)
         return on_level(feats, x, path.level, True)
@@ -312,7 +322,7 @@ def run_layer(
     if coordinates is None:
         paths = x._caches.kmaps.setdefault("paths", {})
         paths[key] = _Path.of(x.coords, kmap, level)
-    feats = _product(layer, feats, weight, bias, kmap, recipe)
+    feats = _product(layer, feats, weight, bias, kmap, recipe, late)
     return on_level(feats, x, level, layer.generative)
 
 
@@ -325,7 +335,7 @@ def run_traced(
     coordinates: SparseTensor | Tensor | None = None,
 ) -> SparseTensor:
     """The same in a program that is being traced."""
-    if lead.can_trace(traced, x):
+    if lead.can_trace(traced, x, coordinates is not None):
         return lead.trace_layer(traced, x, weight, bias, config, coordinates)
     return _untraced(traced, x, weight, bias, config, coordinates)
 
@@ -353,10 +363,12 @@ def _product(
     bias: Tensor | None,
     kmap: KernelMap,
     recipe: ConvRecipe,
+    late: bool,
 ) -> Tensor | Lazy:
+    """Features along a map; ``late``: they may be computed when somebody needs them."""
     if layer.groups > 1:
         return grouped_conv(feats, weight, bias, kmap, layer.transposed, recipe, layer.groups)
-    if may_put_off():
+    if late:
         return deferred_conv(feats, weight, bias, kmap, layer.transposed, recipe)
     return sparse_conv(feats, weight, bias, kmap, layer.transposed, recipe)
 
@@ -431,10 +443,13 @@ def find_map(
     x = wrap(x._feats, x, coords, site_stride(x), spatial_range)
     x._caches.record(x.stride, coords, spatial_range)
     if coordinates is not None:
-        if transposed:
-            raise ValueError("`coordinates` cannot be given to a transposed convolution")
+        if generative:
+            raise ValueError("`coordinates` cannot be given to a generative convolution")
         geometry = _relation(kernel_size, stride, padding, dilation, downsample_mode)
-        level = _target(x, coordinates, stride, ndim)
+        if transposed:
+            level = _target(x, coordinates, finer(x.stride, stride), stride, ndim)
+            return back_onto(x, coords, geometry, level), level
+        level = _target(x, coordinates, _coarser(x.stride, stride), stride, ndim)
         return onto(x, coords, geometry, level), level
     if math.prod(stride) == 1 and not generative:
         kmap = same_sites(x, coords, Geometry.submanifold(kernel_size, dilation))
@@ -478,10 +493,13 @@ def _relation(
 
 
 def _target(
-    x: SparseTensor, coordinates: SparseTensor | Tensor, stride: tuple[int, ...], ndim: int
+    x: SparseTensor,
+    coordinates: SparseTensor | Tensor,
+    expected: tuple[int, ...],
+    stride: tuple[int, ...],
+    ndim: int,
 ) -> Level:
-    """The level that ``coordinates`` describes."""
-    expected = _coarser(x.stride, stride)
+    """The level of the ``expected`` stride that ``coordinates`` describes."""
     if not isinstance(coordinates, SparseTensor):
         _validate.check_coords(coordinates, ndim, "coordinates")
         return Level(int32_coords(TensorCache(), coordinates), expected, None)

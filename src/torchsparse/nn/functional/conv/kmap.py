@@ -22,8 +22,10 @@ from torchsparse.tensor import SparseTensor
 
 __all__ = [
     "Level",
+    "back_onto",
     "between",
     "downsampled",
+    "finer",
     "generated",
     "int32_coords",
     "onto",
@@ -202,6 +204,13 @@ def onto(x: SparseTensor, coords: Tensor, geometry: Geometry, target: Level) -> 
     return _between(x._caches, Level(coords, x.stride, x.spatial_range), target, geometry)
 
 
+def back_onto(x: SparseTensor, coords: Tensor, geometry: Geometry, target: Level) -> KernelMap:
+    """The map from given fine sites to the sites of ``x``, which a transposed layer reads
+    backwards; its own offset counts as in `upsampled`."""
+    geometry = _encoder_geometry(x._caches, coords, target.stride, geometry)
+    return between(x._caches, target, Level(coords, x.stride, x.spatial_range), geometry)
+
+
 def _between(cache: TensorCache, fine: Level, coarse: Level, geometry: Geometry) -> KernelMap:
     """Build and remember the map between two known levels."""
     index = _index(cache, fine.coords, fine.stride, geometry.reach, fine.spatial_range)
@@ -369,13 +378,22 @@ def _strided_layers(
                 yield told.geometry, told
 
 
-def _fine_level(x: SparseTensor, coords: Tensor, stride: tuple[int, ...]) -> Level:
-    if any(a % b for a, b in zip(x.stride, stride)):
+def finer(stride: tuple[int, ...], step: tuple[int, ...]) -> tuple[int, ...]:
+    """The stride of the level that a transposed layer reaches.
+
+    Raises:
+        ValueError: It is not a whole number on every axis.
+    """
+    if any(a % b for a, b in zip(stride, step)):
         raise ValueError(
             f"the tensor's stride must be divisible by the stride of a transposed convolution, "
-            f"got {x.stride} and {stride}"
+            f"got {stride} and {step}"
         )
-    fine = tuple([a // b for a, b in zip(x.stride, stride)])
+    return tuple([a // b for a, b in zip(stride, step)])
+
+
+def _fine_level(x: SparseTensor, coords: Tensor, stride: tuple[int, ...]) -> Level:
+    fine = finer(x.stride, stride)
     for geometry, layer in _strided_layers(x._caches, fine):
         if geometry.stride == stride and layer.serves(coarse=coords):
             level_coords, level_range = layer.start()
@@ -384,8 +402,8 @@ def _fine_level(x: SparseTensor, coords: Tensor, stride: tuple[int, ...]) -> Lev
     if known is None:
         raise ValueError(
             f"a transposed convolution from stride {x.stride} needs the coordinates at stride "
-            f"{fine}; the strides known to this tensor are {sorted(x._caches.cmaps)}. Use "
-            f"generative=True to create coordinates"
+            f"{fine}; the strides known to this tensor are {sorted(x._caches.cmaps, key=str)}. "
+            f"Give them as `coordinates`, or use generative=True to create them"
         )
     level_coords, level_range = known
     return Level(int32_coords(x._caches, level_coords), fine, level_range)

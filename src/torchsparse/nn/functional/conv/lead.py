@@ -41,11 +41,14 @@ class Layer(NamedTuple):
     groups: int
 
 
-def can_trace(layer: Layer, x: SparseTensor) -> bool:
+def can_trace(layer: Layer, x: SparseTensor, onto: bool) -> bool:
     """Whether what `trace_layer` must know of ``x`` is known while a program is traced.
 
-    A transposed layer returns along the way on which compiled layers came.
+    A transposed layer returns along the way on which compiled layers came, not onto sites that
+    are given.
     """
+    if layer.transposed and onto:
+        return False
     if not layer.transposed or layer.generative or math.prod(layer.step) == 1:
         return True
     if not isinstance(x._caches, Trail):
@@ -119,8 +122,6 @@ def _lead(
     kind = "submanifold" if still else "generative" if layer.generative else "strided"
     fine = coarse = here
     if coordinates is not None:
-        if layer.transposed:
-            raise ValueError("`coordinates` cannot be given to a transposed convolution")
         coarse = _target(here, coordinates, layer.step)
         trail = _joined(trail, coarse)
         return trail, fine, coarse, _told(kind, layer, offset, rule, here, config)

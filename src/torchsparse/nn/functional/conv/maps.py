@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from torchsparse import _validate
+from torchsparse._flags import Complaint, complain_if
 from torchsparse._geometry import Geometry, as_tuple
 from torchsparse._kernel_map import KernelMap
 from torchsparse._recipe import Dataflow
@@ -186,7 +187,13 @@ def convert_transposed_out_in_map(out_in_map: Tensor, size: int) -> Tensor:
 
     Returns:
         [size, K] int32: ``result[out_in_map[o, k], k] = o``, -1 elsewhere.
+
+    Raises:
+        ValueError: A row of ``size`` or more (noticed later on a GPU).
     """
+    beyond = out_in_map >= size
+    complain_if(beyond.any(), Complaint.INDEX, lambda: f"size = {size}")
+    out_in_map = out_in_map.masked_fill(beyond, -1)
     # One row more takes the absent ones, which index -1 addresses after the shift.
     n_out, volume = out_in_map.shape
     result = out_in_map.new_full((size + 1, volume), -1, dtype=torch.int32)
