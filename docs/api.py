@@ -18,6 +18,7 @@ from torchsparse.version import __version__
 MODULES = (
     "torchsparse",
     "torchsparse.backbones",
+    "torchsparse.backbones.modules",
     "torchsparse.backend",
     "torchsparse.backends",
     "torchsparse.checkpoints",
@@ -28,6 +29,8 @@ MODULES = (
     "torchsparse.nn",
     "torchsparse.nn.functional",
     "torchsparse.nn.functional.bev",
+    "torchsparse.nn.functional.conv.conv_config",
+    "torchsparse.nn.functional.conv.func",
     "torchsparse.nn.functional.norm",
     "torchsparse.nn.utils",
     "torchsparse.operators",
@@ -35,6 +38,8 @@ MODULES = (
     "torchsparse.tensor",
     "torchsparse.utils",
     "torchsparse.utils.collate",
+    "torchsparse.utils.helpers",
+    "torchsparse.utils.kernel_region",
     "torchsparse.utils.quantize",
     "torchsparse.utils.tune",
     "torchsparse.utils.voxelize",
@@ -48,8 +53,9 @@ def render(folder: Path) -> None:
     # A name stands for all that lies below it, which the pattern behind it takes away again.
     specs = [spec for name in MODULES for spec in (name, f"!{re.escape(name)}[.]")]
     with warnings.catch_warnings():
-        # Annotations of named tuples are shown as they are written, not as links.
-        warnings.filterwarnings("ignore", r"Error parsing type annotation ForwardRef")
+        # Annotations of named tuples and partial functions are shown as they are written, not as
+        # links.
+        warnings.filterwarnings("ignore", r"Error parsing type annotation ")
         pdoc(*specs, output_directory=folder)
     # Pages name those below them by `__all__` alone, and that of the package has not all modules.
     (folder / "index.html").write_text(_index(), "utf-8")

@@ -16,6 +16,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from torch import nn
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ROOT / "src" / "torchsparse"
@@ -23,10 +24,12 @@ SOURCE = ROOT / "src" / "torchsparse"
 MODULES = [
     f"torchsparse{name}"
     for name in (
-        "", ".backbones", ".backend", ".backends", ".checkpoints", ".datasets", ".inference",
-        ".models", ".nn", ".nn.functional", ".nn.functional.bev", ".nn.functional.norm",
+        "", ".backbones", ".backbones.modules", ".backend", ".backends", ".checkpoints",
+        ".datasets", ".inference", ".models", ".nn", ".nn.functional", ".nn.functional.bev",
+        ".nn.functional.conv.conv_config", ".nn.functional.conv.func", ".nn.functional.norm",
         ".nn.utils", ".operators", ".segmentation", ".tensor", ".utils", ".utils.collate",
-        ".utils.quantize", ".utils.tune", ".utils.voxelize", ".viz",
+        ".utils.helpers", ".utils.kernel_region", ".utils.quantize", ".utils.tune",
+        ".utils.voxelize", ".viz",
     )
 ]  # fmt: skip
 
@@ -37,7 +40,19 @@ NO_SHAPE = {
     "sphashquery": "any shape",
 }
 
+# Modules whose layers and functions say what they do to the features of a sparse tensor.
+WITH_LAYERS = [
+    f"torchsparse{name}"
+    for name in (
+        ".backbones", ".backbones.modules", ".models", ".nn", ".nn.functional",
+        ".nn.functional.bev", ".nn.functional.norm",
+    )
+]  # fmt: skip
+
 OF_EVERY_MODULE = ("forward", "extra_repr")  # the class says what they do
+
+# Names of earlier versions say what to write instead.
+pytestmark = pytest.mark.filterwarnings("ignore:torchsparse.utils:DeprecationWarning")
 
 each_module = pytest.mark.parametrize("name", MODULES)
 
@@ -99,6 +114,11 @@ def test_every_public_name_says_what_it_is(name: str) -> None:
     assert not silent
 
 
+def has_shape(text: str) -> bool:
+    """Whether something like [N, C] stands in it."""
+    return re.search(r"\[\]|\[\w[^\]]*\]", text) is not None
+
+
 def takes_tensors(function: Any) -> bool:
     """Whether annotations name plain tensors; sparse ones know what they are."""
     notes = getattr(function, "__annotations__", {}).values()
@@ -110,8 +130,7 @@ def test_every_tensor_has_a_shape(name: str) -> None:
     shapeless = []
 
     def look(entry: str, function: Any, text: str) -> None:
-        shaped = re.search(r"\[\]|\[\w[^\]]*\]", text)
-        if takes_tensors(function) and not shaped and entry not in NO_SHAPE:
+        if takes_tensors(function) and not has_shape(text) and entry not in NO_SHAPE:
             shapeless.append(entry)
 
     for entry, thing in offered(name):
@@ -122,6 +141,33 @@ def test_every_tensor_has_a_shape(name: str) -> None:
         elif inspect.isroutine(thing):
             look(entry, thing, own_doc(thing))
     assert not shapeless
+
+
+def takes_sparse_tensors(function: Any) -> bool:
+    """Whether annotations of parameters name sparse tensors."""
+    notes = getattr(function, "__annotations__", {})
+    return any("SparseTensor" in str(note) for name, note in notes.items() if name != "return")
+
+
+def of_layer(cls: type) -> str:
+    """What a layer says of itself, and what its ``forward`` says, if it was written here."""
+    kinds = [kind for kind in cls.__mro__ if "forward" in vars(kind)]
+    ours = kinds[0].__module__.startswith("torchsparse.")
+    return own_doc(cls) + (vars(kinds[0])["forward"].__doc__ or "" if ours else "")
+
+
+@pytest.mark.parametrize("name", WITH_LAYERS)
+def test_layers_and_functions_of_sparse_tensors_have_shapes(name: str) -> None:
+    asked, shapeless = 0, []
+    for entry, thing in offered(name):
+        if isinstance(thing, type):
+            text = of_layer(thing) if issubclass(thing, nn.Module) else None
+        else:
+            text = own_doc(thing) if takes_sparse_tensors(thing) else None
+        if text is not None:
+            asked += 1
+            shapeless += [] if has_shape(text) else [entry]
+    assert asked and not shapeless
 
 
 def test_the_exceptions_are_needed() -> None:

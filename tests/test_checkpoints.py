@@ -284,7 +284,8 @@ def test_a_converted_layer_computes_the_dense_convolution(
     kernel = written_out(dense, source, "xyz", strided=stride > 1)
     state = {"kernel": kernel, "bias": bias[None] if source == "minkowski" else bias}
     layer = spnn.Conv3d(CHANNELS[0], CHANNELS[2], size, stride, bias=True)
-    layer.load_state_dict(convert(state, source, kernel_sizes={"": size}))
+    strided = [""] if stride > 1 else []
+    layer.load_state_dict(convert(state, source, kernel_sizes={"": size}, strided=strided))
 
     feats, coords = cloud()
     out = layer(SparseTensor(feats, coords, spatial_range=(BATCH, *RANGE)))

@@ -20,6 +20,9 @@ from tests import clouds
 from torchsparse import PointTensor, SparseTensor, compat
 from torchsparse import nn as spnn
 from torchsparse.nn import functional as F
+from torchsparse.nn.utils import get_kernel_offsets
+from torchsparse.utils import collate, helpers, make_ntuple, quantize
+from torchsparse.utils.kernel_region import KernelRegion
 
 
 @pytest.fixture(autouse=True)
@@ -83,10 +86,79 @@ def test_objects_pickled_by_the_old_path_load(device) -> None:
 
 def test_importing_the_former_modules_says_nothing() -> None:
     """Also where warnings are errors: whoever walks over all modules is not meant."""
-    code = "import torchsparse, torchsparse.sparse_tensor, torchsparse.point_tensor"
+    code = """
+import torchsparse, torchsparse.sparse_tensor, torchsparse.point_tensor
+import torchsparse.utils.helpers, torchsparse.utils.kernel_region
+from torchsparse.utils import *
+torchsparse.utils.quantize.sparse_quantize, torchsparse.utils.collate.sparse_collate
+"""
     command = [sys.executable, "-W", "error::DeprecationWarning:torchsparse", "-c", code]
     found = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
     assert "DeprecationWarning" not in found.stderr
+
+
+# ------------------------------------------------------------------ utils
+ON_UTILS = {
+    "sparse_collate": collate.sparse_collate,
+    "sparse_collate_fn": collate.sparse_collate_fn,
+    "sparse_quantize": quantize.sparse_quantize,
+}
+IN_HELPERS = {**ON_UTILS, "make_tuple": make_ntuple, "ravel_hash_vec": quantize.ravel_hash}
+
+
+@pytest.mark.parametrize(
+    ("place", "name", "now"),
+    [
+        *((torchsparse.utils, name, now) for name, now in ON_UTILS.items()),
+        *((helpers, name, now) for name, now in IN_HELPERS.items()),
+    ],
+)
+def test_functions_are_found_where_they_were(place: Any, name: str, now: Any) -> None:
+    with told(f"{place.__name__}.{name}"):
+        assert getattr(place, name) is now
+        assert getattr(place, name) is now
+    with told():
+        assert name in dir(place) and "collate" in dir(place)
+        with pytest.raises(AttributeError, match=rf"'{place.__name__}' has no attribute 'x'"):
+            _ = place.x
+
+
+def test_imports_of_functions_note_the_line_that_imports() -> None:
+    with told("torchsparse.utils.sparse_quantize", "torchsparse.utils.helpers.make_tuple"):
+        from torchsparse.utils import sparse_quantize
+        from torchsparse.utils.helpers import make_tuple
+    assert (sparse_quantize, make_tuple) == (quantize.sparse_quantize, make_ntuple)
+    with told(), pytest.raises(ImportError, match="nothing"):
+        from torchsparse.utils import nothing  # pyright: ignore  # noqa: F401
+
+
+def test_functions_that_lay_on_utils_come_out_of_pickles() -> None:
+    with told("torchsparse.utils.sparse_collate"):
+        assert pickle.loads(b"ctorchsparse.utils\nsparse_collate\n.") is collate.sparse_collate
+
+
+def test_the_places_of_today_say_nothing() -> None:
+    found: dict[str, Any] = {}
+    with told():
+        exec("from torchsparse.utils import *", found)
+        from torchsparse.utils.collate import sparse_collate
+        from torchsparse.utils.quantize import sparse_quantize
+
+        assert pickle.loads(pickle.dumps(sparse_quantize)) is sparse_quantize
+        assert torchsparse.utils.collate.sparse_collate is sparse_collate
+        assert torchsparse.utils.quantize.sparse_quantize is sparse_quantize
+        assert callable(torchsparse.utils.voxelize_points)
+    assert not set(found) & set(ON_UTILS) and found["make_ntuple"] is make_ntuple
+
+
+REGION = "torchsparse.utils.kernel_region.KernelRegion(...).get_kernel_offset()"
+
+
+def test_kernel_regions_are_noted_where_they_are_made() -> None:
+    with told(REGION):
+        region = KernelRegion(3, 2)
+        KernelRegion(2)
+    assert torch.equal(region.get_kernel_offset(), get_kernel_offsets(3, 2))
 
 
 # ------------------------------------------------------------------ attributes
@@ -247,6 +319,44 @@ def test_the_function_in_the_order_of_v21_is_silent(device) -> None:
         F.conv3d(x, weight, 2, None, 2, 0, True)
 
 
+# ------------------------------------------------------------------ shapes
+CORNERS = "calc_ti_weights(coords, idx_query [8, N], scale)"
+MATRIX = "a state dict with a kernel [C_in, C_out] of size 1 and a larger stride"
+
+
+def test_weights_with_the_corners_first(device) -> None:
+    """The note passes over PyTorch's `no_grad`, which wraps the function."""
+    rng = clouds.rng("corners")
+    points = torch.from_numpy(rng.uniform(0, 9, (21, 3))).to(device)
+    rows = torch.from_numpy(rng.integers(-1, 3, (21, 8))).to(device)
+    with told():
+        want = F.calc_ti_weights(points, rows, 2)
+        F.calc_ti_weights(points[:8], rows[:8].t())  # eight points are read as rows
+    with told(CORNERS):
+        old = F.calc_ti_weights(points, rows.t(), 2)
+        F.calc_ti_weights(points, rows.t(), 2)
+    assert torch.equal(old.transpose(0, 1), want)
+
+
+def test_state_dicts_of_strided_pointwise_layers_load() -> None:
+    """Versions before 2.1 kept them without their first axis."""
+    conv = spnn.Conv3d(4, 8, 1, 2)
+    net = torch.nn.Sequential(conv, spnn.Conv3d(8, 4, 1, 2))
+    kernel = torch.arange(32.0).view(4, 8)
+    with told(MATRIX):
+        net.load_state_dict({"0.kernel": kernel, "1.kernel": kernel.view(8, 4)})
+    assert conv.kernel.shape == (1, 4, 8) and torch.equal(conv.kernel[0], kernel)
+
+
+def test_state_dicts_of_today_say_nothing() -> None:
+    strided, plain = spnn.Conv3d(4, 8, 1, 2), spnn.Conv3d(4, 8, 1)
+    with told():
+        strided.load_state_dict(strided.state_dict())
+        plain.load_state_dict(plain.state_dict())
+        plain.load_state_dict(strided.state_dict())  # as MinkowskiEngine keeps them
+    assert torch.equal(plain.kernel, strided.kernel[0])
+
+
 # ------------------------------------------------------------------ notes
 def test_a_note_made_an_error_is_given_again() -> None:
     for _ in range(2):
@@ -258,15 +368,10 @@ def test_a_note_made_an_error_is_given_again() -> None:
 
 def test_every_piece_of_advice_is_used_by_this_file() -> None:
     uses = {"torchsparse.sparse_tensor", "torchsparse.point_tensor", CONV, FUNCTION}
-    assert set(compat.ADVICE) == uses | {f"SparseTensor.{name}" for name in ALIASES}
-
-
-def test_state_dicts_of_strided_pointwise_layers_load() -> None:
-    """Versions before 2.1 kept them without their first axis."""
-    conv = spnn.Conv3d(4, 8, 1, 2)
-    kernel = torch.arange(32.0).view(4, 8)
-    conv.load_state_dict({"kernel": kernel})
-    assert conv.kernel.shape == (1, 4, 8) and torch.equal(conv.kernel[0], kernel)
+    uses |= {REGION, CORNERS, MATRIX} | {f"SparseTensor.{name}" for name in ALIASES}
+    uses |= {f"torchsparse.utils.{name}" for name in ON_UTILS}
+    uses |= {f"torchsparse.utils.helpers.{name}" for name in IN_HELPERS}
+    assert set(compat.ADVICE) == uses
 
 
 def test_root_offers_compat() -> None:

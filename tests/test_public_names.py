@@ -216,6 +216,10 @@ ADDED = {
 }
 
 
+# Names of earlier versions say what to write instead.
+pytestmark = pytest.mark.filterwarnings("ignore:torchsparse.utils:DeprecationWarning")
+
+
 def module(path: str) -> ModuleType:
     """`torchsparse.path`, found as `import torchsparse.path` finds it."""
     return importlib.import_module(f"torchsparse.{path}" if path else "torchsparse")

@@ -19,6 +19,7 @@ __all__ = [
     "note",
     "old_conv3d_arguments",
     "old_conv_arguments",
+    "renamed",
 ]
 
 # Old use: what to write instead.
@@ -35,6 +36,33 @@ ADVICE: dict[str, str] = {
     "conv3d(input, weight, kernel_size, bias, stride, dilation, transposed)": (
         "conv3d(input, weight, kernel_size, bias, stride, dilation=..., transposed=...)"
     ),
+    "a state dict with a kernel [C_in, C_out] of size 1 and a larger stride": (
+        "kernel[None], as torchsparse.checkpoints.convert(state, source, strided=...) does"
+    ),
+    "calc_ti_weights(coords, idx_query [8, N], scale)": (
+        "calc_ti_weights(coords, idx_query.t(), scale), which returns [N, 8]"
+    ),
+    "torchsparse.utils.sparse_collate": "from torchsparse.utils.collate import sparse_collate",
+    "torchsparse.utils.sparse_collate_fn": (
+        "from torchsparse.utils.collate import sparse_collate_fn"
+    ),
+    "torchsparse.utils.sparse_quantize": "from torchsparse.utils.quantize import sparse_quantize",
+    "torchsparse.utils.helpers.make_tuple": "from torchsparse.utils import make_ntuple",
+    "torchsparse.utils.helpers.ravel_hash_vec": (
+        "from torchsparse.utils.quantize import ravel_hash"
+    ),
+    "torchsparse.utils.helpers.sparse_collate": (
+        "from torchsparse.utils.collate import sparse_collate"
+    ),
+    "torchsparse.utils.helpers.sparse_collate_fn": (
+        "from torchsparse.utils.collate import sparse_collate_fn"
+    ),
+    "torchsparse.utils.helpers.sparse_quantize": (
+        "from torchsparse.utils.quantize import sparse_quantize"
+    ),
+    "torchsparse.utils.kernel_region.KernelRegion(...).get_kernel_offset()": (
+        "torchsparse.nn.utils.get_kernel_offsets(...)"
+    ),
 }
 
 _noted: set[str] = set()
@@ -43,7 +71,7 @@ _noted: set[str] = set()
 def note(use: str) -> None:
     """Say once per process what to write instead of an old use, a key of `ADVICE`.
 
-    A DeprecationWarning at the line outside this library from which the use came.
+    A DeprecationWarning at the line outside this library and PyTorch from which the use came.
     """
     if use in _noted:
         return
@@ -53,10 +81,10 @@ def note(use: str) -> None:
 
 
 def _distance() -> int:
-    """How many frames above `note` the library is left."""
-    home = __name__.partition(".")[0]
+    """How many frames above `note` the library is left, and PyTorch, which calls it."""
+    inner = {__name__.partition(".")[0], "torch"}
     frame, level = sys._getframe(1), 1
-    while frame.f_back is not None and str(frame.f_globals.get("__name__")).split(".")[0] == home:
+    while frame.f_back is not None and str(frame.f_globals.get("__name__")).split(".")[0] in inner:
         frame, level = frame.f_back, level + 1
     return level
 
@@ -77,6 +105,18 @@ def moved(old: str, home: ModuleType, name: str, names: list[str]) -> Any:
         raise AttributeError(f"module {old!r} has no attribute {name!r}")
     note(old)
     return getattr(home, name)
+
+
+def renamed(module: str, name: str, now: dict[str, Any]) -> Any:
+    """Attribute ``name`` of ``module``, where ``now`` holds what is elsewhere today.
+
+    Raises:
+        AttributeError: Another name.
+    """
+    if name not in now:
+        raise AttributeError(f"module {module!r} has no attribute {name!r}")
+    note(f"{module}.{name}")
+    return now[name]
 
 
 # ------------------------------------------------------------------ attributes

@@ -142,7 +142,8 @@ def convert(
     A kernel of one tap is a matter of stride. At stride 1, SpConv 2.x reads the memory of its
     [C_out, 1, 1, 1, C_in] as [C_in, C_out], and that is what its checkpoints mean; MinkowskiEngine
     and TorchSparse 2.1 keep [C_in, C_out] at stride 1 and [1, C_in, C_out] else. Where the source
-    does not tell, stride 1 is assumed; ``strided`` names the exceptions. Our `Conv3d` loads both.
+    does not tell, stride 1 is assumed; ``strided`` names the exceptions. Our `Conv3d` loads both,
+    the matrix of a strided layer with a note.
 
     Weights are all that is converted. With SpConv's usual columns (b, z, y, x), the arguments
     kernel_size, stride, padding and dilation are listed the other way round in a network on

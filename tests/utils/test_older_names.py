@@ -1,11 +1,15 @@
 """Paths of versions before 2.0."""
 
+import pytest
 import torch
 
 import torchsparse.utils
 from torchsparse.nn.utils import get_kernel_offsets
 from torchsparse.utils import collate, helpers, quantize, tensor_cache, utils
 from torchsparse.utils.kernel_region import KernelRegion
+
+# What they say is tested in tests/test_compat.py.
+pytestmark = pytest.mark.filterwarnings("ignore:torchsparse.utils:DeprecationWarning")
 
 
 def test_helpers_are_the_functions_of_today():

@@ -40,7 +40,7 @@ class SparseResNet(nn.ModuleList):
             in_channels = channels
 
     def forward(self, x: SparseTensor) -> list[SparseTensor]:
-        """The output of every stage."""
+        """[N, in_channels] features -> for every stage [M, its channels]."""
         outputs = []
         for stage in self:
             x = stage(x)

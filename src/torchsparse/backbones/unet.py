@@ -75,7 +75,8 @@ class SparseResUNet(nn.Module):
         )
 
     def forward(self, x: SparseTensor) -> list[SparseTensor]:
-        """Nine tensors: the stem's, the four encoders', the four decoders'."""
+        """[N, in_channels] features -> nine tensors [M, channels]: the stem's, the four encoders',
+        the four decoders'."""
         outputs = [self.stem(x)]
         for encoder in self.encoders:
             outputs.append(encoder(outputs[-1]))

@@ -133,6 +133,7 @@ def shares(point, rows, scale):
     return np.array(out) / (sum(out) + 1e-8)
 
 
+@pytest.mark.filterwarnings("ignore:calc_ti_weights:DeprecationWarning")
 @pytest.mark.parametrize("scale", [1, 2.0, 0.3])
 @pytest.mark.parametrize("points", [0, 1, 8, 21])
 def test_weights_equal_the_definition_in_both_layouts(points, scale, device):

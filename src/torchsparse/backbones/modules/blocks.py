@@ -15,7 +15,12 @@ __all__ = ["SparseConvBlock", "SparseConvTransposeBlock", "SparseResBlock"]
 
 
 class SparseConvBlock(nn.Sequential):
-    """Conv3d, BatchNorm, ReLU."""
+    """Conv3d, BatchNorm, ReLU: [N, C_in] features -> [M, C_out].
+
+    Args:
+        in_channels, out_channels: C_in and C_out.
+        kernel_size, stride, dilation: One int or three.
+    """
 
     def __init__(
         self,
@@ -33,7 +38,10 @@ class SparseConvBlock(nn.Sequential):
 
 
 class SparseConvTransposeBlock(nn.Sequential):
-    """Transposed Conv3d, BatchNorm, ReLU."""
+    """Transposed Conv3d, BatchNorm, ReLU: [N, C_in] features -> [M, C_out], on the finer sites.
+
+    The arguments are those of `SparseConvBlock`.
+    """
 
     def __init__(
         self,
@@ -58,6 +66,8 @@ class SparseResBlock(nn.Module):
     The shortcut is the identity where channels and stride allow it, else a 1x1x1 convolution and
     BatchNorm. With a stride, it is evaluated at the main branch's sites: site c reads the input
     at c * stride, zero if nothing is there.
+
+    The arguments are those of `SparseConvBlock`.
     """
 
     def __init__(

@@ -20,7 +20,15 @@ def _join(input: SparseTensor, slope: float, inplace: bool) -> SparseTensor | No
 
 
 def relu(input: SparseTensor, inplace: bool = True) -> SparseTensor:
-    """``max(x, 0)``; in place, the features of ``input`` change too."""
+    """``max(x, 0)``.
+
+    Args:
+        input: Features [N, C].
+        inplace: The features of ``input`` change too.
+
+    Returns:
+        [N, C] features in their dtype, on the same sites. Differentiable.
+    """
     joined = _join(input, 0.0, inplace)
     if joined is not None:
         return joined
@@ -28,14 +36,31 @@ def relu(input: SparseTensor, inplace: bool = True) -> SparseTensor:
 
 
 def silu(input: SparseTensor, inplace: bool = True) -> SparseTensor:
-    """``x * sigmoid(x)``; in place, the features of ``input`` change too."""
+    """``x * sigmoid(x)``.
+
+    Args:
+        input: Features [N, C].
+        inplace: The features of ``input`` change too.
+
+    Returns:
+        [N, C] features in their dtype, on the same sites. Differentiable.
+    """
     return fapply(input, torch.nn.functional.silu, inplace=inplace)
 
 
 def leaky_relu(
     input: SparseTensor, negative_slope: float = 0.1, inplace: bool = True
 ) -> SparseTensor:
-    """``x`` if positive, ``negative_slope * x`` otherwise; in place as in `relu`."""
+    """``x`` if positive, ``negative_slope * x`` otherwise.
+
+    Args:
+        input: Features [N, C].
+        negative_slope: A number; that of the module is 0.01 by default.
+        inplace: The features of ``input`` change too.
+
+    Returns:
+        [N, C] features in their dtype, on the same sites. Differentiable.
+    """
     joined = _join(input, float(negative_slope), inplace)
     if joined is not None:
         return joined

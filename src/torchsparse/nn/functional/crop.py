@@ -20,12 +20,17 @@ def spcrop(input: SparseTensor, coords_min: Any = None, coords_max: Any = None) 
     """Keep the rows with ``coords_min <= (x, y, z) < coords_max``.
 
     Args:
-        input: Its coordinates are compared as they are, on its own lattice.
-        coords_min, coords_max: 3 ints each (or one for all axes), None = unbounded.
+        input: Features [N, C] of any dtype on [N, 4] coordinates (b, x, y, z), which are compared
+            as they are, on its own lattice. Other numbers of axes work too.
+        coords_min, coords_max: 3 ints each (one per axis, or one for all), None = unbounded.
 
     Returns:
-        The kept rows in their order, with the stride and range of ``input`` and a cache of its
-        own. Differentiable.
+        [M, C] features in their dtype: the kept rows in their order, with the stride and range of
+        ``input`` and a cache of its own. Differentiable.
+
+    Raises:
+        ValueError: Shapes that do not fit, bounds that are not whole numbers.
+        TypeError: Coordinates that are not integers.
     """
     check_sparse(input)
     feats, coords = input.feats, input.coords

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from torchsparse._autograd.points import devoxelize
+from torchsparse._compat import note
 from torchsparse._compiling import left_to_python
 from torchsparse._ops import points
 from torchsparse._validate import check_feats, check_same_device
@@ -59,7 +60,7 @@ def calc_ti_weights(coords: Tensor, idx_query: Tensor, scale: Any = 1) -> Tensor
     Args:
         coords: Points, [N, 3 or more], x, y, z first.
         idx_query: [N, 8] integers, -1 = absent. [8, N], the layout of earlier versions, is
-            understood unless N = 8.
+            understood unless N = 8, with a note.
         scale: Edge of a voxel in the unit of ``coords``.
 
     Returns:
@@ -82,6 +83,7 @@ def calc_ti_weights(coords: Tensor, idx_query: Tensor, scale: Any = 1) -> Tensor
     xyz = coords[:, :3].to(torch.promote_types(coords.dtype, torch.float32))
     shares = points.trilinear_weights(xyz, scale)
     if corner_first:
+        note("calc_ti_weights(coords, idx_query [8, N], scale)")
         idx_query = idx_query.t()
     shares = shares.masked_fill_(idx_query < 0, 0)
     shares = shares / (shares.sum(1, keepdim=True) + 1e-8)

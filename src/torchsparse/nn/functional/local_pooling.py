@@ -115,7 +115,14 @@ def sum_pool3d(
     coordinates: Sites = None,
     config: Config = None,
 ) -> SparseTensor:
-    """Sum over the active sites of each window; the rest is as in `avg_pool3d`."""
+    """Sum over the active sites of each window.
+
+    The arguments and errors are those of `avg_pool3d`.
+
+    Returns:
+        [M, C] features in their dtype, summed in float32 (float64 in float64), also under
+        autocast; 0 where a window has no active site. Differentiable.
+    """
     return pool(
         3, False, input, kernel_size, stride, padding, dilation, coordinates=coordinates,
         config=config,

@@ -32,8 +32,13 @@ __all__ = [
 class ToBEVReduction(nn.Module):
     """Average the voxels along one axis; see ``functional.bev.to_bev_reduction``.
 
+    [N, C] features -> [M, C], in their dtype: one row per column of voxels.
+
     Args:
         dim: The axis, 0 to 2.
+
+    Raises:
+        ValueError: Another ``dim``.
     """
 
     def __init__(self, dim: int = 1) -> None:

@@ -40,6 +40,11 @@ class Sequential(nn.Sequential):
     global pool plain modules see plain tensors. A plain module of your own is told by `OnFeats`::
 
         Sequential(spnn.Conv3d(4, 16, 3), nn.LayerNorm(16), nn.GELU(), OnFeats(MyMLP()))
+
+    A plain layer takes [N, C] features to [N, any].
+
+    Raises:
+        ValueError: A plain layer changed the number of rows.
     """
 
     def forward(self, input: Any) -> Any:

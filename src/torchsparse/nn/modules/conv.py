@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
-from torchsparse._compat import old_conv_arguments
+from torchsparse._compat import note, old_conv_arguments
 from torchsparse._geometry import default_padding
 from torchsparse.nn.functional.conv import lead
 from torchsparse.nn.functional.conv.conv import (
@@ -157,6 +157,8 @@ class _Conv(nn.Module):
         kernel = state_dict.get(key)
         if self.kernel_volume == 1 and isinstance(kernel, Tensor):
             if kernel.dim() != self.kernel.dim() and kernel.numel() == self.kernel.numel():
+                if kernel.dim() < self.kernel.dim():
+                    note("a state dict with a kernel [C_in, C_out] of size 1 and a larger stride")
                 state_dict[key] = kernel.reshape(self.kernel.shape)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 

@@ -13,10 +13,12 @@ __all__ = ["SparseCrop"]
 
 
 class SparseCrop(nn.Module):
-    """Keep the rows with ``coords_min <= (x, y, z) < coords_max``.
+    """Keep the rows with ``coords_min <= (x, y, z) < coords_max``; see ``functional.spcrop``.
+
+    [N, C] features -> [M, C], in their dtype.
 
     Args:
-        coords_min, coords_max: 3 ints each, None = unbounded.
+        coords_min, coords_max: 3 ints each (or one for all axes), None = unbounded.
     """
 
     def __init__(self, coords_min: Any = None, coords_max: Any = None) -> None:

@@ -144,15 +144,30 @@ def _fit(feats: Tensor, *own: Tensor | None) -> bool:
 class BatchNorm(_OverRows, nn.BatchNorm1d):
     """``torch.nn.BatchNorm1d`` over the rows of all samples; same arguments.
 
-    Without rows, features come back as they are and the running statistics stay. In training on a
-    GPU, a sum and an activation that follow join its pass over the features.
+    [N, C] features -> [N, C], in their dtype. Without rows, features come back as they are and the
+    running statistics stay. In training on a GPU, a sum and an activation that follow join its
+    pass over the features.
+
+    Attributes:
+        weight, bias: [C], or None without ``affine``.
+        running_mean, running_var: [C], or None without ``track_running_stats``.
+
+    Raises:
+        ValueError: One row in training; features without two axes.
     """
 
 
 class GroupNorm(nn.GroupNorm):
     """Per sample, over its rows and the channels of each group; arguments of `nn.GroupNorm`.
 
-    Statistics in float32 (float64 in float64), also under autocast.
+    [N, C] features -> [N, C], in their dtype. Statistics in float32 (float64 in float64), also
+    under autocast.
+
+    Attributes:
+        weight, bias: [C], or None without ``affine``.
+
+    Raises:
+        ValueError: Shapes that do not fit, a negative batch index.
     """
 
     def forward(self, input: SparseTensor) -> SparseTensor:
@@ -162,8 +177,15 @@ class GroupNorm(nn.GroupNorm):
 class InstanceNorm(nn.InstanceNorm1d):
     """Per sample and channel, over its rows; arguments of `nn.InstanceNorm1d`.
 
-    Statistics in float32 (float64 in float64), also under autocast. With ``track_running_stats``,
-    evaluation uses the running ones, as in PyTorch.
+    [N, C] features -> [N, C], in their dtype. Statistics in float32 (float64 in float64), also
+    under autocast. With ``track_running_stats``, evaluation uses the running ones, as in PyTorch.
+
+    Attributes:
+        weight, bias: [C], or None without ``affine``.
+        running_mean, running_var: [C], or None without ``track_running_stats``.
+
+    Raises:
+        ValueError: Shapes that do not fit, a negative batch index.
     """
 
     def forward(self, input: SparseTensor) -> SparseTensor:
@@ -184,12 +206,17 @@ class InstanceNorm(nn.InstanceNorm1d):
 class SyncBatchNorm(_OverRows, nn.SyncBatchNorm):
     """``torch.nn.SyncBatchNorm``: statistics over the rows of all processes; same arguments.
 
-    Works with every backend, on a CPU too. Each process of the group must take part in every
-    forward and backward pass; it may have any number of rows, also none. Outside a process group,
-    in evaluation and in a group of one it is `BatchNorm`. Differentiable once.
+    [N, C] features -> [N, C], in their dtype. Works with every backend, on a CPU too. Each process
+    of the group must take part in every forward and backward pass; it may have any number of rows,
+    also none. Outside a process group, in evaluation and in a group of one it is `BatchNorm`.
+    Differentiable once.
+
+    Attributes:
+        weight, bias: [C], or None without ``affine``.
+        running_mean, running_var: [C], or None without ``track_running_stats``.
 
     Raises:
-        ValueError: In every process, if all together have one row.
+        ValueError: In every process, if all together have one row; features of another shape.
     """
 
     def forward(self, input: SparseTensor) -> SparseTensor:
@@ -240,7 +267,16 @@ class SyncBatchNorm(_OverRows, nn.SyncBatchNorm):
 
 
 def convert_sync_batchnorm(module: nn.Module, process_group: Any = None) -> nn.Module:
-    """See `SyncBatchNorm.convert_sync_batchnorm`."""
+    """Replace every batch norm in ``module`` by its synchronising sibling.
+
+    Args:
+        module: Changed in place, as by `SyncBatchNorm.convert_sync_batchnorm`. Parameters and
+            buffers, [C] each, are the same objects; state-dict keys stay.
+        process_group: Of the new modules; None = all processes.
+
+    Returns:
+        ``module``; a new module if it is a batch norm itself.
+    """
     if isinstance(module, BatchNorm):
         return _synchronising(module, process_group)
     if isinstance(module, _BatchNorm):
