@@ -393,3 +393,20 @@ def test_a_replaced_fine_level_is_followed(device: torch.device) -> None:
     for fine in (sites([0, 0, 0], [2, 2, 2]), sites([1, 1, 1], [2, 2, 3], [3, 3, 3])):
         coarse._caches.cmaps[(1, 1, 1)] = (fine, None)
         assert torch.equal(up_(coarse).coords, fine)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("kernel", [3, (3, 1, 5), 2])
+def test_own_sites_may_be_given(kernel: Any, transposed: bool, device: torch.device) -> None:
+    """In any row order: those of the tensor itself, and equal ones."""
+    x = sparse(device, "batch_gap", channels=4)
+    order = torch.randperm(len(x.coords), generator=torch.Generator().manual_seed(0)).to(device)
+    conv = spnn.Conv3d(4, 4, kernel, transposed=transposed).double().to(device)
+    feats, coords = x.feats[order], x.coords[order]
+    want = conv(SparseTensor(feats, coords)).feats
+    for sites in (coords, coords.clone(), SparseTensor(feats, coords)):
+        got = conv(SparseTensor(feats.requires_grad_(), coords), coordinates=sites)
+        assert_close(got.feats, want, torch.float64)
+        (grad,) = torch.autograd.grad(got.feats.square().sum(), feats)
+        again = conv(SparseTensor(feats, coords)).feats
+        assert_close(grad, torch.autograd.grad(again.square().sum(), feats)[0], torch.float64)

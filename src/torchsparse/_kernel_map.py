@@ -72,7 +72,11 @@ class KernelMap:
     @property
     def identity(self) -> int | None:
         """The tap that ties every position to itself, if there is one."""
-        if self.geometry.is_symmetric and self.in_coords is self.out_coords:
+        if (
+            self.geometry.is_symmetric
+            and self.in_coords is self.out_coords
+            and self.in_order is self.out_order  # positions, not only rows
+        ):
             return self.geometry.volume // 2
         return None
 
