@@ -601,6 +601,7 @@ def test_module_parameters(
     assert spnn.Conv3d(3, 2, kernel_size, stride).bias is None
 
 
+@pytest.mark.filterwarnings("ignore:.*form of versions before:DeprecationWarning")
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("shape", [(3, 2), (1, 3, 2)])
 def test_module_loads_both_layouts_of_a_single_tap(stride: int, shape: tuple[int, ...]) -> None:

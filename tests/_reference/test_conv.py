@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from torchsparse._recipe import Epilogue, Norm
-from torchsparse._reference import conv
+from torchsparse._reference import conv, threads
 from torchsparse._reference.conv import Layout, dense, finish, gather_gemm, make_plan, weight_grad
 
 LAYOUTS = list(map(Layout, (1, 7, 64, 100000)))  # one pair a chunk to all in one chunk
@@ -200,3 +200,20 @@ def test_chunks_share_the_pairs_and_cover_the_rows() -> None:
     assert edges[-1][1] == 900
     counts = [len(chunk.inputs) for chunk in plan.chunks]
     assert max(counts) < 1.2 * min(counts) and sum(counts) == int((table >= 0).sum())
+
+
+@pytest.mark.parametrize("apart", [0, 1])
+def test_chunks_on_threads_or_in_turn_agree(apart: int, monkeypatch) -> None:
+    """In turn, no thread is started."""
+    generator = torch.Generator().manual_seed(0)
+    table = torch.randint(-1, 500, (27, 500), generator=generator, dtype=torch.int32)
+    plan = make_plan(table, None, None, None, Layout(500, apart))
+    assert len(plan.chunks) > 8 and plan.apart == bool(apart)
+    x, weight = torch.randn(500, 8, generator=generator), torch.randn(27, 8, 8)
+    started = []
+    get = threads._threads.get
+    monkeypatch.setattr(threads._threads, "get", lambda n: started.append(n) or get(n))
+    got = conv.gather_gemm(x, weight, None, plan)
+    assert bool(started) == bool(apart) or torch.get_num_threads() == 1
+    alike = plan._replace(apart=not plan.apart)
+    torch.testing.assert_close(got, conv.gather_gemm(x, weight, None, alike), rtol=1e-6, atol=1e-5)

@@ -67,16 +67,21 @@ class Plan(NamedTuple):
     out_order: Tensor | None = None  # [M] int32, output row at each position
     out_rank: Tensor | None = None  # [M] int32, position of each output row
     reverse: bool = False  # tap k of the table multiplies weight K - 1 - k
+    apart: bool = True  # whether chunks go to a thread each
 
 
 class Layout(NamedTuple):
     """What a plan depends on besides its table."""
 
     pairs: int  # of a chunk: few products stay in the cache, many make long matrix products
+    apart: int = 1  # 1: chunks on a thread each; 0: in turn, each on all threads
 
 
 LAYOUT = Layout(32768)
-TRIED = (Layout(8192), Layout(16384), LAYOUT, Layout(65536), Layout(131072))
+TRIED = (
+    Layout(8192), Layout(16384), LAYOUT, Layout(65536), Layout(131072), Layout(32768, 0),
+    Layout(131072, 0), Layout(524288, 0),
+)  # fmt: skip
 BLOCK_ROWS = 8192  # that are put into another order at a time
 WIDEST_GROUPED = 64  # channels up to which one call multiplies the rows of all taps
 
@@ -91,8 +96,8 @@ def choose_layout(out_channels: int, device: torch.device | None = None) -> Layo
     if device is None or device.type != "cpu":
         return LAYOUT
     name = _tuned.key("layout", 0, 0, out_channels, 0, "any", "ieee", "cpu")
-    (pairs,) = _tuned.choose(name, device, tuple(LAYOUT), lambda: list(map(tuple, TRIED)))
-    return Layout(max(pairs, 1))
+    pairs, apart = _tuned.choose(name, device, tuple(LAYOUT), lambda: list(map(tuple, TRIED)))
+    return Layout(max(pairs, 1), min(apart, 1))
 
 
 def make_plan(
@@ -130,7 +135,7 @@ def make_plan(
         rank = torch.empty_like(out_order)
         rank[out_order.long()] = torch.arange(m, dtype=torch.int32, device=rank.device)
     in_turn = [chunks[i] for i in range(len(cuts))]
-    return Plan(in_turn, volume, m, identity, in_order, out_order, rank)
+    return Plan(in_turn, volume, m, identity, in_order, out_order, rank, apart=layout.apart == 1)
 
 
 def _cuts(ends: Tensor, pairs: int) -> list[tuple[int, int]]:
@@ -228,7 +233,7 @@ def gather_gemm(
             else:
                 _finish(sums_of(chunk), here, where, out[where])
 
-        for_each(fill, plan.chunks, out.device)
+        for_each(fill, plan.chunks, out.device, plan.apart)
     if plan.out_rank is not None:
         out = _by_row(out, plan.out_rank, end)
     return out.to(feats.dtype)

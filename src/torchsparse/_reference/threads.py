@@ -25,15 +25,18 @@ __all__ = ["for_each"]
 T = TypeVar("T")
 
 
-def for_each(work: Callable[[T], None], pieces: Sequence[T], device: torch.device) -> None:
+def for_each(
+    work: Callable[[T], None], pieces: Sequence[T], device: torch.device, apart: bool = True
+) -> None:
     """Call ``work`` on every piece, in any order.
 
     Args:
         work: Computes without gradients, and writes where no other piece reads or writes.
         pieces: Fewer than two a thread are worked on in turn, with all threads each.
         device: Where it computes; only a CPU is shared.
+        apart: False: in turn, with all threads each, however many there are.
     """
-    count = torch.get_num_threads() if device.type == "cpu" else 1
+    count = torch.get_num_threads() if device.type == "cpu" and apart else 1
     pool = _threads.get(count) if 1 < count <= len(pieces) // 2 else None
     left = deque(pieces)
     mode = torch.inference_mode if torch.is_inference_mode_enabled() else torch.no_grad
