@@ -89,8 +89,8 @@ class Lazy:
     """Features [M, C] to be computed by ``make(epilogue)``."""
 
     __slots__ = (
-        "__weakref__", "_lock", "_stream", "_value", "_writes", "device", "dtype", "epilogue",
-        "inputs", "make", "shape",
+        "__weakref__", "_stream", "_value", "_writes", "device", "dtype", "epilogue", "inputs",
+        "make", "shape",
     )  # fmt: skip
 
     def __init__(
@@ -115,7 +115,6 @@ class Lazy:
         self._writes = _writes(inputs)
         self._stream = _stream(inputs[0])
         self._value: Tensor | None = None
-        self._lock = threading.Lock()
         _open.chain = weakref.ref(self)
 
     @property
@@ -130,19 +129,19 @@ class Lazy:
             RuntimeError: An input was written to since; its old values are gone.
         """
         if self._value is None:
-            with self._lock:  # another thread may be at the same
+            try:
+                if self._writes != _writes(self.inputs):
+                    raise _StaleError(
+                        "features or weights were changed in place before a convolution that "
+                        "reads them was needed; read its `feats` first, or set "
+                        "torchsparse.backends.fuse = False"
+                    )
+                self._value = self._compute()
+                del self.make, self.inputs
+            except AttributeError:
                 if self._value is None:
-                    self._settle()
+                    raise  # no other thread was at the same and let go of them before
         return self._value  # pyright: ignore[reportReturnType]
-
-    def _settle(self) -> None:
-        if self._writes != _writes(self.inputs):
-            raise _StaleError(
-                "features or weights were changed in place before a convolution that reads them "
-                "was needed; read its `feats` first, or set torchsparse.backends.fuse = False"
-            )
-        self._value = self._compute()
-        del self.make, self.inputs
 
     def _compute(self) -> Tensor:
         if torch.is_grad_enabled():
@@ -174,7 +173,7 @@ class Lazy:
         new.make, new.shape, new.dtype, new.device = self.make, self.shape, self.dtype, self.device
         new.inputs, new.epilogue = self.inputs + more, epilogue
         new._writes = self._writes + _writes(more) if more else self._writes
-        new._stream, new._value, new._lock = self._stream, None, threading.Lock()
+        new._stream, new._value = self._stream, None
         _open.chain = weakref.ref(new)
         return new
 

@@ -490,8 +490,7 @@ def may_put_off(x: SparseTensor) -> bool:
     """
     if not settings.fuse or torch.is_grad_enabled():
         return False
-    feats = x._feats
-    return not (x._given and isinstance(feats, Tensor) and feats.is_inference())
+    return not (x._given and isinstance(x._feats, Tensor) and x._feats.is_inference())
 
 
 def put_off(x: SparseTensor) -> Lazy | None:
