@@ -75,6 +75,23 @@ class Several(nn.Module):
         return {"logits": self.head(both.feats), "coarse": coarse, "fine": [fine]}
 
 
+class Shared(nn.Module):
+    """One block used twice in a row and on two levels, one layer under two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = spnn.Conv3d(4, 8, 3)
+        self.block = nn.Sequential(spnn.Conv3d(8, 8, 3), spnn.BatchNorm(8), spnn.ReLU(True))
+        self.down = spnn.Conv3d(8, 8, 2, stride=2)
+        self.alias = self.stem
+
+    def forward(self, x: SparseTensor) -> list[SparseTensor]:
+        fine = self.block(self.stem(x))
+        fine = fine + self.block(fine)
+        coarse = self.block(self.down(fine))
+        return [fine + self.alias(x), coarse]
+
+
 def network(kind: type[nn.Module], device: torch.device) -> nn.Module:
     """In evaluation mode, with running statistics that are not the initial ones."""
     torch.manual_seed(0)

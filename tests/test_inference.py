@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import torchsparse
-from tests.scans import Dense, again, assert_agree, flat, network, scan
+from tests.scans import Dense, Shared, again, assert_agree, flat, network, scan
 from torchsparse import PointTensor, _graphs, training
 from torchsparse.backbones import SparseResNet21D, SparseResUNet42
 from torchsparse.inference import graphed, warmup
@@ -24,7 +24,7 @@ from torchsparse.utils.tensor_cache import (
 
 
 @pytest.mark.parametrize("wait", [True, False])
-@pytest.mark.parametrize("kind", [SparseResUNet42, SparseResNet21D, Dense])
+@pytest.mark.parametrize("kind", [SparseResUNet42, SparseResNet21D, Dense, Shared])
 def test_graphed_is_eager(kind: type[nn.Module], wait: bool, device: torch.device) -> None:
     """Scans of changing sizes, up and down, in one bucket and in several."""
     model = network(kind, device)

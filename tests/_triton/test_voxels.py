@@ -236,3 +236,9 @@ def test_many_points_and_the_same_bits_again(device: torch.device) -> None:
     for _ in range(3):
         found = voxels.group_points(points, (0.05, 0.1, 0.2), batch)
         assert found is not None and all(map(torch.equal, found, first))
+    for cell in (0.05, 4.0, 1000.0):  # few points to a voxel, many, nearly all
+        groups = compare(points, (cell, cell, cell), batch)
+        labels = randint(-5, 40, (300_000,), device, seed=3)
+        votes_agree(labels, groups, -1)
+        want = voxels.majority(labels, -1, groups)
+        assert all(torch.equal(voxels.majority(labels, -1, groups), want) for _ in range(3))

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.scans import Dense, Several, again, flat, network, scan
+from tests.scans import Dense, Several, Shared, again, flat, network, scan
 from torchsparse import SparseTensor
 from torchsparse import nn as spnn
 from torchsparse.backbones import SparseResUNet42
@@ -59,7 +59,7 @@ def assert_same_state(model: nn.Module, other: nn.Module, **close: Any) -> None:
         torch.testing.assert_close(a, b, **close, msg=lambda m, n=name: f"{n}: {m}")
 
 
-@pytest.mark.parametrize("kind", [SparseResUNet42, Dense, Several])
+@pytest.mark.parametrize("kind", [SparseResUNet42, Dense, Several, Shared])
 def test_steps_are_those_of_the_usual_passes(kind: type[nn.Module], gpu: torch.device) -> None:
     """Outputs, gradients and running statistics, for scans of changing sizes."""
     model, other = pair(kind, gpu)
