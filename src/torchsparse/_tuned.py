@@ -45,6 +45,7 @@ __all__ = [
     "heard",
     "key",
     "listening",
+    "locked",
     "lookup",
     "machine",
     "record",
@@ -211,7 +212,7 @@ def record(found: Mapping[str, Entry], device: torch.device, write: bool = True)
         return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(path):
+        with locked(path):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # whoever read it was warned
                 merged = _load(path, machine(device))
@@ -233,7 +234,7 @@ def _replace(path: Path, about: Mapping[str, Any], table: Mapping[str, Entry]) -
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def locked(path: Path) -> Iterator[None]:
     """Hold ``path.lock``, a file that only one process can create.
 
     Whoever waits too long goes on: the file is replaced as a whole, so at worst the entries of one

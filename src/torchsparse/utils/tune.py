@@ -491,8 +491,9 @@ def _write(
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            partial.write_text(json.dumps(content, indent=1) + "\n", "utf-8")
-            os.replace(partial, path)
+            with _tuned.locked(path):
+                partial.write_text(json.dumps(content, indent=1) + "\n", "utf-8")
+                os.replace(partial, path)
         finally:
             partial.unlink(missing_ok=True)
     except OSError as error:
