@@ -36,6 +36,7 @@ def test_make_divisible():
     assert [make_divisible(n, 8) for n in (0, 1, 8, 9)] == [0, 8, 8, 16]
 
 
+@pytest.mark.filterwarnings("ignore:.*form of versions before:DeprecationWarning")
 def test_star_import():
     """Exactly the names of v2.1; those of earlier versions are reached by name."""
     names = {}
