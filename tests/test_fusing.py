@@ -299,6 +299,17 @@ def test_a_buffer_of_inference_mode_may_be_filled_again(device: torch.device) ->
         assert all(torch.equal(y.feats, w) for y, w in zip(seen, want))
 
 
+def test_a_residual_of_inference_mode_may_be_filled_again(device: torch.device) -> None:
+    x = sparse(device, "odd", channels=4, dtype=torch.float32)
+    conv = filled(spnn.Conv3d(4, 4, 3), device=device, dtype=torch.float32)
+    with torch.inference_mode():
+        buffer = torch.randn_like(x.feats)
+        want = conv(x).feats + buffer
+        y = conv(x) + SparseTensor(buffer, x.coords)
+        buffer.zero_()
+        torch.testing.assert_close(y.feats, want)
+
+
 def test_only_those_who_ask_are_told_of_a_late_change(device: torch.device) -> None:
     x = sparse(device, "odd", channels=4, dtype=torch.float32)
     conv = filled(spnn.Conv3d(4, 8, 3), device=device, dtype=torch.float32)

@@ -484,13 +484,14 @@ def pending(x: SparseTensor) -> Lazy | None:
 
 def may_put_off(x: SparseTensor) -> bool:
     """Whether what is computed from ``x`` may be computed later: nobody asks for gradients, and a
-    write to its features would be seen. Not while tracing.
+    write to its features would be seen. Not while tracing."""
+    return settings.fuse and not torch.is_grad_enabled() and not _may_change_unseen(x)
 
-    Tensors of inference mode count no writes; those that the library made itself are safe.
-    """
-    if not settings.fuse or torch.is_grad_enabled():
-        return False
-    return not (x._given and isinstance(x._feats, Tensor) and x._feats.is_inference())
+
+def _may_change_unseen(x: SparseTensor) -> bool:
+    """Whether a write to the features of ``x`` would go unnoticed: others hold them, and tensors
+    of inference mode count no writes."""
+    return x._given and isinstance(x._feats, Tensor) and x._feats.is_inference()
 
 
 def put_off(x: SparseTensor) -> Lazy | None:
@@ -517,7 +518,7 @@ def _joined(a: SparseTensor, b: SparseTensor) -> Lazy | None:
     """``a + b`` as part of a chain that one of them ends."""
     for one, other in ((a, b), (b, a)):
         chain = pending(one)
-        if chain is not None and pending(other) is None:
+        if chain is not None and pending(other) is None and not _may_change_unseen(other):
             feats = other._feats.value() if isinstance(other._feats, Lazy) else other._feats
             if isinstance(feats, Tensor):
                 return chain.plus(feats)
