@@ -36,7 +36,7 @@ from torchsparse._capacity import (
 from torchsparse._flags import pending_word, raise_found
 from torchsparse._settings import settings
 from torchsparse._validate import check_coords, check_feats, check_rows, check_same_device
-from torchsparse.tensor import SparseTensor, wrap
+from torchsparse.tensor import SparseTensor, check_sparse, wrap
 
 __all__ = [
     "PARALLEL",
@@ -162,8 +162,7 @@ class Graphs:
         Raises:
             TypeError, ValueError: It is no sparse tensor, or its parts do not fit.
         """
-        if not isinstance(x, SparseTensor):
-            raise TypeError(f"`x` must be a SparseTensor, got {type(x).__name__}")
+        check_sparse(x, "x")
         coords, feats = x.coords, x.feats
         check_feats(feats)
         check_coords(coords, ndim=None)

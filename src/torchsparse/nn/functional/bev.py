@@ -32,7 +32,7 @@ from torchsparse._validate import (
 from torchsparse.nn.functional.conv.choices import compute_dtype
 from torchsparse.nn.functional.conv.kmap import int32_coords
 from torchsparse.nn.functional.pooling import samples
-from torchsparse.tensor import SparseTensor, wrap
+from torchsparse.tensor import SparseTensor, check_sparse, wrap
 
 __all__ = [
     "to_bev_convolution",
@@ -279,8 +279,7 @@ class _Image(Function):
 # ------------------------------------------------------------------ checks
 def _checked(input: SparseTensor, dim: int) -> tuple[Tensor, Tensor]:
     """Features and coordinates, once they fit."""
-    if not isinstance(input, SparseTensor):
-        raise TypeError(f"`input` must be a SparseTensor, got {type(input).__name__}")
+    check_sparse(input)
     one_of(dim, (0, 1, 2), "dim")
     feats, coords = input.feats, input.coords
     check_feats(feats)

@@ -26,7 +26,7 @@ from torchsparse._validate import (
 from torchsparse.nn.functional.conv.conv import check_parameters, find_map, on_level
 from torchsparse.nn.functional.conv.conv_config import resolve_config
 from torchsparse.nn.functional.conv.kmap import Level
-from torchsparse.tensor import SparseTensor
+from torchsparse.tensor import SparseTensor, check_sparse
 
 __all__ = [
     "avg_pool3d",
@@ -289,8 +289,7 @@ def _windows(
     """The map of a pool, once everything fits, and the level that it reaches."""
     stride = kernel_size if stride is None else stride
     sizes = check_parameters(ndim, kernel_size, stride, padding, dilation, transposed, False)
-    if not isinstance(x, SparseTensor):
-        raise TypeError(f"`input` must be a SparseTensor, got {type(x).__name__}")
+    check_sparse(x)
     check_feats(x.feats)
     check_coords(x.coords, ndim)
     check_rows(x.feats, x.coords)

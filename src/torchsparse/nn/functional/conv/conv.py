@@ -39,7 +39,7 @@ from torchsparse.nn.functional.conv.kmap import (
     same_sites,
     upsampled,
 )
-from torchsparse.tensor import SparseTensor, may_put_off, site_stride, wrap
+from torchsparse.tensor import SparseTensor, check_sparse, may_put_off, site_stride, wrap
 
 __all__ = ["conv1d", "conv2d", "conv3d", "conv4d"]
 
@@ -573,8 +573,7 @@ def check_groups(groups: Any, **channels: int) -> int:
 
 def _check_operands(layer: Layer, x: SparseTensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The weight as [K, C_in / G, C_out], once everything fits."""
-    if not isinstance(x, SparseTensor):
-        raise TypeError(f"`input` must be a SparseTensor, got {type(x).__name__}")
+    check_sparse(x)
     _validate.check_feats(x.feats)
     _validate.check_coords(x.coords, layer.ndim)
     _validate.check_rows(x.feats, x.coords)
