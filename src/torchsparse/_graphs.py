@@ -282,7 +282,10 @@ class Graphs:
         self._fill(bucket, x)
         bucket.graph.replay()
         if bucket.unsure:
-            self._replayed = self._replays.setdefault(x.coords.device, torch.cuda.Event())
+            device = x.coords.device
+            if device not in self._replays:
+                self._replays[device] = torch.cuda.Event()
+            self._replayed = self._replays[device]
             self._replayed.record()
         # The device is busy: time to begin the copies, and to see whether the network still is
         # what was captured.
