@@ -236,9 +236,8 @@ def state_of(checkpoint: Any, key: str | None = None) -> Mapping[str, Any]:
         raise ValueError(f"a mapping was expected, got {type(checkpoint).__name__}")
     if key is None and _holds_tensors(checkpoint):
         return checkpoint
-    usual = ("state_dict", "model_state_dict", "model_state", "model", "network", "net",
-             "state")  # fmt: skip
-    keys = [name for name in ((key,) if key is not None else usual) if name in checkpoint]
+    usual = "state_dict model_state_dict model_state model network net state".split()
+    keys = [name for name in ([key] if key is not None else usual) if name in checkpoint]
     found = [name for name in keys if _holds_tensors(checkpoint[name])]
     if len(found) == 1:
         return checkpoint[found[0]]

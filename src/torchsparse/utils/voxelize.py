@@ -48,8 +48,9 @@ def voxelize_points(
 ) -> VoxelizedPoints:
     """Gather points into voxels ``floor(points / voxel_size)``, with what they carry.
 
-    Works where its tensors are and waits for the device once. The same points give the same bits,
-    whatever the device's number of threads. ``SparseTensor(v.feats, v.coords)`` takes the result
+    Works where its tensors are and waits for the device once; on a GPU without Triton again for
+    labels. The same points give the same bits, whatever the device's number of threads.
+    ``SparseTensor(v.feats, v.coords)`` takes the result
     as it is, if a batch was given and no coordinate is negative.
 
     Args:
