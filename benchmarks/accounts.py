@@ -19,6 +19,10 @@ OURS = {
         # conv: order, pairs
         "row_key_kernel", "start_kernel", "place_kernel", "tile_kernel", "count_kernel",
         "list_kernel",
+        # maps: several at once
+        "clear_kernel", "describe_kernel", "find_together_kernel", "invert_together_kernel",
+        "key_together_kernel", "place_together_kernel", "start_together_kernel",
+        "tile_together_kernel",
         # table
         "_hash_kernel", "_site_kernel", "_insert_kernel", "_find_kernel", "_lookup_kernel",
     ),

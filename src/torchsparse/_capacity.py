@@ -14,7 +14,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -82,6 +82,7 @@ class Growth:
         given: Rows that each level got, all different, and not those of the input.
         infos: [4] int64 on the device for each level: its sites, those lost for lack of slots, and
             at last its cells.
+        wishes: Noted or given: which maps the network asks for (`nn.functional.conv.ahead`).
     """
 
     def __init__(
@@ -93,6 +94,7 @@ class Growth:
         self.guess = guess
         self.given: list[int] = []
         self.infos: list[Tensor] = []
+        self.wishes: Any = None
 
     @property
     def padded(self) -> bool:

@@ -148,6 +148,7 @@ class Graphs:
         self.captures = self.replays = self.overflows = 0
         self._buckets: dict[Hashable, Bucket] = {}
         self._seen: dict[Hashable, list[Seen]] = {}
+        self._wishes: dict[Hashable, Any] = {}  # maps that the network asks for
         self._pool: Any = None  # of memory, shared by all graphs
         self._alive: weakref.WeakSet[Any] = weakref.WeakSet()  # graphs
         self._stream: Any = None  # of the last call
@@ -224,6 +225,7 @@ class Graphs:
                 "the network created other levels than before: what it computes must not depend "
                 "on the data"
             )
+        self._wishes[kind] = seen.wishes
         self._seen[kind] = [
             Seen(max(a.share, b.share), max(a.cells, b.cells), b.bounded)
             for a, b in zip(before, now)
@@ -397,8 +399,15 @@ def padded(
     feats: Tensor,
     count: Tensor,
     rooms: list[Room],
+    wishes: Any = None,
 ) -> tuple[Any, Growth, Tensor]:
     """One pass over padded coordinates, in which nothing waits for the device.
+
+    Args:
+        model, like: What to call, and an input like its own.
+        coords, feats, count: From `placed`.
+        rooms: For the levels.
+        wishes: The maps that the network asked for when the levels were seen, or None.
 
     Returns:
         The output, what the levels were given, and [4 L + 1] int64: of each level its sites, those
@@ -409,6 +418,7 @@ def padded(
     x = wrap(feats, like, coords, like.stride, like.spatial_range)
     x._caches = TensorCache()
     with growing(Growth(rooms, rows=coords.shape[0])) as growth:
+        growth.wishes = wishes
         output = model(x)
         for _ in leaves(output):
             pass  # computed now

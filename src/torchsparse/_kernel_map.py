@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -80,6 +81,47 @@ class KernelMap:
             return self.geometry.volume // 2
         return None
 
+    @classmethod
+    def prepared(
+        cls,
+        neighbors: Tensor | None,
+        ends: tuple[Tensor, Tensor],
+        geometry: Geometry,
+        ranges: tuple[tuple[int, ...] | None, tuple[int, ...] | None],
+        layout: Any,
+        plan: conv_ops.Planned,
+    ) -> KernelMap:
+        """A map whose plan of a layout is there before anybody asked.
+
+        Args:
+            neighbors: Its table; None: the plan knows how to make it.
+            ends: Coordinates of the inputs and outputs.
+            geometry: Of the taps.
+            ranges: Spatial ranges of both.
+            layout: The key of the plan: see `planner`.
+            plan: It.
+        """
+        # Let go below, if it is not there.
+        table: Any = neighbors
+        kmap = cls(table, *ends, geometry, *ranges)
+        kmap._views["ready", layout] = plan
+        if neighbors is None:
+            kmap._views["neighbors"] = plan.table
+            kmap.__dict__.pop("neighbors")
+        return kmap
+
+    def prepared_back(self, inverse: Tensor | None, layout: Any, plan: conv_ops.Planned) -> None:
+        """The same for the map seen from its inputs: its table, and its plan of a layout."""
+        ends = self.out_coords, self.in_coords
+        ranges = self.spatial_range, self.in_range
+        self._views["ready back"] = KernelMap.prepared(
+            inverse, ends, self.geometry, ranges, layout, plan
+        )
+
+    def watched(self, plans: list[Any], back: list[Any]) -> None:
+        """Note which plans are asked for, of the map and of its transposed: (recipe, backward)."""
+        self._views["asked"], self._views["asked back"] = plans, back
+
     def _view(self, key: Any, make: Callable[[], Any]) -> Any:
         """``make()``, remembered under ``key``; not stored while a compiler traces."""
         view = self._views.get(key)
@@ -118,6 +160,14 @@ class KernelMap:
         return self._view("transposed", self._transpose)
 
     def _transpose(self) -> KernelMap:
+        back = self._views.pop("ready back", None)
+        if back is None:
+            back = self._inverted()
+        if "asked back" in self._views:
+            back.watched(self._views["asked back"], [])
+        return back
+
+    def _inverted(self) -> KernelMap:
         if self.identity is not None:
             neighbors, keys = self.neighbors.flip(0), None
         else:
@@ -170,7 +220,7 @@ class KernelMap:
         plan = self._views.get(("plan", recipe, backward))
         if plan is None:
             key, make = self.planner(recipe, out_channels, backward=backward)
-            plan = self._view(("plan", key), make)
+            plan = self._view(("plan", key), partial(self._laid_out, recipe, backward, key, make))
             if plan.any_channels and not torch.compiler.is_compiling():
                 self._views["plan", recipe, backward] = plan
         # Without overlap the map is small, and a decoder may still read it from its other end.
@@ -178,6 +228,16 @@ class KernelMap:
             self._let_go(plan)
         # Reversed taps of a symmetric table are its transposed, pair for pair.
         return plan.reversed() if transposed else plan
+
+    def _laid_out(
+        self, recipe: ConvRecipe, backward: bool, key: Any, make: Callable[[], conv_ops.Planned]
+    ) -> conv_ops.Planned:
+        """The plan that is ready for a key, or a new one."""
+        asked = self._views.get("asked")
+        if asked is not None:
+            asked.append((recipe, backward))
+        ready = self._views.pop(("ready", key), None)
+        return make() if ready is None else ready
 
     def planner(
         self,

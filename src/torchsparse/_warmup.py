@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchsparse._capacity import Found, Growth, growing
+from torchsparse._capacity import Growth, growing
 from torchsparse._flags import pending_word
 from torchsparse._graphs import (
     Graphs,
@@ -87,21 +87,22 @@ def _rehearse(model: nn.Module, x: SparseTensor, graph: Graphs | None) -> None:
     """Passes in which maps are made; features are garbage."""
     with suppress(Exception), growing(Growth()) as seen:
         _step(model, fresh(x))
+    with suppress(Exception):
+        for _ in range(2):  # the second builds together the maps that the first asks for
+            _step(model, fresh(x))
     if graph is not None:
         with suppress(Exception):
-            _rehearse_padded(model, x, seen.levels, graph)
+            _rehearse_padded(model, x, seen, graph)
 
 
-def _rehearse_padded(
-    model: nn.Module, x: SparseTensor, levels: Sequence[Found], graph: Graphs
-) -> None:
+def _rehearse_padded(model: nn.Module, x: SparseTensor, seen: Growth, graph: Graphs) -> None:
     """The same on padded coordinates, as a graph would have it."""
     n = x.coords.shape[0]
     coords, feats, count = placed(x, room_for(n, graph.max_points))
-    rooms = [Seen.of(level, n).room(coords.shape[0], graph.wait) for level in levels]
+    rooms = [Seen.of(level, n).room(coords.shape[0], graph.wait) for level in seen.levels]
     feats.requires_grad_(model.training and x.feats.requires_grad)
     with torch.set_grad_enabled(model.training), autocast_without_cache():
-        output, *_ = padded(model, x, coords, feats, count, rooms)
+        output, *_ = padded(model, x, coords, feats, count, rooms, seen.wishes)
     if model.training:
         _differentiate(model, feats, output)
 

@@ -111,13 +111,13 @@ class Graphed(Graphs):
 
     def _capture(self, x: SparseTensor, kind: Hashable, rows: int) -> Bucket:
         places = placed(x, rows)
-        rooms = self._rooms(kind, rows)
+        rooms, wishes = self._rooms(kind, rows), self._wishes[kind]
         on_host: list[torch.Tensor] = []
 
         def run() -> tuple[Any, Growth]:
             # Autocast keeps casts of weights until its block ends; a graph must not read them.
             with autocast_without_cache():
-                output, growth, report = padded(self.model, x, *places, rooms)
+                output, growth, report = padded(self.model, x, *places, rooms, wishes)
             if not on_host:  # the first run compiles, and fills what is made once per process
                 on_host.append(torch.empty(report.shape, dtype=report.dtype, pin_memory=True))
             on_host[0].copy_(report, non_blocking=True)

@@ -206,7 +206,7 @@ class Graphed(Graphs):
         _check_modules(self.model)
         places = placed(x, rows)
         places.feats.requires_grad_(x.feats.requires_grad)
-        rooms = self._rooms(kind, rows)
+        rooms, wishes = self._rooms(kind, rows), self._wishes[kind]
         # Where they lie now: a tensor whose data are replaced must not receive what was here.
         on_device = [b for b in self.model.buffers() if b.device == x.coords.device]
         buffers = _Packed([b.detach() for b in on_device])
@@ -223,7 +223,7 @@ class Graphed(Graphs):
         def forward() -> tuple[Any, Growth, list[Tensor]]:
             before = buffers.pack()
             with autocast_without_cache():
-                output, growth, report = padded(call, x, *places, rooms)
+                output, growth, report = padded(call, x, *places, rooms, wishes)
             if not on_host:  # the first run compiles, and fills what is made once per process
                 on_host.append(torch.empty(report.shape, dtype=report.dtype, pin_memory=True))
             on_host[0].copy_(report, non_blocking=True)

@@ -18,9 +18,10 @@ from typing import Any
 import torch
 
 from tests._triton.compiling import Compiled, record
+from torchsparse._asked import Asked
 from torchsparse._geometry import Geometry
 from torchsparse._recipe import Epilogue, Norm
-from torchsparse._triton import coords
+from torchsparse._triton import coords, maps
 from torchsparse._triton.conv import (
     dense,
     finish,
@@ -119,6 +120,10 @@ def the_rest() -> None:
         plan = make_plan(table, None, geometry, layout)._replace(reverse=True)
         gather_gemm(feats, weight, feats.new_zeros(64), plan, precision)
     coords.check_sites(index, (1, 2, 3, 4), False)
+    layout = ("gemm", True, 1)
+    maps.build_together(
+        [Asked(index, None, CUBE, layout), Asked(index, sites, DOWN, layout, layout)], keep=True
+    )
     for generative, cells in ((False, 5), (True, 5), (False, 1 << 40)):
         levels._fill = some_sites(cells)
         geometry = Geometry.strided(

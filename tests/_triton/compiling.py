@@ -79,8 +79,10 @@ class Compiled:
         return max(map(int, found), default=0)
 
 
-def _kind(value: Any) -> tuple[str, bool]:
+def _kind(value: Any) -> tuple[Any, bool]:
     """Type in a signature, and whether it is divisible by 16."""
+    if isinstance(value, tuple):
+        return tuple(_kind(entry)[0] for entry in value), False
     if isinstance(value, Tensor):
         return TYPES[value.dtype], True
     if value is None or value is True or value is False:
@@ -104,7 +106,7 @@ def compile_launch(
     signature, constants, attributes = {}, {}, {}
     for place, name in enumerate(names):
         kind, aligned = _kind(values[name]) if name not in options else ("constexpr", False)
-        if name in fixed:
+        if name in fixed and isinstance(kind, str):
             kind, aligned = "i32", False
         signature[name] = kind
         if kind == "constexpr":
@@ -125,7 +127,8 @@ def record(arch: int = 90) -> Iterator[list[Compiled]]:
     def start(kernel: Any, grid: Any, device: Any, args: Any, options: Any) -> None:
         fixed = {p.name for p in kernel.params if p.do_not_specialize}
         kinds = tuple(
-            "i32" if name in fixed else _kind(arg) for name, arg in zip(kernel.arg_names, args)
+            "i32" if name in fixed and isinstance(arg, int) else _kind(arg)
+            for name, arg in zip(kernel.arg_names, args)
         )
         key = (kernel, kinds, tuple(options.items()))
         if key not in done:

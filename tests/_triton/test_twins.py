@@ -42,6 +42,7 @@ OWN_NAMES = {
         "_triton": set(),
     },
     "depthwise": {"_reference": set(), "_triton": set()},
+    "maps": {"_reference": set(), "_triton": set()},
     "voxels": {"_reference": set(), "_triton": set()},
 }  # fmt: skip
 # The parameter that holds an implementation's own layout: (reference, kernels).

@@ -106,8 +106,10 @@ def test_all_kernels_of_a_graph_are_compiled(
     count = torch.tensor([len(x.coords)], device=device)
 
     def capture() -> None:
-        graph._eager(x, graph._kind(x))
-        _graphs.padded(model, x, coords, feats, count, graph._rooms(graph._kind(x), rows))
+        kind = graph._kind(x)
+        graph._eager(x, kind)
+        rooms, wishes = graph._rooms(kind, rows), graph._wishes[kind]
+        _graphs.padded(model, x, coords, feats, count, rooms, wishes)
 
     with torch.no_grad():
         needed = launched(capture, monkeypatch)

@@ -21,7 +21,8 @@ MOST_PER_MAP = {
     "pointwise": 0, "submanifold-3": 0, "submanifold-even": 0, "submanifold-5": 0,
     "strided-2": 1, "strided-3": 1, "generative": 1,
 }  # fmt: skip
-MOST_PER_UNET = 4  # one for each halving
+MOST_AT_FIRST = 4  # of a U-Net: one for each halving
+MOST_PER_UNET = 1  # afterwards: its maps are built together
 
 
 @contextmanager

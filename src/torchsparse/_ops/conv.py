@@ -15,6 +15,7 @@ from torchsparse._recipe import ConvRecipe, Dataflow, Epilogue
 
 __all__ = [
     "Planned",
+    "choose",
     "compile_ahead",
     "dense",
     "finish",
@@ -50,7 +51,7 @@ class Planned(NamedTuple):
         return Planned(self.chosen, self.plan._replace(swap=True), self.any_channels)
 
 
-def _choose(tensor: Tensor, recipe: ConvRecipe) -> ModuleType:
+def choose(tensor: Tensor, recipe: ConvRecipe) -> ModuleType:
     """Gather-scatter and float64 are plain PyTorch; kernels do the rest where there are some."""
     if recipe.dataflow is Dataflow.GatherScatter or recipe.compute == torch.float64:
         return reference("conv")
@@ -87,7 +88,7 @@ def plan_key(
     Returns:
         (key, make): equal keys mean equal plans; ``make()`` returns the plan.
     """
-    chosen = _choose(coords, recipe)
+    chosen = choose(coords, recipe)
     if chosen is reference("conv"):
         layout = chosen.choose_layout(out_channels, coords.device)
         return ("reference", layout), lambda: Planned(
@@ -103,7 +104,7 @@ def pairs_key(
     neighbors: Callable[[], Tensor], coords: Tensor, geometry: Geometry, recipe: ConvRecipe
 ) -> tuple[Any, Callable[[], Planned]] | None:
     """The same for `weight_grad`; None if it wants the plan of `gather_gemm`."""
-    chosen = _choose(coords, recipe)
+    chosen = choose(coords, recipe)
     if chosen is reference("conv"):
         return None
     return "pairs", lambda: Planned(chosen, chosen.make_pairs(neighbors(), geometry))

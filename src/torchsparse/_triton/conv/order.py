@@ -30,12 +30,16 @@ from torchsparse._triton.primitives import bit_or, real_rows
 __all__ = [
     "SortKeys",
     "Tiles",
+    "TILE_ROWS",
     "key_bits",
+    "key_block",
     "make_tiles",
     "new_sort_keys",
+    "place_block",
     "row_sort_keys",
     "sort_bins",
     "sort_key",
+    "tile_block",
 ]
 
 TILE_ROWS = 64  # the smallest tile; taller ones unite the masks of several
@@ -135,6 +139,14 @@ def row_key_kernel(
 ):  # fmt: skip
     """keys[m] = the sort key of row m, from its taps."""
     rows = tl.program_id(0) * BR + tl.arange(0, BR)
+    key_block(rows, neighbors, bits, keys, counts, M, n_row, n_tap, K, BR)
+
+
+@triton.jit
+def key_block(
+    rows, neighbors, bits, keys, counts, M, n_row, n_tap, K: tl.constexpr, BR: tl.constexpr
+):  # fmt: skip
+    """The same for some rows."""
     live = rows < M
     word = tl.zeros((BR,), dtype=tl.int32)
     for first in range(0, K, 32):
@@ -175,7 +187,13 @@ def start_kernel(counts, starts, BINS: tl.constexpr):
 def place_kernel(keys, starts, order, limit, M, BR: tl.constexpr):
     """Put each row behind those of its key that came before; ``starts`` counts up."""
     rows = tl.program_id(0) * BR + tl.arange(0, BR)
-    live = rows < real_rows(M, limit)  # the rest stays without a place
+    # What is no real row stays without a place.
+    place_block(rows, rows < real_rows(M, limit), keys, starts, order, BR)
+
+
+@triton.jit
+def place_block(rows, live, keys, starts, order, BR: tl.constexpr):
+    """The same for some rows, where ``live``."""
     key = tl.load(keys + rows, mask=live, other=0).to(tl.int32)
     same, rank = _alike(key, live, BR)
     first = tl.atomic_add(starts + key, same, mask=live & (rank == 0), sem="relaxed")
@@ -199,15 +217,26 @@ def tile_kernel(
         rows = tl.load(order + places, mask=live, other=0).to(tl.int64)
     else:
         rows = places.to(tl.int64)
-    taps = tl.program_id(1) * 32 + tl.arange(0, 32)
+    part = tl.program_id(1)
+    tile_block(
+        places, rows, live, part, neighbors, table, masks + part * T + tile, M, n_row, n_tap, K, BR
+    )
+
+
+@triton.jit
+def tile_block(
+    places, rows, live, part, neighbors, table, mask_at, M, n_row, n_tap,
+    K: tl.constexpr, BR: tl.constexpr,
+):  # fmt: skip
+    """32 taps of the rows that come to ``places``, and which of these taps there are."""
+    taps = part * 32 + tl.arange(0, 32)
     at = rows[:, None] * n_row + taps.to(tl.int64)[None, :] * n_tap
     there = live[:, None] & (taps < K)[None, :]
     idx = tl.load(neighbors + at, mask=there, other=-1)
     target = table + taps.to(tl.int64)[None, :] * M + places[:, None]
     tl.store(target, idx, mask=there)
     own = tl.max((idx >= 0).to(tl.int32), axis=0)
-    mask = tl.sum(own << tl.arange(0, 32), axis=0)
-    tl.store(masks + tl.program_id(1) * T + tile, mask)
+    tl.store(mask_at, tl.sum(own << tl.arange(0, 32), axis=0))
 
 
 def row_sort_keys(neighbors: Tensor, bits: Tensor, counts: Tensor | None = None) -> SortKeys:

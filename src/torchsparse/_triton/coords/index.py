@@ -27,12 +27,14 @@ from torchsparse._triton.zeros import Zeros
 __all__ = [
     "USUAL_MARGIN",
     "CoordIndex",
+    "Search",
     "build_index",
     "check_sites",
     "find_taps",
     "invert_taps",
     "new_table",
     "relation_of",
+    "searching",
 ]
 
 # Cells around the bounding box: kernels up to 9 taps wide then share one index per level.
@@ -149,7 +151,7 @@ def _check(ndim: int, ranged: bool, allow_negative: bool) -> Step:
     return Step(check_kernel, D=ndim, RANGED=ranged, NEGATIVE=allow_negative, num_warps=1)
 
 
-class _Search(NamedTuple):
+class Search(NamedTuple):
     """What all searches of one geometry on one device share."""
 
     taps: Tensor  # of `relation_of`
@@ -157,13 +159,15 @@ class _Search(NamedTuple):
     bits: Tensor  # of `key_bits`
     volume: int
     width: int  # of a row of the table: 16 bytes and multiples
+    tried: int  # taps of a program at a time
     rows: int  # of a program
     bins: int  # of the sort keys
     find: Step
 
 
 @lru_cache(maxsize=256)
-def _search(geometry: Geometry, device: torch.device) -> _Search:
+def searching(geometry: Geometry, device: torch.device) -> Search:
+    """How a geometry is searched for on a device."""
     volume = geometry.volume
     width = cdiv(volume, 4) * 4
     taps_each = min(max(next_power(volume), 8), 32)
@@ -171,11 +175,12 @@ def _search(geometry: Geometry, device: torch.device) -> _Search:
     find = Step(
         find_kernel, D=geometry.ndim, K=volume, WIDTH=width, TAPS=taps_each, BR=rows, num_warps=1
     )
-    return _Search(
+    return Search(
         *relation_of(geometry, device),
         key_bits(geometry, device),
         volume,
         width,
+        taps_each,
         rows,
         sort_bins(volume),
         find,
@@ -197,7 +202,7 @@ def find_taps(
     """
     coords = index.coords if coarse is None else coarse.contiguous()
     m, device = coords.shape[0], coords.device
-    taps, relation, bits, volume, width, rows, bins, find = _search(geometry, device)
+    taps, relation, bits, volume, width, _, rows, bins, find = searching(geometry, device)
     table = coords.new_empty(m, width)
     keys = new_sort_keys(table, m, volume, index.zeros.take(bins))
     find(

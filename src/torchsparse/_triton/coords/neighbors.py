@@ -7,7 +7,7 @@ from torchsparse._triton.conv.order import sort_key
 from torchsparse._triton.coords.table import find_slots
 from torchsparse._triton.primitives import bit_or
 
-__all__ = ["blank_kernel", "find_kernel", "invert_kernel"]
+__all__ = ["blank_kernel", "find_block", "find_kernel", "invert_block", "invert_kernel"]
 
 
 @triton.jit(do_not_specialize=["M", "shift", "slots_mask"])
@@ -16,14 +16,27 @@ def find_kernel(
     M, shift, slots_mask, box_bit,
     D: tl.constexpr, K: tl.constexpr, WIDTH: tl.constexpr, TAPS: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
-    """Rows of the fine sites under every tap of every coarse site, and the sort keys of these.
+    """`find_block` for every row."""
+    rows = tl.program_id(0) * BR + tl.arange(0, BR)
+    find_block(
+        rows, coords, layout, taps_at, relation, bits, table, values, neighbors, keys, counts,
+        flags, M, shift, slots_mask, box_bit, D, K, WIDTH, TAPS, BR,
+    )  # fmt: skip
+
+
+@triton.jit
+def find_block(
+    rows, coords, layout, taps_at, relation, bits, table, values, neighbors, keys, counts, flags,
+    M, shift, slots_mask, box_bit,
+    D: tl.constexpr, K: tl.constexpr, WIDTH: tl.constexpr, TAPS: tl.constexpr, BR: tl.constexpr,
+):  # fmt: skip
+    """Rows of the fine sites under every tap of some coarse sites, and the sort keys of these.
 
     neighbors[m, k] is the row at ``coords[m] * stride - offset + dilation * tap_k``, where
     ``relation`` [3, D] holds stride, offset and reach, ``taps_at`` [K, D] dilation * tap.
     A reach beyond the margin of the layout, which a huge box may have given up, is complained
     about: there, a key would carry into another column.
     """
-    rows = tl.program_id(0) * BR + tl.arange(0, BR)
     inside = rows < M
     ok = inside
     base = tl.zeros((BR,), dtype=tl.int64)
@@ -79,6 +92,15 @@ def invert_kernel(
     """inverse[neighbors[m, k], k] = m, where there is a neighbour."""
     rows = tl.program_id(0) * BR + tl.arange(0, BR)
     taps = tl.program_id(1) * 32 + tl.arange(0, 32)
+    invert_block(rows, taps, neighbors, inverse, M, n_row, n_tap, K, WIDTH, BR)
+
+
+@triton.jit
+def invert_block(
+    rows, taps, neighbors, inverse, M, n_row, n_tap,
+    K: tl.constexpr, WIDTH: tl.constexpr, BR: tl.constexpr,
+):  # fmt: skip
+    """The same for some rows and 32 taps."""
     at = rows.to(tl.int64)[:, None] * n_row + taps.to(tl.int64)[None, :] * n_tap
     there = (rows < M)[:, None] & (taps < K)[None, :]
     idx = tl.load(neighbors + at, mask=there, other=-1)

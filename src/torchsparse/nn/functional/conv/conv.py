@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -24,9 +24,11 @@ from torchsparse._compiling import left_to_python
 from torchsparse._geometry import Geometry, as_tuple
 from torchsparse._kernel_map import KernelMap
 from torchsparse._lazy import Lazy
+from torchsparse._ops.dispatch import is_served
 from torchsparse._recipe import ConvRecipe
 from torchsparse._settings import settings
 from torchsparse.nn.functional.conv import lead
+from torchsparse.nn.functional.conv.ahead import look_ahead
 from torchsparse.nn.functional.conv.choices import compute_dtype, resolve_for
 from torchsparse.nn.functional.conv.kmap import (
     Level,
@@ -315,7 +317,7 @@ def run_layer(
         return on_level(feats, x, path.level, True)
     kmap, level = find_map(
         layer.ndim, x, layer.kernel_size, layer.stride, layer.padding, layer.dilation,
-        recipe.downsample_mode, layer.transposed, layer.generative, coordinates,
+        recipe.downsample_mode, layer.transposed, layer.generative, coordinates, id(weight),
     )  # fmt: skip
     if weight.dim() == 2:
         weight = weight[None]
@@ -422,6 +424,7 @@ def find_map(
     transposed: bool = False,
     generative: bool = False,
     coordinates: SparseTensor | Tensor | None = None,
+    network: Hashable = None,
 ) -> tuple[KernelMap, Level]:
     """The kernel map of a layer on ``x``, and the level that it reaches.
 
@@ -434,6 +437,7 @@ def find_map(
         kernel_size, stride, padding, dilation: From `check_parameters`.
         downsample_mode: "spconv" or "minkowski".
         transposed, generative, coordinates: As in `conv3d`.
+        network: If given, tells the network that begins here: see `look_ahead`.
 
     Raises:
         ValueError: Coordinates, a range or a stride that do not fit; an unknown fine level.
@@ -451,6 +455,8 @@ def find_map(
             return back_onto(x, coords, geometry, level), level
         level = _target(x, coordinates, _coarser(x.stride, stride), stride, ndim)
         return onto(x, coords, geometry, level), level
+    if network is not None and "ahead" not in x._caches.kmaps and is_served("maps", coords):
+        look_ahead(x, coords, network)
     if math.prod(stride) == 1 and not generative:
         kmap = same_sites(x, coords, Geometry.submanifold(kernel_size, dilation))
         return kmap, Level(coords, x.stride, spatial_range)

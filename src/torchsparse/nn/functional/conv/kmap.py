@@ -7,17 +7,26 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from torchsparse._cache import Stamp, Step, TensorCache, Trail
-from torchsparse._flags import Complaint, complain_if
-from torchsparse._geometry import Geometry, conv_range
+from torchsparse._geometry import Geometry
 from torchsparse._kernel_map import KernelMap, KernelMapKey
 from torchsparse._ops import coords as ops
 from torchsparse._settings import settings
+from torchsparse.nn.functional.conv.ahead import Ahead
+from torchsparse.nn.functional.conv.levels import (
+    Indexed,
+    Level,
+    Range,
+    generative_sites,
+    index_of,
+    int32_coords,
+    scaled_range,
+    site_coords,
+    strided_level,
+)
 from torchsparse.tensor import SparseTensor
 
 __all__ = [
@@ -33,17 +42,6 @@ __all__ = [
     "site_coords",
     "upsampled",
 ]
-
-Range = tuple[int, ...] | None
-INT32 = torch.iinfo(torch.int32)
-
-
-class Level(NamedTuple):
-    """Sites that features live on."""
-
-    coords: Tensor  # [N, 1 + D] int32
-    stride: tuple[int, ...]
-    spatial_range: Range
 
 
 @dataclass
@@ -106,8 +104,28 @@ def _find(
     return None
 
 
+def _from_shelf(cache: TensorCache, key: KernelMapKey, coords: Tensor) -> KernelMap | None:
+    """The map from given sites that was built before a layer asked for it: see `ahead`."""
+    ahead: Ahead | None = cache.kmaps.get("ahead")
+    found = None if ahead is None else ahead.take(key, coords)
+    if found is None:
+        return None
+    kmap, coarse = found
+    if coarse is not None:
+        cache.hashmaps[_coarser(key.stride, key.geometry.stride)] = coarse
+    _remember(cache, key, kmap)
+    return kmap
+
+
+def _coarser(stride: tuple[int, ...], step: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple([a * b for a, b in zip(stride, step)])
+
+
 def _remember(cache: TensorCache, key: KernelMapKey, kmap: KernelMap) -> None:
     """Cache a map, and forget those whose coordinates were written to."""
+    ahead: Ahead | None = cache.kmaps.get("ahead")
+    if ahead is not None:
+        ahead.note(key, kmap)
     known = cache.kmaps.get(key)
     valid = [entry for entry in known if entry.serves()] if known else []
     cache.kmaps[key] = [_Entry.of(kmap), *valid[: KEPT - 1]]
@@ -119,9 +137,9 @@ def same_sites(x: SparseTensor, coords: Tensor, geometry: Geometry) -> KernelMap
     key = KernelMapKey(
         x.stride, geometry, "same", True, x.spatial_range, settings.allow_negative_coordinates
     )
-    kmap = _find(x._caches, key, coords, coords)
+    kmap = _find(x._caches, key, coords, coords) or _from_shelf(x._caches, key, coords)
     if kmap is None:
-        index = _index(x._caches, coords, x.stride, geometry.reach, x.spatial_range)
+        index = index_of(x._caches, coords, x.stride, geometry.reach, x.spatial_range)
         neighbors, keys = ops.find_taps(index, None, geometry)
         limit, rows = x.spatial_range, index.rows
         kmap = KernelMap(neighbors, coords, coords, geometry, limit, limit, rows, rows, keys)
@@ -141,14 +159,14 @@ def downsampled(
         x.spatial_range,
         settings.allow_negative_coordinates,
     )
-    kmap = _find(x._caches, key, fine=coords)
+    kmap = _find(x._caches, key, fine=coords) or _from_shelf(x._caches, key, coords)
     if kmap is None:
-        index = _index(x._caches, coords, x.stride, geometry.reach, x.spatial_range)
-        out_coords, coarse, out_range = _strided_level(index, coords, geometry, key)
-        stride = tuple([a * b for a, b in zip(x.stride, geometry.stride)])
+        index = index_of(x._caches, coords, x.stride, geometry.reach, x.spatial_range)
+        out_coords, coarse, out_range = strided_level(index, coords, geometry, key)
+        stride = _coarser(x.stride, geometry.stride)
         # What a layer creates keeps its bounds: nothing is left to check.
         sound = {(out_range, settings.allow_negative_coordinates)}
-        x._caches.hashmaps[stride] = _Indexed(Stamp(out_coords), coarse, sound)
+        x._caches.hashmaps[stride] = Indexed(Stamp(out_coords), coarse, sound)
         neighbors, keys = ops.find_taps(index, out_coords, geometry)
         kmap = KernelMap(
             neighbors,
@@ -213,9 +231,9 @@ def back_onto(x: SparseTensor, coords: Tensor, geometry: Geometry, target: Level
 
 def _between(cache: TensorCache, fine: Level, coarse: Level, geometry: Geometry) -> KernelMap:
     """Build and remember the map between two known levels."""
-    index = _index(cache, fine.coords, fine.stride, geometry.reach, fine.spatial_range)
+    index = index_of(cache, fine.coords, fine.stride, geometry.reach, fine.spatial_range)
     # Only for its checks: an input that met one tap twice could not be inverted.
-    _index(cache, coarse.coords, coarse.stride, (0,) * geometry.ndim, coarse.spatial_range)
+    index_of(cache, coarse.coords, coarse.stride, (0,) * geometry.ndim, coarse.spatial_range)
     neighbors, keys = ops.find_taps(index, coarse.coords, geometry)
     kmap = KernelMap(
         neighbors,
@@ -241,13 +259,13 @@ def generated(x: SparseTensor, coords: Tensor, geometry: Geometry) -> tuple[Kern
         allow_negative=settings.allow_negative_coordinates,
     )
     stride = tuple(max(1, a // b) for a, b in zip(x.stride, geometry.stride))
-    fine_range = _scaled_range(x.spatial_range, geometry.stride)
+    fine_range = scaled_range(x.spatial_range, geometry.stride)
     kmap = _find(x._caches, key, coarse=coords)
     if kmap is None:
         zero = (0,) * geometry.ndim
-        coarse = _index(x._caches, coords, x.stride, zero, x.spatial_range)
+        coarse = index_of(x._caches, coords, x.stride, zero, x.spatial_range)
         upper = None if fine_range is None else tuple(n - 1 for n in fine_range[1:])
-        fine_coords, index = _generative_sites(coarse, coords, geometry, upper)
+        fine_coords, index = generative_sites(coarse, coords, geometry, upper)
         neighbors, keys = ops.find_taps(index, coords, geometry)
         kmap = KernelMap(
             neighbors,
@@ -260,96 +278,6 @@ def generated(x: SparseTensor, coords: Tensor, geometry: Geometry) -> tuple[Kern
         )
         _remember(x._caches, key, kmap)
     return kmap, Level(kmap.in_coords, stride, fine_range)
-
-
-# ------------------------------------------------------------------ sites
-def site_coords(
-    x: SparseTensor, coords: Tensor, geometry: Geometry, rule: str, out_range: Range
-) -> Tensor:
-    """The sites alone that a layer would create, bounded by a range of the output."""
-    index = _index(x._caches, coords, x.stride, geometry.reach, None)
-    upper = None if out_range is None else tuple(n - 1 for n in out_range[1:])
-    if rule == "generative":
-        return _generative_sites(index, coords, geometry, upper)[0]
-    infer = upper is None and settings.infer_spatial_range
-    return _strided_sites(index, coords, geometry, rule, upper, infer)[0]
-
-
-def _strided_level(
-    index: Any, coords: Tensor, geometry: Geometry, key: KernelMapKey
-) -> tuple[Tensor, Any, Range]:
-    """Coordinates, index and range of the level that a strided layer creates."""
-    if key.sites == "minkowski":
-        out_range = minkowski_range(key.spatial_range, geometry.stride)
-        upper = None
-    else:
-        out_range = spconv_range(key.spatial_range, geometry)
-        upper = None if out_range is None else tuple(n - 1 for n in out_range[1:])
-    infer = out_range is None and key.infer_range
-    return *_strided_sites(index, coords, geometry, key.sites, upper, infer), out_range
-
-
-def _strided_sites(
-    index: Any,
-    coords: Tensor,
-    geometry: Geometry,
-    rule: str,
-    upper: tuple[int, ...] | None,
-    infer: bool,
-) -> tuple[Tensor, Any]:
-    """The coarse sites of a rule, and their index.
-
-    Without a range the "spconv" rule has no upper bound, or (``infer``) TorchSparse 2.1's.
-    """
-    ndim = geometry.ndim
-    unbounded = (None,) * ndim
-    if rule == "minkowski":
-        cell = Geometry("strided", geometry.stride, geometry.stride, (1,) * ndim, (0,) * ndim)
-        return ops.strided_sites(index, coords, cell, unbounded, unbounded)
-    lower = unbounded if settings.allow_negative_coordinates else (0,) * ndim
-    bound = None if infer else upper or unbounded
-    return ops.strided_sites(index, coords, geometry, lower, bound)
-
-
-def spconv_range(spatial_range: Range, geometry: Geometry) -> Range:
-    """Output range of a strided layer, or None; ValueError if it would be empty."""
-    if spatial_range is None:
-        return None
-    extents = spatial_range[1 : 1 + geometry.ndim]
-    out = conv_range(
-        extents, geometry.kernel_size, geometry.stride, geometry.offset, geometry.dilation
-    )
-    if min(out) < 1:
-        raise ValueError(
-            f"the output range must be at least 1 on every axis, got {out}: input range "
-            f"{extents}, kernel size {geometry.kernel_size}, stride {geometry.stride}, padding "
-            f"{geometry.offset}, dilation {geometry.dilation}"
-        )
-    return (spatial_range[0], *out)
-
-
-def minkowski_range(spatial_range: Range, stride: tuple[int, ...]) -> Range:
-    """Output range in "minkowski" mode: it contains every ``in // stride``."""
-    if spatial_range is None:
-        return None
-    extents = spatial_range[1 : 1 + len(stride)]
-    return (spatial_range[0], *((r - 1) // s + 1 for r, s in zip(extents, stride)))
-
-
-def _scaled_range(spatial_range: Range, stride: tuple[int, ...]) -> Range:
-    if spatial_range is None:
-        return None
-    extents = spatial_range[1 : 1 + len(stride)]
-    return (spatial_range[0], *(r * s for r, s in zip(extents, stride)))
-
-
-def _generative_sites(
-    index: Any, coords: Tensor, geometry: Geometry, upper: tuple[int, ...] | None
-) -> tuple[Tensor, Any]:
-    """The fine sites that some tap ties to a coarse one, and their index."""
-    unbounded = (None,) * geometry.ndim
-    lower = unbounded if settings.allow_negative_coordinates else (0,) * geometry.ndim
-    return ops.generative_sites(index, coords, geometry, lower, upper or unbounded)
 
 
 # ------------------------------------------------------------------ upsampling: the fine level
@@ -425,55 +353,3 @@ def _encoder_geometry(
         if same and found is None:
             found = known
     return geometry if found is None else found
-
-
-# ------------------------------------------------------------------ search structures and checks
-class _Indexed(NamedTuple):
-    """A search structure, and the coordinates it belongs to."""
-
-    stamp: Stamp
-    index: Any
-    sound: set[tuple[Range, bool]]  # ranges and signs that were checked against
-
-
-def _index(
-    cache: TensorCache,
-    coords: Tensor,
-    stride: tuple[int, ...],
-    reach: tuple[int, ...],
-    spatial_range: Range,
-) -> Any:
-    """A search structure over a level that can look ``reach`` cells around it, once its
-    coordinates are known to lie in their range."""
-    known = cache.hashmaps.get(stride)
-    if not (
-        isinstance(known, _Indexed)
-        and known.stamp.fits(coords)
-        and all(a >= b for a, b in zip(known.index.margin, reach))
-    ):
-        known = _Indexed(Stamp(coords), ops.build_index(coords, reach), set())
-        cache.hashmaps[stride] = known
-    demand = (spatial_range, settings.allow_negative_coordinates)
-    if demand not in known.sound:
-        ops.check_sites(known.index, *demand)
-        known.sound.add(demand)
-    return known.index
-
-
-def int32_coords(cache: TensorCache, coords: Tensor) -> Tensor:
-    """Coordinates as int32; a conversion is remembered, so that layers share their maps."""
-    if coords.dtype == torch.int32:
-        return coords
-    known = cache.hashmaps.get("int32")
-    if known is not None and known[0].fits(coords):
-        return known[1]
-    if coords.numel():
-        low, high = (v.to(torch.int64) for v in torch.aminmax(coords))
-        complain_if(
-            (low < INT32.min) | (high > INT32.max),
-            Complaint.OVERFLOW,
-            lambda: f"from {int(low)} to {int(high)}",
-        )
-    converted = coords.to(torch.int32)
-    cache.hashmaps["int32"] = (Stamp(coords), converted)
-    return converted

@@ -1,0 +1,414 @@
+"""The tables and tiles of several maps in a dozen launches.
+
+A U-Net has nine maps, most of them small: each kernel of `coords.neighbors` and `conv.order` ends
+before the next one is there. Here one launch serves all maps with equally many taps. `_described`
+writes a record for each table to the device; a program looks up whose rows it has.
+"""
+
+# The checker does not see what Triton's compiler makes of these functions.
+# pyright: reportOperatorIssue=false, reportGeneralTypeIssues=false
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from torchsparse._asked import Asked, Made
+from torchsparse._capacity import row_count
+from torchsparse._flags import Complaint, pending_word
+from torchsparse._geometry import Geometry
+from torchsparse._triton.conv.order import (
+    TILE_ROWS,
+    Tiles,
+    key_block,
+    place_block,
+    tile_block,
+)
+from torchsparse._triton.conv.plan import Plan, Share
+from torchsparse._triton.coords.index import CoordIndex, Search, searching
+from torchsparse._triton.coords.neighbors import find_block, invert_block
+from torchsparse._triton.launch import Step, cdiv, launch, only_noted
+
+__all__ = ["build_together", "together"]
+
+MOST_TABLES = 32
+MOST_TAPS = 32  # one word of a tile's mask
+MOST_ENTRIES = 1 << 31  # of a table
+# Where a record has what. Addresses are 0 for what there is not.
+FIELDS = 19
+FIRST, ROWS, LIMIT, NEIGHBORS, KEYS, COUNTS, STARTS, ORDER, TABLE, MASKS = map(
+    tl.constexpr, range(10)
+)
+COORDS, LAYOUT, SLOTS, VALUES, SHIFT, TAPS_AT, RELATION, BITS, INVERSE = map(
+    tl.constexpr, range(10, FIELDS)
+)
+RECORD = tl.constexpr(FIELDS)
+TABLES = tl.constexpr(MOST_TABLES)
+BLOCK_ROWS = tl.constexpr(TILE_ROWS)
+# Numbers are sent as 2 (n + BIAS) + 1: each needs 64 bits and none is a multiple of 16, so that
+# one kernel serves them all.
+BIAS = 1 << 40
+ALIGNED = 32  # words: pieces of a buffer begin at 128 bytes
+FEWER = 4  # there are kernels for multiples of so many records
+
+
+# ------------------------------------------------------------------ kernels
+@triton.jit(do_not_specialize=["values"])
+def describe_kernel(records, values, N: tl.constexpr, ADDED: tl.constexpr):
+    """Write numbers to the device."""
+    for i in tl.static_range(N):
+        tl.store(records + i, (values[i] >> 1) - ADDED)
+
+
+@triton.jit(do_not_specialize=["n_zeros", "n_absent"])
+def clear_kernel(zeros, absent, n_zeros, n_absent, BLOCK: tl.constexpr):
+    """Counts of no rows, and tables without neighbours."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(zeros + at, tl.zeros((BLOCK,), tl.int32), mask=at < n_zeros)
+    tl.store(absent + at, tl.full((BLOCK,), -1, tl.int32), mask=at < n_absent)
+
+
+@triton.jit
+def _place(field, record, dtype: tl.constexpr):
+    """A pointer from a record."""
+    return tl.multiple_of(tl.load(record + field).to(tl.pointer_type(dtype)), 16)  # pyright: ignore
+
+
+@triton.jit
+def _own(records, tables, block):
+    """The record of the table that a block of 64 rows belongs to, and the block's first row."""
+    at = tl.arange(0, TABLES)
+    first = tl.load(records + at * RECORD, mask=at < tables, other=1 << 62)
+    table = tl.sum((first <= block).to(tl.int32), axis=0) - 1
+    record = records + table * RECORD
+    return record, ((block - tl.load(record)) * BLOCK_ROWS).to(tl.int32)
+
+
+@triton.jit
+def _real_rows(record):
+    """How many rows of a table are real."""
+    rows = tl.load(record + ROWS)
+    limit = tl.load(record + LIMIT)
+    if limit != 0:
+        rows = tl.minimum(rows, tl.load(limit.to(tl.pointer_type(tl.int64))))
+    return rows.to(tl.int32)
+
+
+@triton.jit(do_not_specialize=["tables", "first"])
+def find_together_kernel(
+    records, flags, tables, first, box_bit,
+    D: tl.constexpr, K: tl.constexpr, WIDTH: tl.constexpr, TAPS: tl.constexpr, BR: tl.constexpr,
+):  # fmt: skip
+    """`find_kernel` for the tables from block ``first`` on."""
+    each: tl.constexpr = BLOCK_ROWS // BR
+    program = tl.program_id(0)
+    record, row = _own(records, tables, first + program // each)
+    rows = row + program % each * BR + tl.arange(0, BR)
+    shift = tl.load(record + SHIFT).to(tl.int32)
+    slots_mask = (tl.full((), 1, tl.int64) << (66 - shift)) - 1
+    find_block(
+        rows, _place(COORDS, record, tl.int32), _place(LAYOUT, record, tl.int64),
+        _place(TAPS_AT, record, tl.int64), _place(RELATION, record, tl.int64),
+        _place(BITS, record, tl.int32), _place(SLOTS, record, tl.int64),
+        _place(VALUES, record, tl.int32), _place(NEIGHBORS, record, tl.int32),
+        _place(KEYS, record, tl.int16), _place(COUNTS, record, tl.int32), flags,
+        tl.load(record + ROWS).to(tl.int32), shift, slots_mask, box_bit, D, K, WIDTH, TAPS, BR,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["tables", "first"])
+def invert_together_kernel(
+    records, tables, first, K: tl.constexpr, WIDTH: tl.constexpr, BR: tl.constexpr
+):
+    """`invert_kernel` for those tables from block ``first`` on that have an inverse."""
+    record, row = _own(records, tables, first + tl.program_id(0))
+    if tl.load(record + INVERSE) != 0:
+        invert_block(
+            row + tl.arange(0, BR), tl.arange(0, 32), _place(NEIGHBORS, record, tl.int32),
+            _place(INVERSE, record, tl.int32), tl.load(record + ROWS).to(tl.int32), WIDTH, 1,
+            K, WIDTH, BR,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["tables", "first"])
+def key_together_kernel(
+    records, tables, first, K: tl.constexpr, WIDTH: tl.constexpr, BR: tl.constexpr
+):
+    """`row_key_kernel` for the tables from block ``first`` on."""
+    record, row = _own(records, tables, first + tl.program_id(0))
+    key_block(
+        row + tl.arange(0, BR), _place(NEIGHBORS, record, tl.int32),
+        _place(BITS, record, tl.int32), _place(KEYS, record, tl.int16),
+        _place(COUNTS, record, tl.int32), tl.load(record + ROWS).to(tl.int32), WIDTH, 1, K, BR,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["table"])
+def start_together_kernel(records, table, BINS: tl.constexpr):
+    """`start_kernel` for the tables from ``table`` on."""
+    record = records + (table + tl.program_id(0)) * RECORD
+    keys = tl.arange(0, BINS)
+    count = tl.load(_place(COUNTS, record, tl.int32) + keys)
+    tl.store(
+        _place(STARTS, record, tl.int32) + keys, tl.sum(count, axis=0) - tl.cumsum(count, axis=0)
+    )
+
+
+@triton.jit(do_not_specialize=["tables"])
+def place_together_kernel(records, tables, BR: tl.constexpr):
+    """`place_kernel` for all tables that are sorted."""
+    each: tl.constexpr = BLOCK_ROWS // BR
+    program = tl.program_id(0)
+    record, row = _own(records, tables, program // each)
+    if tl.load(record + ORDER) != 0:
+        rows = row + program % each * BR + tl.arange(0, BR)
+        place_block(
+            rows, rows < _real_rows(record), _place(KEYS, record, tl.int16),
+            _place(STARTS, record, tl.int32), _place(ORDER, record, tl.int32), BR,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["tables", "first"])
+def tile_together_kernel(
+    records, tables, first, K: tl.constexpr, WIDTH: tl.constexpr, BR: tl.constexpr
+):
+    """`tile_kernel` for the tables from block ``first`` on."""
+    record, row = _own(records, tables, first + tl.program_id(0))
+    places = row + tl.arange(0, BR)
+    live = places < _real_rows(record)
+    rows = places
+    if tl.load(record + ORDER) != 0:
+        rows = tl.load(_place(ORDER, record, tl.int32) + places, mask=live, other=0)
+    tile_block(
+        places, rows.to(tl.int64), live, 0, _place(NEIGHBORS, record, tl.int32),
+        _place(TABLE, record, tl.int32), _place(MASKS, record, tl.int32) + row // BLOCK_ROWS,
+        tl.load(record + ROWS).to(tl.int32), WIDTH, 1, K, BR,
+    )  # fmt: skip
+
+
+# ------------------------------------------------------------------ launches
+class _Group(NamedTuple):
+    """What tables with equally many taps share."""
+
+    width: int
+    bins: int
+    find_rows: int  # of a program
+    find: Step
+    invert: Step
+    key: Step
+    start: Step
+    tile: Step
+
+
+@cache
+def _group(ndim: int, volume: int, width: int, taps: int, rows: int, bins: int) -> _Group:
+    return _Group(
+        width, bins, rows,
+        Step(find_together_kernel, D=ndim, K=volume, WIDTH=width, TAPS=taps, BR=rows, num_warps=1),
+        Step(invert_together_kernel, K=volume, WIDTH=width, BR=TILE_ROWS),
+        Step(key_together_kernel, K=volume, WIDTH=width, BR=TILE_ROWS),
+        Step(start_together_kernel, BINS=bins, num_warps=16 if bins >= 4096 else 4),
+        Step(tile_together_kernel, K=volume, WIDTH=width, BR=TILE_ROWS),
+    )  # fmt: skip
+
+
+_clear = Step(clear_kernel, BLOCK=2048)
+_put = Step(place_together_kernel, BR=32, num_warps=1)
+
+
+def together(geometry: Geometry, layout: Any, rows: int) -> bool:
+    """Whether a map can be built together with others: one word of taps, one share of them."""
+    kind, _, splits = layout
+    few = geometry.volume <= MOST_TAPS and rows * geometry.volume < MOST_ENTRIES
+    return few and kind == "gemm" and splits == 1
+
+
+@dataclass
+class _Table:
+    """A table to build: of a map, or the same seen from its inputs. Pieces of three buffers are
+    its own; what it says of them is where they begin, in words of 4 bytes."""
+
+    number: int  # of the map
+    inverse: bool
+    index: CoordIndex
+    search: Search
+    coords: Tensor  # of its rows
+    sort: bool
+    counts: int = 0
+    starts: int = 0
+    keys: int = 0
+    neighbors: int = 0
+    order: int = 0
+    masks: int = 0
+    tiles: int = 0
+
+    @property
+    def rows(self) -> int:
+        return self.coords.shape[0]
+
+
+class _Pieces:
+    """Where pieces of one buffer begin."""
+
+    def __init__(self) -> None:
+        self.size = 0
+
+    def take(self, words: int) -> int:
+        """A piece of so many words."""
+        begin = self.size
+        self.size += cdiv(words, ALIGNED) * ALIGNED
+        return begin
+
+
+class _Buffers(NamedTuple):
+    """[words] int32 each."""
+
+    small: Tensor  # counts of all tables, their starts, their keys
+    found: Tensor  # inverted tables, then the others; a row after another
+    kept: Tensor  # what plans consist of
+    zeros: int  # words at the beginning of ``small``
+    absent: int  # and of ``found``
+
+
+def build_together(asked: Sequence[Asked], keep: bool) -> list[Made]:
+    """What `find_taps`, `invert_taps` and `make_plan` make of each, `together` with the others.
+
+    Args:
+        asked: At most MOST_TABLES / 2, on one device, with equally many axes.
+        keep: Hand out tables, too; else they are given up, as plans hold what is in them.
+    """
+    tables = [table for number, one in enumerate(asked) for table in _tables(number, one)]
+    keep = keep or only_noted()  # then plans hold nothing
+    # One group after another, in each of them first what is searched for.
+    tables.sort(key=lambda table: (table.search.volume, table.inverse))
+    buffers = _buffers(tables)
+    _launch_all(tables, buffers)
+    made = {(t.number, t.inverse): _handed_out(t, buffers, keep) for t in tables}
+    return [
+        Made(*made[number, False], *made.get((number, True), (None, None)))
+        for number in range(len(asked))
+    ]
+
+
+def _tables(number: int, asked: Asked) -> Iterator[_Table]:
+    index, coarse, geometry, layout, back = asked
+    search = searching(geometry, index.layout.device)
+    coords = index.coords if coarse is None else coarse.contiguous()
+    yield _Table(number, False, index, search, coords, layout[1])
+    if back is not None:
+        yield _Table(number, True, index, search, index.coords, back[1])
+
+
+def _buffers(tables: list[_Table]) -> _Buffers:
+    """Room for all tables; says where each has its pieces."""
+    small, found, kept = _Pieces(), _Pieces(), _Pieces()
+    for table in tables:
+        table.counts = small.take(table.search.bins)
+    zeros = small.size
+    for table in tables:
+        table.starts = small.take(table.search.bins)
+        table.keys = small.take(cdiv(table.rows, 2))
+        table.order = kept.take(table.rows)
+        table.masks = kept.take(cdiv(table.rows, TILE_ROWS))
+        table.tiles = kept.take(table.rows * table.search.volume)
+    absent = 0
+    for table in sorted(tables, key=lambda table: not table.inverse):
+        table.neighbors = found.take(table.rows * table.search.width)
+        absent = found.size if table.inverse else absent
+    like = tables[0].coords
+    small, found, kept = (like.new_empty(pieces.size) for pieces in (small, found, kept))
+    return _Buffers(small, found, kept, zeros, absent)
+
+
+def _launch_all(tables: list[_Table], buffers: _Buffers) -> None:
+    device, ndim = buffers.small.device, tables[0].coords.shape[1] - 1
+    blocks = [cdiv(table.rows, TILE_ROWS) for table in tables]
+    firsts = [0, *itertools.accumulate(blocks)]
+    records = _described(tables, buffers, firsts)
+    count, flags = len(tables), pending_word(device)
+    most = max(buffers.zeros, buffers.absent)
+    _clear((cdiv(most, 2048), 1), (buffers.small, buffers.found), (buffers.zeros, buffers.absent))
+    groups: list[tuple[_Group, int, int, int]] = []  # and where its parts begin, and it ends
+    begin = 0
+    for volume, members in itertools.groupby(tables, lambda table: table.search.volume):
+        found = [table.inverse for table in members]
+        _, _, _, volume, width, taps, rows, bins, _ = tables[begin].search
+        group = _group(ndim, volume, width, taps, rows, bins)
+        groups.append((group, begin, begin + found.count(False), begin + len(found)))
+        begin += len(found)
+    for group, begin, inverted, end in groups:
+        first, middle, last = firsts[begin], firsts[inverted], firsts[end]
+        each = TILE_ROWS // group.find_rows
+        box = Complaint.BOX.bit
+        group.find(((middle - first) * each, 1), (records, flags), (count, first, box))
+        if inverted < end:
+            group.invert((middle - first, 1), (records,), (count, first))
+            group.key((last - middle, 1), (records,), (count, middle))
+        group.start((end - begin, 1), (records,), (begin,))
+    _put((firsts[-1] * (TILE_ROWS // 32), 1), (records,), (count,))
+    for group, begin, _, end in groups:
+        first, last = firsts[begin], firsts[end]
+        group.tile((last - first, 1), (records,), (count, first))
+
+
+def _described(tables: list[_Table], buffers: _Buffers, firsts: list[int]) -> Tensor:
+    """The records of all tables, on the device."""
+    small, found, kept = (buffer.data_ptr() for buffer in buffers[:3])
+    inverses = {table.number: found + 4 * table.neighbors for table in tables if table.inverse}
+    values: list[int] = []
+    for table, first in zip(tables, firsts):
+        index, search = table.index, table.search
+        limit = row_count(table.coords)
+        values += (
+            first,
+            table.rows,
+            0 if limit is None else limit.data_ptr(),
+            found + 4 * table.neighbors,
+            small + 4 * table.keys,
+            small + 4 * table.counts,
+            small + 4 * table.starts,
+            kept + 4 * table.order if table.sort else 0,
+            kept + 4 * table.tiles,
+            kept + 4 * table.masks,
+            table.coords.data_ptr(),
+            index.layout.data_ptr(),
+            index.keys.data_ptr(),
+            index.values.data_ptr(),
+            index.probe[0],
+            search.taps.data_ptr(),
+            search.relation.data_ptr(),
+            search.bits.data_ptr(),
+            0 if table.inverse else inverses.get(table.number, 0),
+        )
+    values += [0] * (-len(tables) % FEWER * FIELDS)
+    records = buffers.small.new_empty(len(values), dtype=torch.int64)
+    numbers = tuple([2 * (value + BIAS) + 1 for value in values])
+    launch(
+        describe_kernel, (1,), records, records, numbers, N=len(numbers), ADDED=BIAS, num_warps=1
+    )
+    return records
+
+
+def _handed_out(table: _Table, buffers: _Buffers, keep: bool) -> tuple[Tensor | None, Plan]:
+    """The table, and the plan."""
+    volume, m, limit = table.search.volume, table.rows, row_count(table.coords)
+    neighbors = None
+    if keep:
+        width = table.search.width
+        neighbors = buffers.found.as_strided((volume, m), (1, width), table.neighbors)
+    words = cdiv(m, TILE_ROWS)
+    tiles = Tiles(
+        buffers.kept.as_strided((m,), (1,), table.order) if table.sort else None,
+        buffers.kept.as_strided((volume, m), (m, 1), table.tiles),
+        buffers.kept.as_strided((1, words), (words, 1), table.masks),
+        limit,
+    )
+    return neighbors, Plan(m, (Share(0, volume, tiles),), {}, limit=limit)
