@@ -26,7 +26,8 @@ HOME = "torchsparse"
 # Names below `torchsparse`; "x.*" is every module of package x that has no row of its own.
 STOREYS: dict[int, tuple[str, ...]] = {
     0: ("version", "_asked", "_capacity", "_geometry", "_groups", "_keys", "_recipe", "_settings",
-        "_flags", "_validate", "_optional", "_compat", "_compiling", "_confirm", "_timing", "_tuned"),
+        "_flags", "_validate", "_optional", "_compat", "_compiling", "_confirm", "_timing",
+        "_tuned"),
     1: ("_reference", "_reference.*", "_triton", "_triton.*"),
     2: ("_ops", "_ops.*"),
     3: ("_kernel_map", "_lazy", "_autograd", "_autograd.*"),

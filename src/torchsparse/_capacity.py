@@ -22,6 +22,7 @@ __all__ = [
     "PAD",
     "Found",
     "Growth",
+    "Planned",
     "Room",
     "growing",
     "growth",
@@ -57,6 +58,13 @@ class Room(NamedTuple):
 
     rows: int | None  # None: for as many as there can be
     narrow: bool = False  # its keys fit into 32 bits
+
+
+class Planned(NamedTuple):
+    """What a level gets."""
+
+    rows: int
+    narrow: bool
 
 
 class Found(NamedTuple):
@@ -105,14 +113,14 @@ class Growth:
         """A layer created a level."""
         self.levels.append(Found(sites, cells, each))
 
-    def plan(self, info: Tensor, most: int) -> Room:
-        """What the next level gets, of ``most`` sites at most; its rows are known.
+    def plan(self, most: int) -> Planned:
+        """What the next level gets, of ``most`` sites at most.
 
         Raises:
             RuntimeError: The network creates more levels than in the pass before.
         """
         if self.guess:
-            return Room(rounded(min(most, self.rows) if self.rows else most), True)
+            return Planned(rounded(min(most, self.rows) if self.rows else most), True)
         if self.rooms is None or len(self.given) == len(self.rooms):
             raise RuntimeError(
                 "the network creates other levels than before: what it computes must not depend "
@@ -123,8 +131,7 @@ class Growth:
         while rows == self.rows or rows in self.given:
             rows += STEP
         self.given.append(rows)
-        self.infos.append(info)
-        return room._replace(rows=rows)
+        return Planned(rows, room.narrow)
 
 
 class _Current(threading.local):

@@ -195,6 +195,65 @@ def test_another_network_on_the_same_first_layer_gets_its_own_maps(device):
             assert torch.equal(got, want)
 
 
+class Other(nn.Module):
+    """Given sites, a generative layer, a transposed one without a twin, a pool, two layers that
+    lead to one stride."""
+
+    def __init__(self, channels: int = 8) -> None:
+        super().__init__()
+        c = channels
+        self.stem = spnn.Conv3d(4, c, 3)
+        self.down = nn.ModuleList([spnn.Conv3d(c, c, 2, 2), spnn.Conv3d(c, c, 3, 2, padding=1)])
+        self.onto = spnn.Conv3d(c, c, 3)
+        self.grow = spnn.Conv3d(c, c, 2, 2, transposed=True, generative=True)
+        self.up = spnn.Conv3d(c, c, 3, 2, transposed=True)
+        self.deep = spnn.Conv3d(c, c, 3)
+
+    def forward(self, x: SparseTensor) -> SparseTensor:
+        first = self.stem(x)
+        one = self.deep(self.down[0](first))
+        two = self.deep(self.down[1](first))
+        moved = self.onto(one, coordinates=two)
+        grown = self.onto(self.grow(two))
+        pooled = spnn.MaxPool3d(2)(one)
+        back = self.up(one)
+        back.feats = back.feats + first.feats + moved.feats.sum() + grown.feats.sum()
+        back.feats = back.feats + pooled.feats.sum()
+        return back
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_networks_of_other_kinds(device, built, grad):
+    net = Other().to(device)
+    with torch.set_grad_enabled(grad):
+        for seed in (20, 21, 22):
+            x = scan(device, seed)
+            got = net(fresh(x)).feats
+            notes = dict(ahead._notes)
+            want = lazily(net, x).feats
+            ahead._notes.update(notes)
+            torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
+    assert built == [5, 1] * 2, "the sites that were created have a cache of their own"
+
+
+def test_sizes_are_planned_up_to_where_others_create_levels(device, built):
+    from torchsparse._capacity import Room
+    from torchsparse._graphs import padded, placed
+
+    net = Other().to(device)
+    x = scan(device, 23)
+    with torch.no_grad():
+        with growing(Growth()) as seen:
+            want = net(fresh(x)).feats
+        coords, feats, count = placed(x, 128)
+        rooms = [Room(1024 + 128 * i, True) for i in range(len(seen.levels))]
+        output, _, report = padded(net, x, coords, feats, count, rooms, seen.wishes)
+        assert len(built) == 1
+        sites = report[:-1].view(-1, 4)[:, 0].tolist()
+        assert sites == [level.sites for level in seen.levels]
+        assert output.feats[: len(want)].shape == want.shape
+
+
 def test_ranges_and_modes_are_those_of_the_scan(device, built):
     net = Net().to(device)
     x = scan(device, 8)

@@ -56,6 +56,7 @@ BLOCK_ROWS = tl.constexpr(TILE_ROWS)
 # Numbers are sent as 2 (n + BIAS) + 1: each needs 64 bits and none is a multiple of 16, so that
 # one kernel serves them all.
 BIAS = 1 << 40
+PLACED = 32  # rows of a program
 ALIGNED = 32  # words: pieces of a buffer begin at 128 bytes
 FEWER = 4  # there are kernels for multiples of so many records
 
@@ -221,7 +222,7 @@ def _group(ndim: int, volume: int, width: int, taps: int, rows: int, bins: int) 
 
 
 _clear = Step(clear_kernel, BLOCK=2048)
-_put = Step(place_together_kernel, BR=32, num_warps=1)
+_put = Step(place_together_kernel, BR=PLACED, num_warps=1)
 
 
 def together(geometry: Geometry, layout: Any, rows: int) -> bool:
@@ -353,7 +354,7 @@ def _launch_all(tables: list[_Table], buffers: _Buffers) -> None:
             group.invert((middle - first, 1), (records,), (count, first))
             group.key((last - middle, 1), (records,), (count, middle))
         group.start((end - begin, 1), (records,), (begin,))
-    _put((firsts[-1] * (TILE_ROWS // 32), 1), (records,), (count,))
+    _put((firsts[-1] * (TILE_ROWS // PLACED), 1), (records,), (count,))
     for group, begin, _, end in groups:
         first, last = firsts[begin], firsts[end]
         group.tile((last - first, 1), (records,), (count, first))

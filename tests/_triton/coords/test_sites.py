@@ -205,18 +205,18 @@ def test_more_sites_than_the_first_table_holds(
     """Scattered voxels under a wide kernel: the table is filled again with room for all."""
     coords = np.array([[0, 10 * n, 0, 0] for n in range(5)], np.int32)
     layer = Layer.of(3, 1, 1, generative=True)
-    rooms: list[int] = []
+    slots: list[int] = []
     fill = levels._fill
 
     def spy(*args):
-        rooms.append(args[6])
+        slots.append(args[6])
         return fill(*args)
 
     monkeypatch.setattr(levels, "_fill", spy)
     geometry = geometry_of(layer)
     index = build_index(to(device, coords), geometry.reach)
     sites, _ = generative_sites(index, to(device, coords), geometry, NONE, NONE)
-    assert rooms == [8 * 5, 27 * 5]
+    assert slots == [2 * 8 * 5, 2 * 27 * 5]
     assert len(sites) == 27 * 5 and len(set(map(tuple, sites.tolist()))) == 27 * 5
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import itertools
 import math
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from torchsparse._capacity import Growth, growth, mark_rows, row_count
+from torchsparse._capacity import Growth, Planned, growth, mark_rows, row_count
 from torchsparse._flags import Complaint, pending_word, raise_found
 from torchsparse._geometry import Geometry
 from torchsparse._triton.coords.bins import (
@@ -20,7 +20,13 @@ from torchsparse._triton.coords.bins import (
     bucket_kernel,
     rank_kernel,
 )
-from torchsparse._triton.coords.index import USUAL_MARGIN, CoordIndex, new_table, relation_of
+from torchsparse._triton.coords.index import (
+    SLOTS_PER_KEY,
+    USUAL_MARGIN,
+    CoordIndex,
+    new_table,
+    relation_of,
+)
 from torchsparse._triton.coords.sites import (
     collect_kernel,
     create_kernel,
@@ -34,6 +40,9 @@ __all__ = ["generative_sites", "strided_sites"]
 
 MOST_STEPS = 512  # of an insertion, before the table counts as too small
 MOST_BINS = 1 << 20  # 4 MB of counts
+# Sites that a program, which is one warp, tries to create: of rows with one candidate each, and of
+# others; and those that it orders.
+CREATED, CREATED_FROM_FEW, RANKED = 32, 64, 32
 SUMMED_BINS = 1 << 14  # more are added up in two steps
 INT32 = torch.iinfo(torch.int32)
 Bounds = tuple[int | None, ...]
@@ -95,19 +104,17 @@ def _create(
     generative: bool,
 ) -> tuple[Tensor, CoordIndex]:
     n, each = coords.shape[0], _most_each(geometry, generative)
-    room = min(each, 8 if generative else 2) * n
     growing = growth()
-    padded = growing is not None and growing.padded
-    filled = _fill(
-        source, coords, geometry, lower, upper, generative, room, MOST_STEPS, not padded
-    )
-    if growing is not None and padded:
-        return _unpack_padded(filled, growing, each * n)
+    fill = partial(_fill, source, coords, geometry, lower, upper, generative)
+    if growing is not None and growing.padded:
+        room = growing.plan(each * n)
+        return _unpack_padded(fill(SLOTS_PER_KEY * room.rows, MOST_STEPS, False), growing, room)
+    room = min(each, 8 if generative else 2) * n
+    filled = fill(2 * room, MOST_STEPS, True)
     count, lost, flags, cells = filled.info.tolist()  # the one synchronisation
     raise_found(flags, coords.device)
     if lost:  # more sites than expected, rare: a table that holds whatever may come
-        room = each * n
-        filled = _fill(source, coords, geometry, lower, upper, generative, room, INT32.max, True)
+        filled = fill(2 * each * n, INT32.max, True)
         count, lost, flags, cells = filled.info.tolist()
         raise_found(flags, coords.device)
     if growing is not None:
@@ -122,14 +129,14 @@ def _most_each(geometry: Geometry, generative: bool) -> int:
     return math.prod(k if generative else -(-k // (s // math.gcd(s, d))) for k, s, d in axes)
 
 
-def _unpack_padded(filled: _Filled, growing: Growth, most: int) -> tuple[Tensor, CoordIndex]:
+def _unpack_padded(filled: _Filled, growing: Growth, room: Planned) -> tuple[Tensor, CoordIndex]:
     """The sites of a table in as many rows as `Growth` plans; nothing waits."""
-    room = growing.plan(filled.info, most)
-    rows = room.rows or 0
+    rows, narrow = room
     if growing.guess:
-        return _unpack(filled, rows, room.narrow, None)
+        return _unpack(filled, rows, narrow, None)
+    growing.infos.append(filled.info)
     count = filled.info[:1]
-    sites, index = _unpack(filled, rows, room.narrow, count)
+    sites, index = _unpack(filled, rows, narrow, count)
     mark_rows(sites, count)
     return sites, index
 
@@ -169,7 +176,7 @@ def _by_bins(filled: _Filled, sites: Tensor, limit: Tensor | None) -> None:
         (cdiv(slots, 512), 1), (index.keys, starts, index.layout, bucketed), (slots, bins, rows)
     )
     rank(
-        (cdiv(rows, 64), 1), (bucketed, starts, sites, index.layout, index.values, limit),
+        (cdiv(rows, RANKED), 1), (bucketed, starts, sites, index.layout, index.values, limit),
         (rows, bins, slots - 1),
     )  # fmt: skip
 
@@ -181,7 +188,7 @@ def _ordering(ndim: int, whole: bool) -> tuple[Step, Step, Step, Step]:
         Step(bin_sum_kernel, BLOCK=BIN_BLOCK),
         Step(bin_start_kernel, BLOCK=BIN_BLOCK, STEP=4096),
         Step(bucket_kernel, D=ndim, BLOCK=512),
-        Step(rank_kernel, D=ndim, BR=64, num_warps=1),
+        Step(rank_kernel, D=ndim, BR=RANKED, num_warps=1),
     )
 
 
@@ -217,17 +224,17 @@ def _fill(
     lower: Bounds,
     upper: Bounds | None,
     generative: bool,
-    room: int,
+    slots: int,
     most: int,
     report: bool,
 ) -> _Filled:
-    """A table of the sites that a layer creates."""
+    """A table, of at least so many slots, of the sites that a layer creates."""
     n, ndim = coords.shape[0], geometry.ndim
     limit, coords = row_count(coords), coords.contiguous()
     device = coords.device
-    table, values, zeros = new_table(2 * room, ndim, coords)
+    table, values, zeros = new_table(slots, ndim, coords)
     slots, n_zeros = table.shape[0], zeros.shape[0]
-    bins = min(max(slots // 2, BIN_BLOCK), MOST_BINS)  # one or two for each of ``room`` keys
+    bins = min(max(slots // 2, BIN_BLOCK), MOST_BINS)  # one or more for each key
     counts, info, layout = (
         coords.new_empty(bins),
         table.new_empty(4),
@@ -278,7 +285,7 @@ def _making(
         taps = _backwards(geometry, device)
     tried = taps.shape[0]
     taps_each = min(next_power(tried), 32)
-    rows_each = 128 // taps_each  # one warp a program, as in `find_taps`
+    rows_each = CREATED if tried == 1 else CREATED_FROM_FEW // taps_each
     # A generative layer looks for what it created; others look on their input's side.
     need = max(geometry.reach, default=0) if generative else 0
     level = Step(level_kernel, D=ndim, GENERATIVE=generative, INFER=infer, BLOCK=2048)

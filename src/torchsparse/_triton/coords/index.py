@@ -41,6 +41,8 @@ __all__ = [
 USUAL_MARGIN = 8
 # Half as many slots double the longest probe sequence among the lanes of a warp.
 SLOTS_PER_KEY = 3
+# Of a program, which is one warp: rows that it inserts, pairs of row and tap that it looks up.
+INSERTED, SEARCHED = 32, 128
 INT32 = torch.iinfo(torch.int32)
 
 
@@ -113,10 +115,10 @@ def build_index(coords: Tensor, reach: tuple[int, ...]) -> CoordIndex:
     find_bounds((cdiv(n, steps * 256), 1), (coords, bounds, limit), (n, steps))
     fit((1, 1), (bounds, layout, flags), (usual, need, Complaint.BOX.bit))
     insert(
-        (cdiv(n, 128), 1), (coords, layout, table, flags, limit),
+        (cdiv(n, INSERTED), 1), (coords, layout, table, flags, limit),
         (n, *index.probe, Complaint.DUPLICATE.bit, slots),
     )  # fmt: skip
-    assign((cdiv(n, 128), 1), (coords, layout, table, values, limit), (n, *index.probe))
+    assign((cdiv(n, INSERTED), 1), (coords, layout, table, values, limit), (n, *index.probe))
     return index
 
 
@@ -127,8 +129,8 @@ def _entry(ndim: int, whole: bool) -> tuple[Step, Step, Step, Step, Step]:
         Step(begin_kernel, COLUMNS=ndim + 1, BLOCK=2048),
         Step(bounds_kernel, D=ndim, BR=256),
         Step(fit_kernel, D=ndim, num_warps=1),
-        Step(insert_kernel, D=ndim, BR=128, num_warps=1),
-        Step(assign_kernel, D=ndim, BR=128, num_warps=1),
+        Step(insert_kernel, D=ndim, BR=INSERTED, num_warps=1),
+        Step(assign_kernel, D=ndim, BR=INSERTED, num_warps=1),
     )
 
 
@@ -171,7 +173,7 @@ def searching(geometry: Geometry, device: torch.device) -> Search:
     volume = geometry.volume
     width = cdiv(volume, 4) * 4
     taps_each = min(max(next_power(volume), 8), 32)
-    rows = 128 // taps_each  # one warp a program: nobody waits for another's long search
+    rows = SEARCHED // taps_each  # one warp a program: nobody waits for another's long search
     find = Step(
         find_kernel, D=geometry.ndim, K=volume, WIDTH=width, TAPS=taps_each, BR=rows, num_warps=1
     )

@@ -12,6 +12,7 @@ the pass that showed the sizes.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -36,6 +37,7 @@ MOST_MAPS = 16  # that are built together, and noted
 MOST_NOTES = 64  # networks
 SPARE = 1.15  # room in a level beyond the share of the input's sites that it had before
 NARROW = torch.iinfo(torch.int32).max  # cells of a level with narrow keys
+RULES = ("same", "spconv", "minkowski")  # of outputs that follow from the inputs
 START = -1  # the level that a network begins on, in place of the map that created it
 
 
@@ -64,6 +66,7 @@ class Wish:
 
 
 _notes: dict[Hashable, list[Wish]] = {}  # of the last scan, by network: see `look_ahead`
+_noting = threading.Lock()
 
 
 @dataclass
@@ -96,7 +99,7 @@ class Ahead:
 
     def note(self, key: KernelMapKey, kmap: KernelMap) -> None:
         """A layer has got a map."""
-        if not self._open:
+        if not self._open or key.sites not in RULES:
             return
         begins = [place for place, coords in self._levels if coords is kmap.in_coords]
         if not begins or len(self.wishes) == MOST_MAPS:
@@ -127,10 +130,11 @@ def look_ahead(x: SparseTensor, coords: Tensor, network: Hashable) -> None:
     watch = growth()
     if watch is None:
         key = (network, x.stride, coords.device, torch.is_grad_enabled())
-        wishes = _notes.pop(key, None)
-        _notes[key] = ahead.wishes
-        while len(_notes) > MOST_NOTES:
-            del _notes[next(iter(_notes))]
+        with _noting:
+            wishes = _notes.pop(key, None)
+            _notes[key] = ahead.wishes
+            while len(_notes) > MOST_NOTES:
+                del _notes[next(iter(_notes))]  # the oldest
     elif watch.padded:
         wishes, watch.wishes = watch.wishes, None
     else:
