@@ -19,6 +19,7 @@ from torch import Tensor
 from torchsparse._triton.launch import cdiv, next_power
 
 __all__ = [
+    "WIDE",
     "Tile",
     "accumulator",
     "divide",
