@@ -177,6 +177,18 @@ def test_place(channels, dtype, columns, rows, device):
     assert torch.equal(grid, want) and grid.is_contiguous()
 
 
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("channels", [1, 2, 64])
+def test_scatter_of_misaligned_rows(channels, dtype, device):
+    """Rows of 4 bytes that start between two words move as halves; a column of any stride."""
+    feats = randn(41 * channels + 1, 1, dtype=dtype, device=device).view(-1)[1:].view(41, channels)
+    index = randint(-1, 20, (41,), device)
+    want = reference.scatter_rows(feats, index, 20)
+    assert torch.equal(points.scatter_rows(feats, index, 20), want)
+    one = randn(channels, 3, dtype=dtype, device=device).t()[:1, :1]
+    assert points.scatter_rows(one, index[:1] * 0, 1).tolist() == one.tolist()
+
+
 @pytest.mark.parametrize("channels", [0, 1, 64])
 @pytest.mark.parametrize(("value", "bit"), [(3, 0), (4, 64)])
 def test_place_notes_a_row_outside(value, bit, channels, device):

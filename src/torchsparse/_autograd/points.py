@@ -66,7 +66,9 @@ def to_dense(feats: Tensor, coords: Tensor, spatial_range: Any) -> Tensor:
         )
     if torch.compiler.is_compiling():
         return _dense_op(feats, coords, list(extents))
-    return ToDense.apply(feats, coords, extents)  # pyright: ignore[reportReturnType]
+    if feats.requires_grad and torch.is_grad_enabled():
+        return ToDense.apply(feats, coords, extents)  # pyright: ignore[reportReturnType]
+    return _dense(feats, coords, extents)[0]
 
 
 def _dense(feats: Tensor, coords: Tensor, extents: tuple[int, ...]) -> tuple[Tensor, Tensor]:

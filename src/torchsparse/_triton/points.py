@@ -147,10 +147,9 @@ def place_rows(
         return _gather(feats, table, index), index
     flat = feats.new_empty(cdiv(num * size, WIDE) * WIDE // feats.element_size())
     whole = flat.view(torch.int32)
-    source, target = words(feats, flat[: num * channels].view(num, channels))
-    width = source.shape[1]
+    (source, target), width, unit = words(feats, flat)
     # Narrow rows: fewer elements per program, or there would be too few programs.
-    tile = row_tile(width, source.element_size(), min(BLOCK * next_power(width), 2048))
+    tile = row_tile(width, unit, min(BLOCK * next_power(width), 2048))
     # Cells may be narrower than their entries: a table that is too large serves parts in turn.
     step = max(TABLE, num * size // (16 * 4) // WIDE * WIDE)
     for first in range(0, num, step):
@@ -259,8 +258,8 @@ def _gather(rows: Tensor, index: Tensor, owner: Tensor | None = None) -> Tensor:
     """
     n = index.shape[0]
     out = rows.new_empty((n, rows.shape[1]))
-    source, target = words(rows, out)
-    tile = row_tile(source.shape[1], source.element_size())
+    (source, target), width, unit = words(rows, out)
+    tile = row_tile(width, unit)
     launch(
         _gather_kernel, tile.grid(n), rows,
         source, index, owner, target, n, rows.shape[0], tile.units, **tile.constants,
