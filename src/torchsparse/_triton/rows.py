@@ -73,7 +73,7 @@ def words(rows: Tensor, *others: Tensor) -> tuple[list[Tensor], int, int]:
     )
     dtype, unit = (torch.int32, 4) if whole else (torch.int16, 2)
     if unit != itemsize:  # a column of one row may have any stride
-        every = [r.view(-1) for r in every]
+        every = [r.as_strided((r.numel(),), (1,)) for r in every]
     return [r.view(dtype) for r in every], size // unit, unit
 
 
