@@ -189,7 +189,7 @@ def _claim_kernel(
         place = cell - first
         there = (cell >= 0) & (place >= 0) & (place < count)
         before = tl.atomic_xchg(table + place, row, mask=there, sem="relaxed")
-        # Garbage may be a row's number, but not one of a row with this cell that does not count.
+        # Garbage may be the number of a row; if that has the same cell, it counts anyway.
         larger = there & (before > row) & (before < n)
         rival = _cells(coords, before, larger, row_stride, stride, e0, e1, e2, e3, e4, AXES)
         tl.atomic_max(table + place, before, mask=larger & (rival == cell), sem="relaxed")
