@@ -45,7 +45,7 @@ OURS = {
         "_pool_sum_kernel", "_pool_shares_kernel", "_pool_max_kernel", "_unpool_max_kernel",
         "_pick_rows_kernel",
         # points
-        "_flat_index_kernel", "_last_row_kernel", "_claim_kernel", "_scatter_kernel",
+        "_flat_index_kernel", "_claim_kernel", "_scatter_kernel",
         "_gather_kernel", "_gather_strided_kernel", "_share_kernel", "_devoxelize_kernel",
         "_weight_grad_kernel", "_trilinear_kernel",
         # voxels

@@ -15,7 +15,7 @@ READ_ROWS = {
     "max", "argmax", "affine", "pool_sum", "pool_sum2", "pool_max", "pool_max2", "unpool_max",
 }  # fmt: skip
 WRITE_ROWS = {
-    "scatter", "gather", "share", "devoxelize", "affine", "gather_strided", "pool_sum",
+    "claim", "scatter", "gather", "share", "devoxelize", "affine", "gather_strided", "pool_sum",
     "pool_sum2", "pool_max", "pool_max2", "unpool_max", "pick_rows",
 }  # fmt: skip
 

@@ -23,6 +23,10 @@ def dense(x, device):
     return to_dense(x, cloud(device), (3, 6, 6, 6))
 
 
+def narrow(x, device):
+    return to_dense(x[:, 1:2], cloud(device), (3, 6, 6, 6))
+
+
 def voxelize(x, device):
     index = randint(-1, 50, (len(x),), device)
     return F.spvoxelize(x, index, F.spcount(index, 50))
@@ -52,6 +56,7 @@ def normalised(norm, *args):
 
 CASES = {
     "to_dense": dense,
+    "to_dense, one channel": narrow,
     "spvoxelize": voxelize,
     "spdevoxelize": devoxelize,
     "global_avg_pool": pooled(F.global_avg_pool),

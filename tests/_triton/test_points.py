@@ -3,8 +3,10 @@
 import pytest
 import torch
 
+from torchsparse._capacity import PAD, mark_rows
 from torchsparse._reference import points as reference
 from torchsparse._triton import points
+from torchsparse._triton.launch import INTERPRETED
 
 FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 # Results are rounded to 11 and 8 bits; float32 sums differ in their last bits.
@@ -64,8 +66,8 @@ def test_flat_index_notes_a_row_outside(value, bit, device):
 @pytest.mark.parametrize("channels", [1, 2, 3, 4, 8, 33])
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_scatter_keeps_the_last_of_equal_cells(dtype, channels, num, device):
-    """Narrow cells, and wide ones among many, find the last row in the grid itself, others in a
-    table."""
+    """Wide cells are read through a table; narrow ones, and wide ones among many, are written
+    twice."""
     feats = randn(150, channels, dtype=dtype, device=device)
     index = randint(-1, 20, (150,), device)
     got = points.scatter_rows(feats, index, num)
@@ -101,6 +103,112 @@ def test_scatter_of_nan_and_of_numbers_that_look_like_row_numbers(device):
     got = points.scatter_rows(feats, index, 4)
     assert torch.equal(got.view(torch.int32)[[0, 2, 3], 0].cpu(), torch.tensor([7, 6, 8]).int())
     assert got[1].isnan()
+
+
+GARBAGE = {
+    "zeros": lambda n: torch.zeros(n, dtype=torch.int32),
+    "minus": lambda n: torch.full((n,), -1, dtype=torch.int32),
+    "largest": lambda n: torch.full((n,), 2**31 - 1, dtype=torch.int32),
+    "last row": lambda n: torch.full((n,), 149, dtype=torch.int32),
+    "any row": lambda n: randint(0, 150, (n,), "cpu", torch.int32, seed=n),
+}
+
+
+@pytest.mark.parametrize("garbage", GARBAGE)
+@pytest.mark.parametrize("channels", [1, 16])
+@pytest.mark.parametrize("num", [20, 21, 20_000])
+def test_scatter_whatever_a_new_table_holds(num, channels, garbage, device, monkeypatch):
+    """Tables are not cleared. Rows that stand in one by chance, or since an earlier call, count
+    only in their own cell, and there only the last."""
+    feats = randn(150, channels, dtype=torch.float32, device=device)
+    index = randint(-1, 20, (150,), device)
+    want = reference.scatter_rows(feats, index, num)
+    empty = torch.empty
+
+    def filled(*shape, dtype=None, device=None):
+        if dtype == torch.int32:
+            return GARBAGE[garbage](*shape).to(device)
+        return empty(*shape, dtype=dtype, device=device)
+
+    monkeypatch.setattr(torch, "empty", filled)
+    assert torch.equal(points.scatter_rows(feats, index, num), want)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="a GPU has its own order")
+@pytest.mark.parametrize("channels", [1, 16])
+def test_scatter_when_programs_run_backwards(channels, device, monkeypatch):
+    """Later rows come first, and are put back by the earlier ones that take their place."""
+    from triton.runtime.interpreter import interpreter_builder as builder
+
+    forwards = builder.set_grid_idx
+    monkeypatch.setattr(
+        builder, "set_grid_idx", lambda x, y, z: forwards(builder.grid_dim[0] - 1 - x, y, z)
+    )
+    feats = randn(700, channels, dtype=torch.float32, device=device)
+    index = randint(-1, 60, (700,), device)
+    got = points.scatter_rows(feats, index, 60)
+    assert torch.equal(got, reference.scatter_rows(feats, index, 60))
+
+
+@pytest.mark.parametrize("num", [16, 17, 31, 33, 48, 301])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_scatter_in_parts(channels, dtype, num, device, monkeypatch):
+    """A table that is too large serves 16 cells after the other."""
+    monkeypatch.setattr(points, "TABLE", 16)
+    feats = randn(400, channels, dtype=dtype, device=device)
+    index = randint(-1, num + 1, (400,), device)
+    want = reference.scatter_rows(feats, index.masked_fill(index == num, -1), num)
+    assert torch.equal(points.scatter_rows(feats, index, num), want)
+
+
+@pytest.mark.parametrize("rows", [0, 1, 129, 301])
+@pytest.mark.parametrize("columns", [1, 3, 4, 5])
+@pytest.mark.parametrize(("channels", "dtype"), [(1, torch.float16), (7, torch.float32),
+                                                 (20, torch.float32)])  # fmt: skip
+def test_place(channels, dtype, columns, rows, device):
+    """Rows, their cells, and what is noted; coordinates and features in columns of others."""
+    extents = (3, 5, 6, 5, 1)[:columns]
+    coords = randint(-1, 6, (rows, columns + 1), device, torch.int32)[:, 1:]
+    feats = randn(rows, channels + 1, dtype=dtype, device=device)[:, 1:]
+    grid, index = points.place_rows(feats, coords, extents)
+    want, cells = reference.place_rows(feats, coords, extents)
+    assert torch.equal(index, cells)
+    assert torch.equal(grid, want) and grid.is_contiguous()
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("channels", [1, 2, 64])
+def test_scatter_of_misaligned_rows(channels, dtype, device):
+    """Rows of 4 bytes that start between two words move as halves; a column of any stride."""
+    feats = randn(41 * channels + 1, 1, dtype=dtype, device=device).view(-1)[1:].view(41, channels)
+    index = randint(-1, 20, (41,), device)
+    want = reference.scatter_rows(feats, index, 20)
+    assert torch.equal(points.scatter_rows(feats, index, 20), want)
+    one = randn(channels, 3, dtype=dtype, device=device).t()[:1, :1]
+    assert points.scatter_rows(one, index[:1] * 0, 1).tolist() == one.tolist()
+
+
+@pytest.mark.parametrize("channels", [0, 1, 64])
+@pytest.mark.parametrize(("value", "bit"), [(3, 0), (4, 64)])
+def test_place_notes_a_row_outside(value, bit, channels, device):
+    coords = torch.zeros((300, 2), dtype=torch.int32, device=device)
+    coords[299, 1] = value
+    word = torch.tensor(3, device=device)
+    points.place_rows(torch.ones((300, channels), device=device), coords, (1, 4), word, 64)
+    assert word.item() == 3 + bit
+
+
+def test_place_does_not_note_padding(device):
+    coords = torch.full((300, 2), PAD, dtype=torch.int32, device=device)
+    coords[:200] = 0
+    mark_rows(coords, torch.tensor([200], device=device))
+    word = torch.tensor(0, device=device)
+    points.place_rows(torch.ones((300, 3), device=device), coords, (1, 4), word, 64)
+    assert word.item() == 0
+    coords[199] = PAD
+    points.place_rows(torch.ones((300, 3), device=device), coords, (1, 4), word, 64)
+    assert word.item() == 64
 
 
 LAYOUTS = {

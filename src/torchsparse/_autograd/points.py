@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -26,11 +25,10 @@ class ToDense(Function):
     """Voxels to a dense grid; the gradient is gathered from the cells."""
 
     @staticmethod
-    def forward(ctx: Any, feats: Tensor, index: Tensor, extents: tuple[int, ...]) -> Tensor:
+    def forward(ctx: Any, feats: Tensor, coords: Tensor, extents: tuple[int, ...]) -> Tensor:
+        grid, index = _dense(feats, coords, extents)
         ctx.save_for_backward(index)
-        grid = points.scatter_rows(feats, index, math.prod(extents))
-        # Not a view: the output of a Function can then be changed in place.
-        return grid.resize_(*extents, feats.shape[1])
+        return grid
 
     @staticmethod
     @once_differentiable
@@ -68,19 +66,22 @@ def to_dense(feats: Tensor, coords: Tensor, spatial_range: Any) -> Tensor:
         )
     if torch.compiler.is_compiling():
         return _dense_op(feats, coords, list(extents))
-    return ToDense.apply(feats, _cells(coords, extents), extents)  # pyright: ignore[reportReturnType]
+    if feats.requires_grad and torch.is_grad_enabled():
+        return ToDense.apply(feats, coords, extents)  # pyright: ignore[reportReturnType]
+    return _dense(feats, coords, extents)[0]
 
 
-def _cells(coords: Tensor, extents: tuple[int, ...]) -> Tensor:
-    """[N] int64, the cell of each row."""
+def _dense(feats: Tensor, coords: Tensor, extents: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """The grid [*extents, C] and the cell of each row, [N] int64."""
     word = flag_word(coords.device)
-    index = points.flat_index(coords, extents, word, Complaint.DENSE.bit)
+    grid, index = points.place_rows(feats, coords, extents, word, Complaint.DENSE.bit)
     if word is None:
         outside = index < 0
         if row_count(coords) is not None:  # padding has no cell
             outside &= coords[:, 0] != PAD
         complain_if(outside.any(), Complaint.DENSE, lambda: f"spatial_range = {extents}")
-    return index
+    # Not a view: the output of a Function can then be changed in place.
+    return grid.resize_(*extents, feats.shape[1]), index
 
 
 # ------------------------------------------------------------------ for compiled programs
@@ -91,8 +92,7 @@ def _fake_dense(feats: Tensor, coords: Tensor, extents: list[int]) -> Tensor:
 @operator("to_dense(Tensor feats, Tensor coords, SymInt[] extents) -> Tensor", _fake_dense)
 def _dense_op(feats: Tensor, coords: Tensor, extents: list[int]) -> Tensor:
     """`to_dense` with its arguments checked."""
-    grid = points.scatter_rows(feats, _cells(coords, tuple(extents)), math.prod(extents))
-    return grid.resize_(*extents, feats.shape[1])
+    return _dense(feats, coords, tuple(extents))[0]
 
 
 def _fake_from_dense(grid: Tensor, coords: Tensor, extents: list[int]) -> Tensor:

@@ -11,6 +11,7 @@ __all__ = [
     "devoxelize_weight_grad",
     "flat_index",
     "gather_rows",
+    "place_rows",
     "scatter_rows",
     "share_rows",
     "trilinear_weights",
@@ -46,6 +47,22 @@ def scatter_rows(feats: Tensor, index: Tensor, num: int) -> Tensor:
         [num, C] in the dtype of ``feats``, 0 where nothing was put.
     """
     return twin("points", feats).scatter_rows(feats, index, num)
+
+
+def place_rows(
+    feats: Tensor, coords: Tensor, extents: tuple[int, ...], word: Tensor | None = None,
+    bit: int = 0,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`scatter_rows` to `flat_index`: one pass over coordinates serves both.
+
+    Args:
+        feats: [N, C].
+        coords, extents, word, bit: As in `flat_index`.
+
+    Returns:
+        [num, C], where num is the product of the extents, and the index [N] int64.
+    """
+    return twin("points", feats).place_rows(feats, coords, extents, word, bit)
 
 
 def gather_rows(grid: Tensor, index: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ __all__ = [
     "devoxelize_weight_grad",
     "flat_index",
     "gather_rows",
+    "place_rows",
     "scatter_rows",
     "share_rows",
     "trilinear_weights",
@@ -46,6 +47,15 @@ def scatter_rows(feats: Tensor, index: Tensor, num: int) -> Tensor:
     out = feats.new_zeros((num + 1, feats.shape[1]))
     out.index_copy_(0, cells, feats.index_select(0, rows))
     return out.resize_(num, feats.shape[1])
+
+
+def place_rows(
+    feats: Tensor, coords: Tensor, extents: tuple[int, ...], word: Tensor | None = None,
+    bit: int = 0,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`scatter_rows` to `flat_index`, and the latter.  -> [num, C], [N] int64."""
+    index = flat_index(coords, extents, word, bit)
+    return scatter_rows(feats, index, math.prod(extents)), index
 
 
 def gather_rows(grid: Tensor, index: Tensor) -> Tensor:

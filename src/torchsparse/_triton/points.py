@@ -12,25 +12,29 @@ import triton.language as tl
 from torch import Tensor
 
 from torchsparse._capacity import row_count
-from torchsparse._triton.launch import cdiv, launch
+from torchsparse._triton.launch import cdiv, launch, next_power
 from torchsparse._triton.primitives import real_rows
-from torchsparse._triton.rows import accumulator, divide, note, row_tile, words
+from torchsparse._triton.rows import WIDE, accumulator, divide, note, row_tile, words
 
 __all__ = [
     "devoxelize",
     "devoxelize_weight_grad",
     "flat_index",
     "gather_rows",
+    "place_rows",
     "scatter_rows",
     "share_rows",
     "trilinear_weights",
 ]
 
 BLOCK = 256  # rows of kernels without channels
-MAX_AXES = 5  # columns that the kernel of `flat_index` knows
-# Cells of a grid from this size on (bytes) may be written through a table from cells to rows.
+CLAIMS = 128  # rows that a program claims cells for: one per thread
+CHUNKS = 1024  # of 16 bytes, which it clears
+MAX_AXES = 5  # columns that cells are counted from
+# Cells of a grid from this size on (bytes) may be read through a table from cells to rows.
 TABLE_FROM = 64
-CLAIM = 64  # bytes that move when a row claims its cell: a sector of memory there and back
+SECTOR = 32  # bytes that memory moves at least
+TABLE = 2**26  # cells of a table at once, 256 MB, unless a 16th of the grid is more
 
 
 # ------------------------------------------------------------------ cells
@@ -41,27 +45,31 @@ def flat_index(
 
     [N, A], A extents -> [N] int64.
     """
-    n, axes = coords.shape[0], len(extents)
+    n = coords.shape[0]
     index = torch.empty(n, dtype=torch.int64, device=coords.device)
-    if axes > MAX_AXES:
-        raise ValueError(f"coordinates of at most {MAX_AXES} columns are supported, got {axes}")
-    sizes = (*extents, *(1,) * (MAX_AXES - axes))
     launch(
         _flat_index_kernel, (cdiv(n, BLOCK),), coords,
-        coords, index, word, row_count(coords), n, coords.stride(0), coords.stride(1), bit, *sizes,
-        AXES=axes, FLAG=word is not None, BLOCK=BLOCK,
+        coords, index, word, row_count(coords), n, coords.stride(0), coords.stride(1), bit,
+        *_sizes(extents), AXES=len(extents), FLAG=word is not None, BLOCK=BLOCK,
     )  # fmt: skip
     return index
 
 
-@triton.jit(do_not_specialize=["n", "bit", "e0", "e1", "e2", "e3", "e4"])
-def _flat_index_kernel(
-    coords, index, word, limit, n, row_stride, stride, bit, e0, e1, e2, e3, e4,
-    AXES: tl.constexpr, FLAG: tl.constexpr, BLOCK: tl.constexpr,
+def _sizes(extents: tuple[int, ...]) -> tuple[int, ...]:
+    """Extents as the kernels take them."""
+    if len(extents) > MAX_AXES:
+        raise ValueError(
+            f"coordinates of at most {MAX_AXES} columns are supported, got {len(extents)}"
+        )
+    return (*extents, *(1,) * (MAX_AXES - len(extents)))
+
+
+@triton.jit
+def _cells(
+    coords, row, here, row_stride, stride, e0, e1, e2, e3, e4, AXES: tl.constexpr
 ):  # fmt: skip
-    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    here = row < n
-    cell = tl.zeros([BLOCK], tl.int64)
+    """Cell of each row that is ``here``, -1 outside."""
+    cell = tl.zeros_like(row).to(tl.int64)
     inside = here
     for axis in tl.static_range(AXES):
         if axis == 0:
@@ -78,89 +86,129 @@ def _flat_index_kernel(
         c = c.to(tl.int64)
         inside = inside & (c >= 0) & (c < extent)
         cell = cell * extent + c
-    tl.store(index + row, tl.where(inside, cell, -1), mask=here)
+    return tl.where(inside, cell, -1)
+
+
+@triton.jit(do_not_specialize=["n", "bit", "e0", "e1", "e2", "e3", "e4"])
+def _flat_index_kernel(
+    coords, index, word, limit, n, row_stride, stride, bit, e0, e1, e2, e3, e4,
+    AXES: tl.constexpr, FLAG: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    cell = _cells(coords, row, row < n, row_stride, stride, e0, e1, e2, e3, e4, AXES)
+    tl.store(index + row, cell, mask=row < n)
     if FLAG:
         real = row < real_rows(n, limit)
-        note(word, bit, tl.max((real & (inside == 0)).to(tl.int32), 0) > 0)
+        note(word, bit, tl.max((real & (cell < 0)).to(tl.int32), 0) > 0)
 
 
 # ------------------------------------------------------------------ moves
 def scatter_rows(feats: Tensor, index: Tensor, num: int) -> Tensor:
-    """Row j of ``feats`` becomes row ``index[j]``; -1 is skipped, the rest is 0.  -> [num, C].
+    """Row j of ``feats`` becomes row ``index[j]``; -1 is skipped, the rest is 0.  -> [num, C]."""
+    return place_rows(feats, index[:, None], (num,))[0]
 
-    Of rows with one cell the last is kept, as on the CPU. A maximum over row numbers per cell
-    finds it, whatever the order of the threads. Wide cells may have a table for these maxima (4
-    bytes per cell, a 16th of the grid at most), from which each cell is then written once. Where
-    rows are few, or cells so narrow that the table would be as large as the grid, the maximum is
-    formed inside a cleared cell, where the winner overwrites it.
+
+def place_rows(
+    feats: Tensor, coords: Tensor, extents: tuple[int, ...], word: Tensor | None = None,
+    bit: int = 0,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`scatter_rows` to `flat_index`, and the latter.  -> [num, C], [N] int64.
+
+    Of rows with one cell the last is kept, as on the CPU: rows claim cells in a table from cells
+    to rows, in which the maximum stays, whatever the order of the threads. What no row claimed is
+    garbage there, as clearing the table would take a launch and twice its bytes: whoever reads it
+    sees whether a row is the cell's.
+
+    Two launches. Where many wide cells are occupied, the second writes each cell once, through the
+    table. Elsewhere the first also clears the grid, and the second puts the last rows into it.
     """
     n, channels = feats.shape
-    size = channels * feats.element_size()
+    num, size = math.prod(extents), channels * feats.element_size()
     if n == 0 or num == 0 or channels == 0:
-        return feats.new_zeros((num, channels))
-    feats, index = feats.contiguous(), index.contiguous()
-    # A table is written and read whole; without one, rows write cells that are written already.
-    if size >= TABLE_FROM and 8 * num <= n * (size + CLAIM):
-        table = torch.full((num,), -1, dtype=torch.int32, device=feats.device)
-        launch(_last_row_kernel, (cdiv(n, BLOCK),), feats, index, table, n, num, BLOCK=BLOCK)
-        return _gather(feats, table)
-    # One byte per row behind the grid, zeroed together with it: this row was not the last.
-    spare = cdiv(n, size)
-    out = feats.new_zeros((num + spare, channels))
-    flat = out.view(-1)
-    lost = flat.view(torch.uint8)[num * size : num * size + n]
-    if size >= 4:
-        aligned = flat[: flat.numel() * out.element_size() // 4 * 4 // out.element_size()]
+        return feats.new_zeros((num, channels)), flat_index(coords, extents, word, bit)
+    feats, sizes, limit = feats.contiguous(), _sizes(extents), row_count(coords)
+    index = torch.empty(n, dtype=torch.int64, device=feats.device)
+
+    def claim(table: Tensor, first: int, grid: Tensor | None, begin: int, end: int) -> None:
+        """Claim the cells of a table, of which ``first`` is the first, and clear chunks."""
+        programs = max(cdiv(n, CLAIMS), cdiv(end - begin, CHUNKS))
         launch(
-            _claim_kernel, (cdiv(n, BLOCK),), feats,
-            index, aligned.view(torch.int32), lost, n, num, size // 2, BLOCK=BLOCK,
+            _claim_kernel, (programs,), feats,
+            coords, index, table, grid, word, limit, n, coords.stride(0), coords.stride(1), bit,
+            *sizes, first, table.shape[0], begin, end,
+            AXES=len(extents), FLAG=word is not None, CLAIMS=CLAIMS,
+            CHUNKS=0 if grid is None else CHUNKS,
         )  # fmt: skip
-    else:  # a cell of 2 bytes holds no row number
-        keys, order = torch.sort(index, stable=True)
-        lost.index_copy_(0, order[:-1], (keys[1:] == keys[:-1]).to(torch.uint8))
-    source, target = words(feats, out)
-    tile = row_tile(source.shape[1], source.element_size())
-    launch(
-        _scatter_kernel, tile.grid(n), feats,
-        source, index, lost, target, n, num, tile.units, **tile.constants,
-    )  # fmt: skip
-    return out.resize_(num, channels)
+
+    # A table is read whole; without one, rows write cells once more and read their own entries.
+    if size >= TABLE_FROM and 4 * num <= n * (size + SECTOR):
+        table = torch.empty(num, dtype=torch.int32, device=feats.device)
+        claim(table, 0, None, 0, 0)
+        return _gather(feats, table, index), index
+    flat = feats.new_empty(cdiv(num * size, WIDE) * WIDE // feats.element_size())
+    whole = flat.view(torch.int32)
+    (source, target), width, unit = words(feats, flat)
+    # Narrow rows: fewer elements per program, or there would be too few programs.
+    tile = row_tile(width, unit, min(BLOCK * next_power(width), 2048))
+    # Cells may be narrower than their entries: a table that is too large serves parts in turn.
+    step = max(TABLE, num * size // (16 * 4) // WIDE * WIDE)
+    for first in range(0, num, step):
+        end = min(first + step, num)
+        table = torch.empty(end - first, dtype=torch.int32, device=feats.device)
+        claim(table, first, whole, first * size // WIDE, cdiv(end * size, WIDE))
+        launch(
+            _scatter_kernel, tile.grid(n), feats,
+            source, index, table, target, n, first, end, tile.units, **tile.constants,
+        )  # fmt: skip
+    return flat.resize_(num, channels), index
 
 
-@triton.jit(do_not_specialize=["n", "num"])
-def _last_row_kernel(index, table, n, num, BLOCK: tl.constexpr):
-    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    cell = tl.load(index + row, mask=row < n, other=-1).to(tl.int64)
-    tl.atomic_max(table + cell, row, mask=(cell >= 0) & (cell < num), sem="relaxed")
+@triton.jit(
+    do_not_specialize=["n", "bit", "e0", "e1", "e2", "e3", "e4", "first", "count", "begin", "end"]
+)
+def _claim_kernel(
+    coords, index, table, grid, word, limit, n, row_stride, stride, bit, e0, e1, e2, e3, e4,
+    first, count, begin, end,
+    AXES: tl.constexpr, FLAG: tl.constexpr, CLAIMS: tl.constexpr, CHUNKS: tl.constexpr,
+):  # fmt: skip
+    """The cell of each row; its entry in the table becomes the largest row; chunks become 0.
 
-
-@triton.jit(do_not_specialize=["n", "num", "halves"])
-def _claim_kernel(index, grid, lost, n, num, halves, BLOCK: tl.constexpr):
-    """Each cell's first aligned word becomes the largest row number + 1; the others are marked.
-
-    A row learns that it lost either from a larger number already there, or is told by the larger
-    number that displaces it.
+    A row that takes the place of a larger one of its cell puts that back, as a maximum: from then
+    on the entry cannot fall below it, unless another takes its place, which does the same. So the
+    largest row stays at last.
     """
-    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    cell = tl.load(index + row, mask=row < n, other=-1).to(tl.int64)
-    there = (cell >= 0) & (cell < num)
-    word = grid + (cell * halves + 1) // 2
-    before = tl.atomic_max(word, row + 1, mask=there, sem="relaxed") - 1
-    beaten = tl.minimum(before, row)
-    tl.store(lost + beaten, (beaten >= 0).to(tl.uint8), mask=there & (before >= 0))
+    program = tl.program_id(0).to(tl.int64)
+    if CHUNKS > 0:  # these stores are on their way while rows wait for the table
+        chunk = begin + program * CHUNKS + tl.arange(0, CHUNKS)
+        at = chunk[:, None] * 4 + tl.arange(0, 4)[None, :]
+        tl.store(grid + at, tl.zeros([CHUNKS, 4], tl.int32), mask=(chunk < end)[:, None])
+    if program * CLAIMS < n:
+        row = tl.program_id(0) * CLAIMS + tl.arange(0, CLAIMS)
+        cell = _cells(coords, row, row < n, row_stride, stride, e0, e1, e2, e3, e4, AXES)
+        tl.store(index + row, cell, mask=row < n)
+        place = cell - first
+        there = (cell >= 0) & (place >= 0) & (place < count)
+        before = tl.atomic_xchg(table + place, row, mask=there, sem="relaxed")
+        # Garbage may be the number of a row; if that has the same cell, it counts anyway.
+        larger = there & (before > row) & (before < n)
+        rival = _cells(coords, before, larger, row_stride, stride, e0, e1, e2, e3, e4, AXES)
+        tl.atomic_max(table + place, before, mask=larger & (rival == cell), sem="relaxed")
+        if FLAG:
+            real = row < real_rows(n, limit)
+            note(word, bit, tl.max((real & (cell < 0)).to(tl.int32), 0) > 0)
 
 
-@triton.jit(do_not_specialize=["n", "num", "units"])
+@triton.jit(do_not_specialize=["n", "first", "end", "units"])
 def _scatter_kernel(
-    source, index, lost, out, n, num, units,
+    source, index, table, out, n, first, end, units,
     UNIT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     width = units * UNIT
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     col = tl.program_id(1) * COLS + tl.arange(0, COLS)
-    cell = tl.load(index + row, mask=row < n, other=-1).to(tl.int64)
-    there = (cell >= 0) & (cell < num)
-    there = there & (tl.load(lost + row, mask=there, other=1) == 0)
+    cell = tl.load(index + row, mask=row < n, other=-1)
+    there = (cell >= 0) & (cell >= first) & (cell < end)
+    there = there & (tl.load(table + (cell - first), mask=there, other=-1) == row)
     mask = there[:, None] & (col < width)[None, :]
     at = row.to(tl.int64)[:, None] * width + col[None, :]
     value = tl.load(source + at, mask=mask, other=0)
@@ -203,22 +251,25 @@ def _joined(grid: Tensor) -> list[tuple[int, int]]:
     return axes
 
 
-def _gather(rows: Tensor, index: Tensor) -> Tensor:
-    """Row ``index[j]`` of contiguous ``rows`` [M, C], 0 outside.  -> [N, C]."""
+def _gather(rows: Tensor, index: Tensor, owner: Tensor | None = None) -> Tensor:
+    """Row ``index[j]`` of contiguous ``rows`` [M, C], 0 outside.  -> [N, C].
+
+    With ``owner`` [M] only rows count whose owner is j.
+    """
     n = index.shape[0]
     out = rows.new_empty((n, rows.shape[1]))
-    source, target = words(rows, out)
-    tile = row_tile(source.shape[1], source.element_size())
+    (source, target), width, unit = words(rows, out)
+    tile = row_tile(width, unit)
     launch(
         _gather_kernel, tile.grid(n), rows,
-        source, index, target, n, rows.shape[0], tile.units, **tile.constants,
+        source, index, owner, target, n, rows.shape[0], tile.units, **tile.constants,
     )  # fmt: skip
     return out
 
 
 @triton.jit(do_not_specialize=["n", "num", "units"])
 def _gather_kernel(
-    source, index, out, n, num, units,
+    source, index, owner, out, n, num, units,
     UNIT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     width = units * UNIT
@@ -226,7 +277,10 @@ def _gather_kernel(
     col = tl.program_id(1) * COLS + tl.arange(0, COLS)
     cell = tl.load(index + row, mask=row < n, other=-1).to(tl.int64)
     inside = (col < width)[None, :]
-    there = ((cell >= 0) & (cell < num))[:, None] & inside
+    known = (cell >= 0) & (cell < num)
+    if owner is not None:
+        known = known & (tl.load(owner + cell, mask=known, other=-1) == row)
+    there = known[:, None] & inside
     value = tl.load(source + cell[:, None] * width + col[None, :], mask=there, other=0)
     tl.store(out + row[:, None] * width + col[None, :], value, mask=(row < n)[:, None] & inside)
 

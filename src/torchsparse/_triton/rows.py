@@ -19,6 +19,7 @@ from torch import Tensor
 from torchsparse._triton.launch import cdiv, next_power
 
 __all__ = [
+    "WIDE",
     "Tile",
     "accumulator",
     "divide",
@@ -58,18 +59,22 @@ def row_tile(width: int, itemsize: int, elements: int = 2048, cols: int = 128) -
     return Tile(max(elements * 4 // max(itemsize, 4) // cols, 1), cols, unit, width // unit)
 
 
-def words(*rows: Tensor) -> list[Tensor]:
-    """The same memory as integers of 4 bytes if rows consist of such, else of 2.
+def words(rows: Tensor, *others: Tensor) -> tuple[list[Tensor], int, int]:
+    """The same memory as integers of 4 bytes if rows consist of such, else of 2; how many of them
+    a row has; their size.
 
     Copying needs no floating-point type: four kernels become one, and 16-bit features move in
-    pairs. All arguments are contiguous [N, C] with one dtype and C.
+    pairs. All arguments are contiguous with one dtype, the first is [N, C]; shapes get lost.
     """
-    size = rows[0].shape[1] * rows[0].element_size()
+    every, itemsize = (rows, *others), rows.element_size()
+    size = rows.shape[1] * itemsize
     whole = size % 4 == 0 and all(
-        r.data_ptr() % 4 == 0 and r.storage_offset() * r.element_size() % 4 == 0 for r in rows
+        r.data_ptr() % 4 == 0 and r.storage_offset() * itemsize % 4 == 0 for r in every
     )
-    dtype, itemsize = (torch.int32, 4) if whole else (torch.int16, 2)
-    return [r.view(-1).view(dtype).view(r.shape[0], size // itemsize) for r in rows]
+    dtype, unit = (torch.int32, 4) if whole else (torch.int16, 2)
+    if unit != itemsize:  # a column of one row may have any stride
+        every = [r.as_strided((r.numel(),), (1,)) for r in every]
+    return [r.view(dtype) for r in every], size // unit, unit
 
 
 def accumulator(dtype: torch.dtype) -> tuple[torch.dtype, Any]:
