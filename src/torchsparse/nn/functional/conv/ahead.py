@@ -138,8 +138,10 @@ def look_ahead(x: SparseTensor, coords: Tensor, network: Hashable) -> None:
     elif watch.padded:
         wishes, watch.wishes = watch.wishes, None
     else:
-        wishes, watch.wishes = None, ahead.wishes
-    if wishes:
+        wishes = None
+        if watch.wishes is None:  # of the first cache that the network begins
+            watch.wishes = ahead.wishes
+    if wishes and len(wishes) > 1:  # one alone gains nothing
         _build(x, coords, wishes, ahead, watch)
 
 
