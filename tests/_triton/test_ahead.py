@@ -65,9 +65,9 @@ def built(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return calls
 
 
-def scan(device: torch.device, seed: int, rows: int = 60) -> SparseTensor:
+def scan(device: torch.device, seed: int, rows: int = 14, size: int = 5) -> SparseTensor:
     rng = clouds.rng(f"ahead {seed}")
-    coords = torch.from_numpy(rng.integers(0, 12, (rows, 4))).int()
+    coords = torch.from_numpy(rng.integers(0, size, (rows, 4))).int()
     coords[:, 0] %= 2
     coords = torch.unique(coords, dim=0)
     feats = torch.from_numpy(rng.standard_normal((len(coords), 4))).float()
@@ -136,16 +136,14 @@ def test_gradients_are_those_of_maps_built_one_by_one(device, built):
 
     want = gradients()
     got = gradients()
-    again = gradients()
-    assert built == [5, 5]
-    for a, b, c in zip(want, got, again):
+    assert built == [5]
+    for a, b in zip(want, got):
         assert torch.equal(a, b)
-        assert torch.equal(a, c)
 
 
 def test_a_level_without_room_is_built_by_its_layer(device, built, monkeypatch):
     net = Net().to(device)
-    x = scan(device, 4, 300)
+    x = scan(device, 4, 150, 14)
     with torch.no_grad():
         want = net(fresh(x)).feats
         for wishes in ahead._notes.values():
@@ -199,7 +197,7 @@ class Other(nn.Module):
     """Given sites, a generative layer, a transposed one without a twin, a pool, two layers that
     lead to one stride."""
 
-    def __init__(self, channels: int = 8) -> None:
+    def __init__(self, channels: int = 4) -> None:
         super().__init__()
         c = channels
         self.stem = spnn.Conv3d(4, c, 3)
@@ -222,18 +220,16 @@ class Other(nn.Module):
         return back
 
 
-@pytest.mark.parametrize("grad", [False, True])
-def test_networks_of_other_kinds(device, built, grad):
+def test_networks_of_other_kinds(device, built):
     net = Other().to(device)
-    with torch.set_grad_enabled(grad):
-        for seed in (20, 21, 22):
-            x = scan(device, seed)
-            got = net(fresh(x)).feats
-            notes = dict(ahead._notes)
-            want = lazily(net, x).feats
-            ahead._notes.update(notes)
-            torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
-    assert built == [5] * 2
+    for seed in (20, 21):
+        x = scan(device, seed, 8, 4)
+        got = net(fresh(x)).feats
+        notes = dict(ahead._notes)
+        want = lazily(net, x).feats
+        ahead._notes.update(notes)
+        torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
+    assert built == [5]
 
 
 def test_sizes_are_planned_up_to_where_others_create_levels(device, built):
@@ -241,12 +237,12 @@ def test_sizes_are_planned_up_to_where_others_create_levels(device, built):
     from torchsparse._graphs import padded, placed
 
     net = Other().to(device)
-    x = scan(device, 23)
+    x = scan(device, 23, 8, 4)
     with torch.no_grad():
         with growing(Growth()) as seen:
             want = net(fresh(x)).feats
         coords, feats, count = placed(x, 128)
-        rooms = [Room(1024 + 128 * i, True) for i in range(len(seen.levels))]
+        rooms = [Room(128, True) for _ in range(len(seen.levels))]
         output, _, report = padded(net, x, coords, feats, count, rooms, seen.wishes)
         assert built == [len(seen.wishes)] and built[0] > 1
         sites = report[:-1].view(-1, 4)[:, 0].tolist()
@@ -257,7 +253,7 @@ def test_sizes_are_planned_up_to_where_others_create_levels(device, built):
 def test_ranges_and_modes_are_those_of_the_scan(device, built):
     net = Net().to(device)
     x = scan(device, 8)
-    ranged = SparseTensor(x.feats, x.coords, spatial_range=(2, 12, 12, 12))
+    ranged = SparseTensor(x.feats, x.coords, spatial_range=(2, 5, 5, 5))
     with torch.no_grad():
         net(fresh(x)).feats  # noqa: B018
         y = net(fresh(ranged))
@@ -317,7 +313,7 @@ def test_planned_sizes_use_the_notes_of_the_pass_before(device, built):
         with growing(Growth()) as seen:
             want = net(fresh(x)).feats
         coords, feats, count = placed(x, 128)
-        rooms = [Room(256 + 128 * i, True) for i in range(len(seen.levels))]
+        rooms = [Room(128, True) for _ in range(len(seen.levels))]
         output, growth, report = padded(net, x, coords, feats, count, rooms, seen.wishes)
         assert built == [5]
         assert torch.equal(output.feats[: len(want)], want)

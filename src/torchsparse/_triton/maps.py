@@ -112,17 +112,20 @@ def find_together_kernel(
     each: tl.constexpr = BLOCK_ROWS // BR
     program = tl.program_id(0)
     record, row = _own(records, tables, first + program // each)
-    rows = row + program % each * BR + tl.arange(0, BR)
-    shift = tl.load(record + SHIFT).to(tl.int32)
-    slots_mask = (tl.full((), 1, tl.int64) << (66 - shift)) - 1
-    find_block(
-        rows, _place(COORDS, record, tl.int32), _place(LAYOUT, record, tl.int64),
-        _place(TAPS_AT, record, tl.int64), _place(RELATION, record, tl.int64),
-        _place(BITS, record, tl.int32), _place(SLOTS, record, tl.int64),
-        _place(VALUES, record, tl.int32), _place(NEIGHBORS, record, tl.int32),
-        _place(KEYS, record, tl.int16), _place(COUNTS, record, tl.int32), flags,
-        tl.load(record + ROWS).to(tl.int32), shift, slots_mask, box_bit, D, K, WIDTH, TAPS, BR,
-    )  # fmt: skip
+    row += program % each * BR
+    M = tl.load(record + ROWS).to(tl.int32)
+    if row < M:
+        shift = tl.load(record + SHIFT).to(tl.int32)
+        slots_mask = (tl.full((), 1, tl.int64) << (66 - shift)) - 1
+        find_block(
+            row + tl.arange(0, BR),
+            _place(COORDS, record, tl.int32), _place(LAYOUT, record, tl.int64),
+            _place(TAPS_AT, record, tl.int64), _place(RELATION, record, tl.int64),
+            _place(BITS, record, tl.int32), _place(SLOTS, record, tl.int64),
+            _place(VALUES, record, tl.int32), _place(NEIGHBORS, record, tl.int32),
+            _place(KEYS, record, tl.int16), _place(COUNTS, record, tl.int32), flags,
+            M, shift, slots_mask, box_bit, D, K, WIDTH, TAPS, BR,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["tables", "first"])
