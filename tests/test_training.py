@@ -11,7 +11,7 @@ from torch import nn
 
 from tests.scans import Dense, again, assert_agree, network, scan
 from torchsparse import nn as spnn
-from torchsparse.training import _bring, _Packed, graphed
+from torchsparse.training import _bring, _lent, _Packed, graphed
 
 
 def test_what_runs_as_usual(device: torch.device) -> None:
@@ -61,6 +61,25 @@ def test_gradients_are_brought_to_where_a_graph_reads_them() -> None:
     _bring([torch.full((1, 2), 2.0), torch.tensor(3.0)], passes)
     assert kept[0].tolist() == [[2, 2], [0, 0], [0, 0], [0, 0]]
     assert kept[1].item() == 3
+
+
+def test_parameters_are_lent_and_given_back() -> None:
+    """Of a module with two names, and of two modules with one parameter."""
+    net = nn.ModuleDict({"a": nn.Linear(2, 2), "b": nn.Linear(2, 2, bias=False)})
+    net["again"] = net["a"]
+    net["b"].weight = net["a"].weight
+    before = dict(net.named_parameters(remove_duplicate=False))
+    leaves = {id(p): torch.full_like(p, 2.0).requires_grad_() for p in net.parameters()}
+    assert len(leaves) == 2
+    x = torch.ones(1, 2)
+    with _lent(net, leaves):
+        y = net["a"](x) + net["again"](x) + net["b"](x)
+    assert y.tolist() == [[16.0, 16.0]]
+    y.sum().backward()
+    assert [leaf.grad is not None for leaf in leaves.values()] == [True, True]
+    after = dict(net.named_parameters(remove_duplicate=False))
+    assert list(after) == list(before)
+    assert all(after[name] is p and p.grad is None for name, p in before.items())
 
 
 def test_values_go_back_to_where_they_came_from() -> None:

@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.func import functional_call
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 
@@ -218,7 +217,8 @@ class Graphed(Graphs):
         on_host: list[Tensor] = []
 
         def call(x: SparseTensor) -> Any:
-            return functional_call(self.model, own, (x,))
+            with _lent(self.model, {id(p): own[name] for name, p in params.items()}):
+                return self.model(x)
 
         def forward() -> tuple[Any, Growth, list[Tensor]]:
             before = buffers.pack()
@@ -373,6 +373,23 @@ def _modes(bucket: Bucket) -> list[Any]:
         for m in parts.modules
     ]  # fmt: skip
     return [*trains, *learns]
+
+
+@contextmanager
+def _lent(model: nn.Module, leaves: dict[int, Tensor]) -> Iterator[None]:
+    """Let a network compute with other tensors in place of its parameters, given by their ids.
+
+    As `torch.func.functional_call`, which would leave them in a module that has two names.
+    """
+    tables: list[dict[str, Any]] = [module._parameters for module in model.modules()]
+    kept = [dict(table) for table in tables]
+    try:
+        for table, params in zip(tables, kept):
+            table.update({name: leaves[id(p)] for name, p in params.items() if p is not None})
+        yield
+    finally:
+        for table, params in zip(tables, kept):
+            table.update(params)
 
 
 @contextmanager
