@@ -70,7 +70,7 @@ def test_all_kernels_of_a_step_are_compiled(
     training: bool, mixed: bool, device: torch.device, kernels: None, monkeypatch
 ) -> None:
     model = Net().to(device).train(training)
-    x = scan(90, 1, device)
+    x = scan(40, 1, device)
     x.feats.requires_grad_(training)
     cast = torch.autocast(device.type, FLOATING, enabled=mixed)
 
@@ -96,7 +96,7 @@ def test_all_kernels_of_a_graph_are_compiled(
     monkeypatch.setattr(_graphs, "SMALLEST", 128)
     _graphs.room_for.cache_clear()
     model = Net().to(device).eval()
-    x = scan(90, 1, device)
+    x = scan(40, 1, device)
     graph = graphed(model, wait=wait)
     ahead = compiled(lambda: _warmup.compile_passes(model, [x], graph), monkeypatch)
     rows = _graphs.room_for(len(x.coords), None)
@@ -120,7 +120,7 @@ def test_all_kernels_of_a_graph_are_compiled(
 
 def test_a_rehearsal_leaves_no_trace(device: torch.device, kernels: None) -> None:
     model = Net().to(device).train()
-    x = scan(90, 1, device)
+    x = scan(40, 1, device)
     x.feats.requires_grad_()
     kernel, *rest = model.parameters()
     kept = kernel.grad = torch.ones_like(kernel)
