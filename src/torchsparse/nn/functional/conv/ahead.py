@@ -264,6 +264,4 @@ def _ready(fine: _Site, coarse: _Site | None, asked: Asked, made: Made) -> _Read
     inputs = Stamp(fine.coords)
     if coarse is None:
         return _Ready(kmap, inputs, None)
-    # What a layer creates keeps its bounds: nothing is left to check.
-    sound = {(coarse.limits, settings.allow_negative_coordinates)}
-    return _Ready(kmap, inputs, Indexed(Stamp(coarse.coords), coarse.index, sound))
+    return _Ready(kmap, inputs, Indexed.created(coarse.coords, coarse.index, coarse.limits))

@@ -33,6 +33,7 @@ from torchsparse.nn.functional.conv.choices import compute_dtype, resolve_for
 from torchsparse.nn.functional.conv.kmap import (
     Level,
     back_onto,
+    coarser,
     downsampled,
     finer,
     generated,
@@ -453,7 +454,7 @@ def find_map(
         if transposed:
             level = _target(x, coordinates, finer(x.stride, stride), stride, ndim)
             return back_onto(x, coords, geometry, level), level
-        level = _target(x, coordinates, _coarser(x.stride, stride), stride, ndim)
+        level = _target(x, coordinates, coarser(x.stride, stride), stride, ndim)
         return onto(x, coords, geometry, level), level
     if network is not None and "ahead" not in x._caches.kmaps and is_served("maps", coords):
         look_ahead(x, coords, network)
@@ -467,7 +468,7 @@ def find_map(
     if transposed:
         return upsampled(x, coords, geometry)
     kmap = downsampled(x, coords, geometry, downsample_mode)
-    return kmap, Level(kmap.out_coords, _coarser(x.stride, stride), kmap.spatial_range)
+    return kmap, Level(kmap.out_coords, coarser(x.stride, stride), kmap.spatial_range)
 
 
 def on_level(
@@ -480,10 +481,6 @@ def on_level(
     else:
         out._caches.record(*_cmap(level))
     return out
-
-
-def _coarser(stride: tuple[int, ...], step: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(a * b for a, b in zip(stride, step))
 
 
 def _relation(

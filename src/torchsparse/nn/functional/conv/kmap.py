@@ -33,6 +33,7 @@ __all__ = [
     "Level",
     "back_onto",
     "between",
+    "coarser",
     "downsampled",
     "finer",
     "generated",
@@ -112,13 +113,9 @@ def _from_shelf(cache: TensorCache, key: KernelMapKey, coords: Tensor) -> Kernel
         return None
     kmap, coarse = found
     if coarse is not None:
-        cache.hashmaps[_coarser(key.stride, key.geometry.stride)] = coarse
+        cache.hashmaps[coarser(key.stride, key.geometry.stride)] = coarse
     _remember(cache, key, kmap)
     return kmap
-
-
-def _coarser(stride: tuple[int, ...], step: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple([a * b for a, b in zip(stride, step)])
 
 
 def _remember(cache: TensorCache, key: KernelMapKey, kmap: KernelMap) -> None:
@@ -163,10 +160,8 @@ def downsampled(
     if kmap is None:
         index = index_of(x._caches, coords, x.stride, geometry.reach, x.spatial_range)
         out_coords, coarse, out_range = strided_level(index, coords, geometry, key)
-        stride = _coarser(x.stride, geometry.stride)
-        # What a layer creates keeps its bounds: nothing is left to check.
-        sound = {(out_range, settings.allow_negative_coordinates)}
-        x._caches.hashmaps[stride] = Indexed(Stamp(out_coords), coarse, sound)
+        stride = coarser(x.stride, geometry.stride)
+        x._caches.hashmaps[stride] = Indexed.created(out_coords, coarse, out_range)
         neighbors, keys = ops.find_taps(index, out_coords, geometry)
         kmap = KernelMap(
             neighbors,
@@ -304,6 +299,11 @@ def _strided_layers(
             if step.fine.stride == fine_stride:
                 told = _Told(step)
                 yield told.geometry, told
+
+
+def coarser(stride: tuple[int, ...], step: tuple[int, ...]) -> tuple[int, ...]:
+    """The stride of the level that a strided layer reaches."""
+    return tuple([a * b for a, b in zip(stride, step)])
 
 
 def finer(stride: tuple[int, ...], step: tuple[int, ...]) -> tuple[int, ...]:

@@ -142,6 +142,11 @@ class Indexed(NamedTuple):
     index: Any
     sound: set[tuple[Range, bool]]  # ranges and signs that were checked against
 
+    @staticmethod
+    def created(coords: Tensor, index: Any, limits: Range) -> Indexed:
+        """Of a level that a layer created: it keeps its bounds, nothing is left to check."""
+        return Indexed(Stamp(coords), index, {(limits, settings.allow_negative_coordinates)})
+
 
 def index_of(
     cache: TensorCache,
