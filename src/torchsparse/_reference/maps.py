@@ -24,6 +24,6 @@ def build_together(asked: Sequence[Asked], keep: bool) -> list[Made]:
         neighbors, _ = find_taps(index, coarse, geometry)
         inverse = None
         if back is not None:
-            inverse, _ = invert_taps(neighbors, index.coords.shape[0], geometry)
+            inverse, _ = invert_taps(neighbors, index.keys.shape[0], geometry)
         made.append(Made(neighbors, None, inverse, None))
     return made

@@ -1,0 +1,72 @@
+"""Tables and plans that are built together, against the reference."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from tests._triton.kit import NDIMS, cloud, geometries, to
+from torchsparse._asked import Asked
+from torchsparse._geometry import Geometry
+from torchsparse._reference import coords as plain
+from torchsparse._reference import maps as one_by_one
+from torchsparse._triton import coords as kernels
+from torchsparse._triton import maps
+from torchsparse._triton.conv.order import Tiles, key_bits, row_sort_keys
+
+SORTED, AS_THEY_ARE = ("gemm", True, 1), ("gemm", False, 1)
+
+
+def check_tiles(tiles: Tiles, rows: Tensor, geometry: Geometry, layout: Any) -> None:
+    """Each of ``rows`` [M, K] once, by falling sort keys if at all, under masks of their taps."""
+    order = torch.arange(len(rows))
+    if layout[1]:
+        assert tiles.order is not None
+        order = tiles.order.long().cpu()
+        device = tiles.table.device
+        keys, _ = row_sort_keys(rows.t().to(device), key_bits(geometry, device))
+        assert (keys.cpu().long()[order].diff() <= 0).all()
+        assert torch.equal(order.sort().values, torch.arange(len(rows)))
+    else:
+        assert tiles.order is None
+    table = tiles.table.cpu()
+    assert torch.equal(table, rows[order].t())
+    for tile, mask in enumerate(tiles.masks[0].tolist()):
+        own = (table[:, 64 * tile : 64 * (tile + 1)] >= 0).any(1)
+        assert [bool(mask >> tap & 1) for tap in range(len(own))] == own.tolist()
+
+
+@pytest.mark.parametrize("ndim", NDIMS)
+def test_tables_and_plans(ndim: int, device: torch.device) -> None:
+    """Of all geometries at once; sites in order, so that positions are rows for both."""
+    sites = cloud(ndim, "many", rows=60)
+    fine = to(device, sites[np.lexsort(sites.T[::-1])])
+    wanted = [g for g in geometries(ndim) if maps.together(g, SORTED, len(fine))]
+    assert len(wanted) >= 2
+    reach = tuple(max(axis) for axis in zip(*(g.reach for g in wanted)))
+    index, judge = kernels.build_index(fine, reach), plain.build_index(fine.cpu(), reach)
+    none = (None,) * ndim
+    asked, expected = [], []
+    for place, geometry in enumerate(wanted):
+        coarse = None
+        if geometry.kind == "strided":
+            coarse, _ = plain.strided_sites(judge, fine.cpu(), geometry, none, none)
+        layout = SORTED if place % 2 else AS_THEY_ARE
+        back = None if coarse is None else SORTED
+        expected.append(Asked(judge, coarse, geometry, layout, back))
+        there = None if coarse is None else coarse.to(device)
+        asked.append(Asked(index, there, geometry, layout, back))
+    made = maps.build_together(asked, keep=True)
+    for one, got, want in zip(asked, made, one_by_one.build_together(expected, keep=True)):
+        pairs = ((got.neighbors, want.neighbors, got.plan, one.layout),
+                 (got.inverse, want.inverse, got.inverse_plan, one.back))  # fmt: skip
+        for table, right, plan, layout in pairs:
+            if right is None or table is None:
+                assert right is table is plan is None
+                continue
+            assert torch.equal(table.cpu(), right)
+            check_tiles(plan.shares[0].tiles, right.t(), one.geometry, layout)
