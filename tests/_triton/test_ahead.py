@@ -266,7 +266,8 @@ def test_sizes_are_planned_up_to_where_others_create_levels(device, built):
         assert built == [2]
         sites = report[:-1].view(-1, 4)[:, 0].tolist()
         assert sites == [level.sites for level in seen.levels]
-        assert output.feats[: len(want)].shape == want.shape
+        # The sums over all rows have other lengths, so roundings differ.
+        torch.testing.assert_close(output.feats[: len(want)], want, rtol=1e-5, atol=1e-5)
 
 
 def test_ranges_and_modes_are_those_of_the_scan(device, built):
