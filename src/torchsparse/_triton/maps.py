@@ -202,8 +202,6 @@ def tile_together_kernel(
 class _Group(NamedTuple):
     """What tables with equally many taps share."""
 
-    width: int
-    bins: int
     find_rows: int  # of a program
     find: Step
     invert: Step
@@ -215,7 +213,7 @@ class _Group(NamedTuple):
 @cache
 def _group(ndim: int, volume: int, width: int, taps: int, rows: int, bins: int) -> _Group:
     return _Group(
-        width, bins, rows,
+        rows,
         Step(find_together_kernel, D=ndim, K=volume, WIDTH=width, TAPS=taps, BR=rows, num_warps=1),
         Step(invert_together_kernel, K=volume, WIDTH=width, BR=TILE_ROWS),
         Step(key_together_kernel, K=volume, WIDTH=width, BR=TILE_ROWS),
