@@ -11,7 +11,7 @@ from torch import nn
 
 from tests.scans import Dense, again, assert_agree, network, scan
 from torchsparse import nn as spnn
-from torchsparse.training import _bring, _lent, _Packed, graphed
+from torchsparse.training import UNSEEN, _bring, _lent, _Packed, graphed
 
 
 def test_what_runs_as_usual(device: torch.device) -> None:
@@ -92,3 +92,40 @@ def test_values_go_back_to_where_they_came_from() -> None:
     packed.unpack(values)
     assert a.tolist() == [0, 1, 2]
     assert b.item() == 5
+
+
+def test_copies_are_of_the_same_values_in_other_memory() -> None:
+    tensors = [
+        torch.arange(3.0),
+        torch.tensor([torch.nan, -0.0]),
+        torch.ones(2, 0),
+        torch.ones(()),
+    ]
+    copies = _Packed([*tensors, torch.ones(2, dtype=torch.float16)]).copies()
+    for tensor, copied in zip(tensors, copies):
+        assert copied.data_ptr() != tensor.data_ptr() or tensor.numel() == 0
+        torch.testing.assert_close(copied, tensor, rtol=0, atol=0, equal_nan=True)
+    assert copies[1][1].signbit() and copies[-1].dtype == torch.float16
+
+
+@pytest.mark.parametrize("arrives", ["early", "late", "without an event"])
+def test_the_host_waits_until_a_report_is_there(arrives: str, device: torch.device) -> None:
+    """For the event within the graph; if that told nothing, or there is none, for the end."""
+    report = torch.full((5,), UNSEEN)
+    waited: list[str] = []
+
+    def event(name: str, *, delivers: bool) -> Any:
+        def synchronize() -> None:
+            waited.append(name)
+            if delivers:
+                report.zero_()
+
+        return SimpleNamespace(synchronize=synchronize)
+
+    net = graphed(network(Dense, device))
+    net._replayed = event("end", delivers=arrives != "early")
+    early = None if arrives == "without an event" else event("event", delivers=arrives == "early")
+    bucket: Any = SimpleNamespace(report=report, more=SimpleNamespace(early=early))
+    net._await(bucket)
+    assert UNSEEN not in report.tolist()
+    assert waited == {"early": ["event"], "late": ["event", "end"]}.get(arrives, ["end"])

@@ -12,7 +12,7 @@ later it says how many rows each has room for.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -91,6 +91,7 @@ class Growth:
         infos: [4] int64 on the device for each level: its sites, those lost for lack of slots, and
             at last its cells.
         wishes: Noted or given: which maps the network asks for (`nn.functional.conv.ahead`).
+        complete: Called when the last of the planned levels was created.
     """
 
     def __init__(
@@ -103,6 +104,7 @@ class Growth:
         self.given: list[int] = []
         self.infos: list[Tensor] = []
         self.wishes: Any = None
+        self.complete: Callable[[], None] = lambda: None
 
     @property
     def padded(self) -> bool:
@@ -112,6 +114,12 @@ class Growth:
     def note(self, sites: int, cells: int, each: int) -> None:
         """A layer created a level."""
         self.levels.append(Found(sites, cells, each))
+
+    def created(self, info: Tensor) -> None:
+        """A level was created in planned rows; what is known of it, as in ``infos``."""
+        self.infos.append(info)
+        if self.rooms is not None and len(self.infos) == len(self.rooms):
+            self.complete()
 
     def plan(self, most: int) -> Planned:
         """What the next level gets, of ``most`` sites at most.

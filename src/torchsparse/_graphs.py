@@ -322,9 +322,13 @@ class Graphs:
         """Whether the network still is what was captured."""
         return bucket.parts.hold()
 
+    def _await(self, bucket: Bucket) -> None:
+        """Wait for the report."""
+        self._replayed.synchronize()
+
     def _checked(self, bucket: Bucket) -> list[int] | None:
         """The sizes of the levels; None if one had no room. Waits for the device."""
-        self._replayed.synchronize()
+        self._await(bucket)
         *levels, found = bucket.report.tolist()
         if found:
             pending_word(bucket.coords.device).zero_()
@@ -400,6 +404,7 @@ def padded(
     count: Tensor,
     rooms: list[Room],
     wishes: Any = None,
+    early: Callable[[Tensor], None] | None = None,
 ) -> tuple[Any, Growth, Tensor]:
     """One pass over padded coordinates, in which nothing waits for the device.
 
@@ -408,23 +413,34 @@ def padded(
         coords, feats, count: From `placed`.
         rooms: For the levels.
         wishes: The maps that the network asked for when the levels were seen, or None.
+        early: Called with the report when the last level is there, before most of the work.
 
     Returns:
         The output, what the levels were given, and [4 L + 1] int64: of each level its sites, those
-        lost, and two more numbers; then complaints.
+        lost, and two more numbers; then complaints, of an early report those up to then.
     """
     coords = coords.view_as(coords)  # a tensor of this pass: notes and maps go with it
     mark_rows(coords, count)
     x = wrap(feats, like, coords, like.stride, like.spatial_range)
     x._caches = TensorCache()
+    reports: list[Tensor] = []
+
+    def report() -> None:
+        word = pending_word(coords.device).view(1)
+        reports.append(torch.cat([*growth.infos, word]))
+        if early is not None:
+            early(reports[0])
+
     with growing(Growth(rooms, rows=coords.shape[0])) as growth:
         growth.wishes = wishes
+        if early is not None:
+            growth.complete = report
         output = model(x)
         for _ in leaves(output):
             pass  # computed now
-    word = pending_word(coords.device).view(1)
-    report = torch.cat([*growth.infos, word])
-    return output, growth, report
+    if not reports:
+        report()
+    return output, growth, reports[0]
 
 
 def leaves(value: Any) -> Iterator[Tensor]:

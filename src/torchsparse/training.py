@@ -39,6 +39,7 @@ from torchsparse.tensor import SparseTensor, wrap
 
 __all__ = ["Graphed", "graphed"]
 
+UNSEEN = torch.iinfo(torch.int64).min  # in a report that has not arrived
 OWN = BatchNorm, InstanceNorm, SyncBatchNorm  # they know which rows are real, or refuse
 DENSE = nn.BatchNorm2d, nn.BatchNorm3d, nn.InstanceNorm2d, nn.InstanceNorm3d  # not over rows
 
@@ -104,7 +105,7 @@ def _check_modules(model: nn.Module) -> None:
 
 
 class _Packed:
-    """Tensors side by side, so that they are copied at once: one by one takes too long."""
+    """Tensors that are copied at once: one by one takes too long."""
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self.tensors = tensors
@@ -124,6 +125,10 @@ class _Packed:
         with torch.no_grad():
             for tensor, value in zip(self.tensors, self.parts(packed)):
                 tensor.data.copy_(value)  # not counted: a pass before may have kept it
+
+    def copies(self) -> list[Tensor]:
+        """A copy of each."""
+        return list(torch._foreach_mul(list(self.tensors), 1.0))  # pyright: ignore[reportPrivateImportUsage]
 
     def parts(self, packed: list[Tensor]) -> list[Tensor]:
         """Views of what `pack` gave, in the shapes and the order of the tensors."""
@@ -149,6 +154,7 @@ class _Backward(NamedTuple):
         found: These gradients, written by the graph.
         buffers: Of the model; the forward pass changes them.
         before: What they held before it, packed.
+        early: Event of the forward pass, when the report is on the host; None: at its end.
     """
 
     modes: list[Any]
@@ -161,6 +167,7 @@ class _Backward(NamedTuple):
     found: _Packed
     buffers: _Packed
     before: list[Tensor]
+    early: Any
 
 
 class Graphed(Graphs):
@@ -215,18 +222,23 @@ class Graphed(Graphs):
         own = {name: p.detach().requires_grad_(p.requires_grad) for name, p in params.items()}
         inputs = [places.feats, *own.values()]
         on_host: list[Tensor] = []
+        early = _event_of_graphs()
 
         def call(x: SparseTensor) -> Any:
             with _lent(self.model, {id(p): own[name] for name, p in params.items()}):
                 return self.model(x)
 
-        def forward() -> tuple[Any, Growth, list[Tensor]]:
-            before = buffers.pack()
-            with autocast_without_cache():
-                output, growth, report = padded(call, x, *places, rooms, wishes)
+        def deliver(report: Tensor) -> None:
             if not on_host:  # the first run compiles, and fills what is made once per process
                 on_host.append(torch.empty(report.shape, dtype=report.dtype, pin_memory=True))
             on_host[0].copy_(report, non_blocking=True)
+            if early is not None:
+                early.record()
+
+        def forward() -> tuple[Any, Growth, list[Tensor]]:
+            before = buffers.pack()
+            with autocast_without_cache():
+                output, growth, _ = padded(call, x, *places, rooms, wishes, deliver)
             return output, growth, before
 
         def backward(output: Any, grads: list[Tensor]) -> list[Tensor | None]:
@@ -260,7 +272,7 @@ class Graphed(Graphs):
             _modes(bucket), back, list(outputs.values()), grads, [0] * len(grads),
             list(params.values()),
             [place for place, t in enumerate(found) if t is not None],
-            _Packed([t for t in found if t is not None]), buffers, before,
+            _Packed([t for t in found if t is not None]), buffers, before, early,
         )  # fmt: skip
         return bucket
 
@@ -269,13 +281,22 @@ class Graphed(Graphs):
         self.turn += 1
         self.spent = False
         passes: _Backward = bucket.more
+        bucket.report.fill_(UNSEEN)
         served = False
         try:
             served, result = super()._replay(bucket, x)
         finally:
             if not served:  # as if it had not been tried
                 passes.buffers.unpack(passes.before)
+                torch.cuda.current_stream().synchronize()  # it may be gone before it has ended
         return served, result
+
+    def _await(self, bucket: Bucket) -> None:
+        early = bucket.more.early
+        if early is not None:
+            early.synchronize()
+        if early is None or UNSEEN in bucket.report.tolist():
+            super()._await(bucket)
 
     def _fill(self, bucket: Bucket, x: SparseTensor) -> None:
         filled, n = bucket.filled, x.coords.shape[0]
@@ -343,11 +364,21 @@ class _Pass(torch.autograd.Function):
         _bring(grads, passes)
         passes.graph.replay()
         found: list[Tensor | None] = [None] * (1 + len(passes.params))
-        for place, grad in zip(passes.places, passes.found.parts(passes.found.pack())):
+        for place, grad in zip(passes.places, passes.found.copies()):
             found[place] = grad
         if found[0] is not None:
             found[0] = found[0][: ctx.rows]
         return None, *found
+
+
+def _event_of_graphs() -> Any:
+    """An event that a graph records whenever it is replayed; None where PyTorch has none."""
+    if torch.version.hip:
+        return None
+    try:
+        return torch.cuda.Event(external=True)
+    except TypeError:  # before 2.9, about
+        return None
 
 
 def _bring(grads: Sequence[Tensor], passes: _Backward) -> None:

@@ -334,8 +334,17 @@ def test_planned_sizes_use_the_notes_of_the_pass_before(device, built):
             want = net(fresh(x)).feats
         coords, feats, count = placed(x, 128)
         rooms = [Room(128, True) for _ in range(len(seen.levels))]
-        output, growth, report = padded(net, x, coords, feats, count, rooms, seen.wishes)
+        ends: list[Any] = []
+        told: list[tuple[int, torch.Tensor]] = []
+        hook = net.stem.register_forward_hook(lambda *ends_with: ends.append(ends_with))
+        output, growth, report = padded(
+            net, x, coords, feats, count, rooms, seen.wishes,
+            lambda report: told.append((len(ends), report)),
+        )  # fmt: skip
+        hook.remove()
         assert built == [5]
+        # All levels were there, and said so, before the first layer went on.
+        assert len(told) == len(ends) == 1 and told[0][0] == 0 and told[0][1] is report
         assert torch.equal(output.feats[: len(want)], want)
         sites = report[:-1].view(-1, 4)[:, 0].tolist()
         assert sites == [level.sites for level in seen.levels]

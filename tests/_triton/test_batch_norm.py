@@ -188,6 +188,47 @@ def test_rows_apart_in_memory(device):
     assert all(torch.equal(a, b) for a, b in zip(got, want))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize(("begin", "wide"), [(0, 40), (8, 40), (3, 40), (8, 37)])
+def test_gradients_of_a_part_of_the_channels(begin, wide, dtype, device):
+    """As `torch.cat` gives them: parts of wider rows, aligned or not."""
+    p = problem((60, 24), dtype, device)
+    moments = moments_of(p["feats"])
+    whole = torch.full((60, wide), torch.nan, dtype=dtype, device=device)
+    whole[:, begin : begin + 24] = p["grad"]
+    part = {**p, "grad": whole[:, begin : begin + 24]}
+    got, want = (gradients(batch_norm, q, moments, 3, True, 0.0) for q in (part, p))
+    assert all(torch.equal(a, b) for a, b in zip(got, want))
+
+
+@pytest.mark.parametrize("real", [0, 1, 37, 60])
+def test_rows_of_padding_are_not_read(real, device):
+    """Whatever they hold: results are those of the real rows, and zeros."""
+    p = problem((60, 12), torch.float16, device)
+    limit = torch.tensor([real], device=device)
+    moments = moments_of(p["feats"])
+    poisoned, cut = {}, {}
+    for name, value in p.items():
+        rows = value.dim() == 2
+        cut[name] = value[:real] if rows else value
+        poisoned[name] = value.clone()
+        if rows:
+            poisoned[name][real:] = torch.nan
+    args = [(q["feats"], moments, q["weight"], q["bias"], q["residual"], 0.0)
+            for q in (poisoned, cut)]  # fmt: skip
+    outs = batch_norm.normalise(*args[0], limit), batch_norm.normalise(*args[1])
+    found = []
+    for q, out, own in zip((poisoned, cut), outs, (limit, None)):
+        given = q["grad"], q["feats"], moments, q["weight"], q["bias"], out, 0.0
+        means, *rest = batch_norm.grad_sums(*given, own)
+        found.append((*rest, *batch_norm.grad_rows(*given, means, True, own)))
+    for got, want in zip((outs[0], *found[0]), (outs[1], *found[1])):
+        if got.dim() == 2:
+            assert not got[real:].any()
+            got = got[:real]
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-5 if got.dim() == 1 else 0)
+
+
 @on_gpu
 @pytest.mark.parametrize("channels", [32, 96, 256])
 def test_large_scenes(channels, device):

@@ -150,6 +150,7 @@ def points(gpu: torch.device) -> None:
             grid.sum().backward()
             crowded = coords % torch.tensor([2, 8, 8, 8], device=gpu, dtype=torch.int32)
             to_dense(mean.detach(), crowded, (2, 8, 8, 8))
+            to_dense(mean.detach()[:, :0], coords, (2, 64, 64, 24))  # cells alone
         clouds = (
             coords[:, 1:],
             coords[:, 1:].double() / 3,

@@ -256,25 +256,26 @@ def _normalise_kernel(
     block, col, blocks = _place(width, COLS)
     row = (blocks - 1 - block).to(tl.int64) * ROWS + tl.arange(0, ROWS)  # from the end
     mask = (row < n)[:, None] & (col < width)[None, :]
+    real = (row < real_rows(n, limit))[:, None] & (col < width)[None, :]
     at = row[:, None] * width + col[None, :]
-    value = tl.load(feats + at, mask=mask, other=0).to(tl.float32)
+    value = tl.load(feats + at, mask=real, other=0).to(tl.float32)
     mean, scale, shift = _columns(moments, weight, bias, col, width)
     value = (value - mean[None, :]) * scale[None, :] + shift[None, :]
     if residual is not None:
-        value += tl.load(residual + at, mask=mask, other=0).to(tl.float32)
+        value += tl.load(residual + at, mask=real, other=0).to(tl.float32)
     if ACT == 1:  # NaN stays NaN, -inf becomes 0
         value = tl.where(value < 0, 0.0, value)
     if ACT == 2:
         value = tl.where(value < 0, value * slope, value)
-    value = _unpadded(value, row, n, limit)
+    value = _unpadded(value, real, limit)
     tl.store(out + at, value.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def _unpadded(value, row, n, limit):
+def _unpadded(value, real, limit):
     """Zeros in rows of padding."""
     if limit is not None:
-        value = tl.where((row < real_rows(n, limit))[:, None], value, 0.0)
+        value = tl.where(real, value, 0.0)
     return value
 
 
@@ -291,14 +292,15 @@ def grad_sums(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Means [2, C] for `grad_rows`, gradients of weight and bias."""
     n, channels = feats.shape
-    feats, grad, out = feats.contiguous(), grad.contiguous(), _rows(out)
+    feats, out = feats.contiguous(), _rows(out)
     cut, act = _cut(n, channels, feats.element_size()), _kind(slope)
     tile = cut.tile
+    grad, apart = _parted(grad, tile)
     partial = torch.empty((2, cut.shares, channels), dtype=torch.float32, device=feats.device)
     _run(
         _sums_kernel, cut.sums, cut.grid,
         (grad, feats, moments, _rows(weight), _rows(bias), out, partial, limit),
-        (slope or 0.0, n, tile.units), ACT=act,
+        (slope or 0.0, n, tile.units, apart), ACT=act,
     )  # fmt: skip
     means = torch.empty_like(moments)
     grad_weight = None if weight is None else torch.empty_like(weight)
@@ -308,6 +310,23 @@ def grad_sums(
         (partial, moments, means, grad_weight, grad_bias, limit), (n, cut.shares, tile.units),
     )  # fmt: skip
     return means, grad_weight, grad_bias
+
+
+def _parted(grad: Tensor, tile: Tile) -> tuple[Tensor, int]:
+    """A gradient, and units from row to row. The gradient of `torch.cat` has parts of wider rows,
+    which are read where they lie."""
+    apart, along = grad.stride()
+    whole = tile.units * tile.unit
+    if along != 1 or apart < whole or apart % tile.unit or grad.data_ptr() % 16:
+        return grad.contiguous(), tile.units
+    return grad, apart // tile.unit
+
+
+@triton.jit
+def _gradient(grad, row, col, mask, apart, UNIT: tl.constexpr):
+    """Of rows that lie ``apart`` units from each other."""
+    at = row[:, None] * (apart * UNIT) + col[None, :]
+    return tl.load(grad + at, mask=mask, other=0).to(tl.float32)
 
 
 @triton.jit
@@ -325,9 +344,9 @@ def _passed(grad, value, out, at, mask, mean, scale, shift, slope, ACT: tl.const
     return grad
 
 
-@triton.jit(do_not_specialize=["n", "units"])
+@triton.jit(do_not_specialize=["n", "units", "apart"])
 def _sums_kernel(
-    grad, feats, moments, weight, bias, out, partial, limit, slope, n, units,
+    grad, feats, moments, weight, bias, out, partial, limit, slope, n, units, apart,
     ACT: tl.constexpr, UNIT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     """partial[0, s], [1, s]: sums of g and of g * (x - mean) over share s."""
@@ -342,7 +361,7 @@ def _sums_kernel(
     for _ in range(_steps(n, share, shares, ROWS)):
         mask = (row < n)[:, None] & inside[None, :]
         at = row[:, None] * width + col[None, :]
-        g = tl.load(grad + at, mask=mask, other=0).to(tl.float32)
+        g = _gradient(grad, row, col, mask, apart, UNIT)
         value = tl.load(feats + at, mask=mask, other=0).to(tl.float32)
         g = _passed(g, value, out, at, mask, mean, scale, shift, slope, ACT)
         total += g
@@ -393,40 +412,42 @@ def grad_rows(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of feats and residual."""
     n, channels = feats.shape
-    feats, grad, out = feats.contiguous(), grad.contiguous(), _rows(out)
+    feats, out = feats.contiguous(), _rows(out)
     grad_feats = None if means is None else torch.empty_like(feats)
     grad_residual = torch.empty_like(feats) if residual else None
     cut, act = _cut(n, channels, feats.element_size()), _kind(slope)
     tile = cut.wide
+    grad, apart = _parted(grad, tile)
     _run(
         _rows_kernel, cut.passes, cut.wide_grid,
         (grad, feats, moments, _rows(weight), _rows(bias), out, means, grad_feats, grad_residual,
          limit),
-        (slope or 0.0, n, tile.units), ACT=act,
+        (slope or 0.0, n, tile.units, apart), ACT=act,
     )  # fmt: skip
     return grad_feats, grad_residual
 
 
-@triton.jit(do_not_specialize=["n", "units"])
+@triton.jit(do_not_specialize=["n", "units", "apart"])
 def _rows_kernel(
     grad, feats, moments, weight, bias, out, means, grad_feats, grad_residual, limit, slope, n,
-    units,
+    units, apart,
     ACT: tl.constexpr, UNIT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     width = units * UNIT
     block, col, blocks = _place(width, COLS)
     row = (blocks - 1 - block).to(tl.int64) * ROWS + tl.arange(0, ROWS)  # from the end
     mask = (row < n)[:, None] & (col < width)[None, :]
+    real = (row < real_rows(n, limit))[:, None] & (col < width)[None, :]
     at = row[:, None] * width + col[None, :]
-    g = tl.load(grad + at, mask=mask, other=0).to(tl.float32)
-    value = tl.load(feats + at, mask=mask, other=0).to(tl.float32)
+    g = _gradient(grad, row, col, real, apart, UNIT)
+    value = tl.load(feats + at, mask=real, other=0).to(tl.float32)
     mean, scale, shift = _columns(moments, weight, bias, col, width)
-    g = _unpadded(_passed(g, value, out, at, mask, mean, scale, shift, slope, ACT), row, n, limit)
+    g = _unpadded(_passed(g, value, out, at, real, mean, scale, shift, slope, ACT), real, limit)
     if grad_residual is not None:
         tl.store(grad_residual + at, g.to(grad_residual.dtype.element_ty), mask=mask)
     if grad_feats is not None:
         plain = tl.load(means + col, mask=col < width, other=0)
         along = tl.load(means + width + col, mask=col < width, other=0)
         value = scale[None, :] * (g - plain[None, :] - (value - mean[None, :]) * along[None, :])
-        value = _unpadded(value, row, n, limit)
+        value = _unpadded(value, real, limit)
         tl.store(grad_feats + at, value.to(grad_feats.dtype.element_ty), mask=mask)

@@ -134,7 +134,7 @@ def _unpack_padded(filled: _Filled, growing: Growth, room: Planned) -> tuple[Ten
     rows, narrow = room
     if growing.guess:
         return _unpack(filled, rows, narrow, None)
-    growing.infos.append(filled.info)
+    growing.created(filled.info)
     count = filled.info[:1]
     sites, index = _unpack(filled, rows, narrow, count)
     mark_rows(sites, count)
