@@ -21,7 +21,8 @@ from torchsparse._reference import conv as reference
 
 CPU = torch.device("cpu")
 KEY = _tuned.key("fwd", 70_000, 64, 96, 27, "float16", "ieee", "sm_90")
-ENTRY = (64, 128, 64, 3, 4, 1)
+ENTRY, OTHER = (64, 128, 64, 3, 4, 1), (128, 128, 64, 3, 8, 1)
+THIN, DENSE = (_tuned.filed(KEY, pairs, 27 * 70_000) for pairs in (240_000, 1_200_000))
 
 
 @pytest.fixture(autouse=True)
@@ -39,7 +40,7 @@ def file() -> Path:
 
 
 def content(**changes: Any) -> str:
-    good = {"format": 1, "machine": _tuned.machine(CPU), "entries": {KEY: list(ENTRY)}}
+    good = {"format": 2, "machine": _tuned.machine(CPU), "entries": [[THIN, list(ENTRY)]]}
     return json.dumps(good | changes)
 
 
@@ -62,6 +63,59 @@ def test_every_part_of_a_key_counts() -> None:
     assert len(names) == 1 + len(parts)
 
 
+def test_densities_of_one_power_of_two_share_a_name() -> None:
+    assert (THIN, DENSE) == (f"{KEY}/d3", f"{KEY}/d1")
+    found = {pairs: _tuned.filed("key", pairs, 1 << 20) for pairs in (1 << 20, 700_000, 99_000)}
+    assert list(found.values()) == ["key/d0", "key/d1", "key/d3"]
+    assert _tuned.filed("key", 27, 27 * 27) == "key/d5"  # nothing but the middle tap
+    few = {_tuned.filed("key", pairs, 1 << 20) for pairs in (0, 1, 2048)}
+    assert few == {"key/d9"} and _tuned.filed("key", 0, 0) == "key/d9"
+
+
+# ------------------------------------------------------------------ densities
+def test_two_densities_lie_side_by_side_and_the_last_tuned_serves() -> None:
+    _tuned.record({THIN: ENTRY}, CPU)
+    _tuned.record({DENSE: OTHER}, CPU)
+    for _ in ("in memory", "from the file"):
+        assert _tuned.recorded(CPU) == {THIN: ENTRY, DENSE: OTHER}
+        assert (_tuned.measured(THIN, CPU), _tuned.measured(DENSE, CPU)) == (ENTRY, OTHER)
+        assert _tuned.measured(f"{KEY}/d2", CPU) is None
+        assert _tuned.lookup(KEY, CPU) == OTHER and _tuned.entries(CPU) == {KEY: OTHER}
+        _tuned.forget()
+
+
+def test_an_entry_that_is_recorded_again_goes_in_front() -> None:
+    _tuned.record({THIN: ENTRY, DENSE: OTHER}, CPU)
+    before = _tuned.generation()
+    _tuned.record({THIN: ENTRY}, CPU)
+    assert _tuned.lookup(KEY, CPU) == ENTRY and _tuned.generation() != before
+    before = _tuned.generation()
+    _tuned.record({THIN: ENTRY}, CPU)
+    assert _tuned.generation() == before  # nothing has another answer
+    _tuned.forget()
+    assert _tuned.lookup(KEY, CPU) == ENTRY
+    assert list(_tuned.recorded(CPU).items()) == [(DENSE, OTHER), (THIN, ENTRY)]
+
+
+def test_what_is_put_in_front_without_writing_is_so_in_this_process_alone() -> None:
+    _tuned.record({THIN: ENTRY, DENSE: OTHER}, CPU)
+    _tuned.record({THIN: ENTRY}, CPU, write=False)
+    assert _tuned.lookup(KEY, CPU) == ENTRY
+    _tuned.forget()
+    assert _tuned.lookup(KEY, CPU) == OTHER
+
+
+def test_trying_nothing_hides_all_densities() -> None:
+    _tuned.record({THIN: ENTRY, DENSE: OTHER}, CPU, write=False)
+    with _tuned.trying({KEY: None}, CPU):
+        assert _tuned.lookup(KEY, CPU) is _tuned.measured(THIN, CPU) is None
+        assert _tuned.measured(DENSE, CPU) is None and _tuned.entries(CPU) == {}
+    with _tuned.trying({KEY: (1, 2)}, CPU):
+        assert _tuned.lookup(KEY, CPU) == (1, 2)
+        assert _tuned.recorded(CPU) == {THIN: ENTRY, DENSE: OTHER}  # a trial is no measurement
+    assert _tuned.lookup(KEY, CPU) == _tuned.measured(DENSE, CPU) == OTHER
+
+
 # ------------------------------------------------------------------ to disk and back
 def test_nothing_is_known_at_first_and_nothing_is_written() -> None:
     assert _tuned.lookup(KEY, CPU) is None
@@ -69,14 +123,14 @@ def test_nothing_is_known_at_first_and_nothing_is_written() -> None:
 
 
 def test_what_is_recorded_is_there_in_the_next_process(folder: Path) -> None:
-    _tuned.record({KEY: ENTRY}, CPU)
+    _tuned.record({THIN: ENTRY}, CPU)
     _tuned.forget()
     assert _tuned.lookup(KEY, CPU) == ENTRY
     assert os.listdir(folder) == [file().name]  # no lock, no partial file
 
 
 def test_what_is_not_to_be_written_is_not() -> None:
-    _tuned.record({KEY: ENTRY}, CPU, write=False)
+    _tuned.record({THIN: ENTRY}, CPU, write=False)
     assert _tuned.lookup(KEY, CPU) == ENTRY and not file().exists()
     _tuned.forget()
     assert _tuned.lookup(KEY, CPU) is None
@@ -84,9 +138,10 @@ def test_what_is_not_to_be_written_is_not() -> None:
 
 def test_a_writer_keeps_what_another_process_wrote() -> None:
     assert _tuned.lookup(KEY, CPU) is None  # this process has read an empty table
-    file().write_text(content(entries={"other": [1, 2]}))
-    _tuned.record({KEY: ENTRY}, CPU)
+    file().write_text(content(entries=[["other/d2", [1, 2]], [DENSE, list(OTHER)]]))
+    _tuned.record({THIN: ENTRY}, CPU)
     _tuned.forget()
+    assert _tuned.recorded(CPU) == {"other/d2": (1, 2), DENSE: OTHER, THIN: ENTRY}
     assert _tuned.entries(CPU) == {"other": (1, 2), KEY: ENTRY}
 
 
@@ -96,19 +151,23 @@ def test_a_writer_keeps_what_another_process_wrote() -> None:
         ("", "cannot be read"),
         (content()[:-40], "cannot be read"),
         ("\x80\x04\x95 a pickle", "cannot be read"),
-        ("[1, 2]", "expected format 1"),
+        ("[1, 2]", "expected format 2"),
         ("[" * 100_000, "cannot be read"),
-        (content(format=2), "expected format 1, got 2"),
-        (content(entries={KEY: "64"}), "damaged"),
-        (content(entries={KEY: [64, -1]}), "damaged"),
-        (content(entries={KEY: [64, 1 << 40]}), "damaged"),
-        (content(entries={KEY: [True]}), "damaged"),
-        (content(entries=[KEY]), "damaged"),
+        (content(format=3), "expected format 2, got 3"),
+        (content(format=1, entries={KEY: list(ENTRY)}), "expected format 2, got 1"),
+        (content(entries=[[THIN, "64"]]), "damaged"),
+        (content(entries=[[THIN, [64, -1]]]), "damaged"),
+        (content(entries=[[THIN, [64, 1 << 40]]]), "damaged"),
+        (content(entries=[[THIN, [True]]]), "damaged"),
+        (content(entries=[[THIN]]), "damaged"),
+        (content(entries=[[3, [64]]]), "damaged"),
+        (content(entries=[THIN]), "damaged"),
+        (content(entries={THIN: list(ENTRY)}), "damaged"),
         (content(machine={"device": "another"}), "another machine"),
         (content(machine=_tuned.machine(CPU) | {"torch": "0.1"}), "other versions"),
         (content(machine=_tuned.machine(CPU) | {"sources": "0"}), "other versions"),
     ],
-    ids=range(14),
+    ids=range(18),
 )
 def test_a_file_that_is_not_ours_is_ignored_with_one_warning(text: str, reason: str) -> None:
     file().write_bytes(text.encode("latin-1"))
@@ -118,7 +177,7 @@ def test_a_file_that_is_not_ours_is_ignored_with_one_warning(text: str, reason: 
     assert len(caught) == 1
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        _tuned.record({KEY: ENTRY}, CPU)  # writes a new one
+        _tuned.record({THIN: ENTRY}, CPU)  # writes a new one
         _tuned.forget()
         assert _tuned.entries(CPU) == {KEY: ENTRY}
 
@@ -129,14 +188,14 @@ def test_a_folder_that_cannot_be_written_costs_a_warning(
     (folder / "file").touch()
     monkeypatch.setenv(_tuned.VARIABLE, str(folder / "file" / "below"))
     with pytest.warns(UserWarning, match="cannot be written"):
-        _tuned.record({KEY: ENTRY}, CPU)
+        _tuned.record({THIN: ENTRY}, CPU)
     assert _tuned.lookup(KEY, CPU) == ENTRY
 
 
 def test_the_variable_names_the_folder_or_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(_tuned.VARIABLE, "")
     assert _tuned.file_of(CPU) is None
-    _tuned.record({KEY: ENTRY}, CPU)
+    _tuned.record({THIN: ENTRY}, CPU)
     assert _tuned.lookup(KEY, CPU) == ENTRY
     monkeypatch.delenv(_tuned.VARIABLE)
     monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
@@ -150,40 +209,46 @@ def test_another_version_has_another_file(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_a_thousand_entries_load_in_ten_milliseconds() -> None:
-    names = [
-        _tuned.key("fwd", 1 << 20, c, 64, 27, "float16", "ieee", "sm_90") for c in range(1000)
-    ]
-    _tuned.record(dict.fromkeys(names, ENTRY), CPU)
+    names = [_tuned.key("fwd", 1 << 20, c, 64, 27, "float16", "ieee", "sm_90") for c in range(500)]
+    found = [_tuned.filed(name, pairs, 8) for pairs in (1, 4) for name in names]
+    _tuned.record(dict.fromkeys(found, ENTRY), CPU)
     best = 1.0
     for _ in range(5):
         _tuned.forget()
         start = time.perf_counter()
         assert _tuned.lookup(names[7], CPU) == ENTRY
         best = min(best, time.perf_counter() - start)
-    assert len(_tuned.entries(CPU)) == 1000
+    assert (len(_tuned.recorded(CPU)), len(_tuned.entries(CPU))) == (1000, 500)
     assert best < 0.01, best
 
 
 WRITER = """
 import sys, torch
 from torchsparse import _tuned
-who = sys.argv[1]
+who, density = sys.argv[1:]
 for number in range(25):
-    _tuned.record({f"{who}/{number}": (number,)}, torch.device("cpu"))
+    found = {f"{who}/{number}/d3": (number,), f"both/d{density}": (number, int(density))}
+    _tuned.record(found, torch.device("cpu"))
 """
 
 
 def test_two_processes_write_at_once_and_nothing_is_lost() -> None:
-    writers = [subprocess.Popen([sys.executable, "-c", WRITER, who]) for who in ("one", "two")]
+    writers = [
+        subprocess.Popen([sys.executable, "-c", WRITER, who, density])
+        for who, density in (("one", "1"), ("two", "2"))
+    ]
     seen = 0
     while any(writer.poll() is None for writer in writers):
         if file().exists():
             seen += 1
-            assert json.loads(file().read_text())["format"] == 1  # whole at any moment
+            assert json.loads(file().read_text())["format"] == 2  # whole at any moment
         time.sleep(0.002)
     assert [writer.returncode for writer in writers] == [0, 0] and seen
     names = {f"{who}/{number}" for who in ("one", "two") for number in range(25)}
-    assert set(_tuned.entries(CPU)) == names
+    assert set(_tuned.entries(CPU)) == names | {"both"}
+    assert [_tuned.measured(f"both/d{density}", CPU) for density in (1, 2)] == [(24, 1), (24, 2)]
+    last, entry = list(_tuned.recorded(CPU).items())[-1]  # of whoever wrote last
+    assert last in ("both/d1", "both/d2") and _tuned.lookup("both", CPU) == entry
 
 
 def test_the_lock_of_a_dead_process_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -191,11 +256,11 @@ def test_the_lock_of_a_dead_process_is_broken(monkeypatch: pytest.MonkeyPatch) -
     lock.touch()
     os.utime(lock, (time.time() - 60, time.time() - 60))
     start = time.monotonic()
-    _tuned.record({KEY: ENTRY}, CPU)
+    _tuned.record({THIN: ENTRY}, CPU)
     assert time.monotonic() - start < 1 and not lock.exists()
     monkeypatch.setattr(_tuned, "PATIENCE", 0.05)
     lock.touch()  # somebody works, for longer than we wait: their lock stays
-    _tuned.record({"more": (1,)}, CPU)
+    _tuned.record({"more/d0": (1,)}, CPU)
     assert lock.exists()
     _tuned.forget()
     assert set(_tuned.entries(CPU)) == {KEY, "more"}
@@ -215,7 +280,7 @@ def test_choosing_prefers_the_measured_entry_of_the_right_length() -> None:
 
 
 def test_trying_puts_everything_back_after_an_exception() -> None:
-    _tuned.record({KEY: ENTRY}, CPU, write=False)
+    _tuned.record({THIN: ENTRY}, CPU, write=False)
     with pytest.raises(RuntimeError), _tuned.trying({KEY: None, "new": (1,)}, CPU):
         assert _tuned.entries(CPU) == {"new": (1,)}
         raise RuntimeError
@@ -224,7 +289,7 @@ def test_trying_puts_everything_back_after_an_exception() -> None:
 
 def test_every_change_makes_a_new_generation() -> None:
     seen = [_tuned.generation()]
-    _tuned.record({KEY: ENTRY}, CPU, write=False)
+    _tuned.record({THIN: ENTRY}, CPU, write=False)
     seen.append(_tuned.generation())
     with _tuned.trying({KEY: None}, CPU):
         seen.append(_tuned.generation())
@@ -244,7 +309,7 @@ def deterministic() -> Iterator[None]:
 
 
 def test_deterministic_mode_knows_nothing(deterministic: None) -> None:
-    _tuned.record({KEY: ENTRY}, CPU, write=False)
+    _tuned.record({THIN: ENTRY}, CPU, write=False)
     assert _tuned.lookup(KEY, CPU) is None and _tuned.generation() == -1
 
 

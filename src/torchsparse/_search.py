@@ -120,6 +120,18 @@ class _Use(NamedTuple):
             recipe.precision,
         )  # fmt: skip
 
+    @property
+    def pairs(self) -> int:
+        """Of its map."""
+        return int(self.site.kmap.counts.sum())
+
+    @property
+    def places(self) -> int:
+        """Taps times output rows of the product; for a weight gradient, of the map."""
+        (n, m), kmap = self.site.rows, self.site.kmap
+        rows = {"fwd": m, "dgrad": n, "wgrad": kmap.num_outputs}
+        return kmap.geometry.volume * rows[self.kind]
+
     def planner(self) -> tuple[Any, Callable[[], Any]]:
         """(key, make) of its plan."""
         site, recipe = self.site, self.recipe
@@ -222,7 +234,7 @@ class Search:
         backward: Time both gradients, too.
         seconds: About how long it may take; choices have half of it, tiles the rest.
         prune: Give up choices that were slow on the first sample.
-        again: Ask questions that this machine has answered before.
+        again: Ask questions that this machine has answered before, for maps of this density.
         tick: Called after each timing.
     """
 
@@ -239,8 +251,10 @@ class Search:
         self.device, self.allowed, self.prune = device, allowed, prune
         self.kinds = ("fwd", "dgrad", "wgrad") if backward else ("fwd",)
         self.groups: dict[tuple[str, ...], Group] = {}
-        self.entries: dict[str, _tuned.Entry] = {}  # answers of this search
+        self.entries: dict[str, _tuned.Entry] = {}  # answers of this search, by key
         self.replaced: dict[str, _tuned.Entry] = {}  # what was answered before, where it differs
+        self.known: dict[str, _tuned.Entry] = {}  # answers that this machine had
+        self.filed: dict[str, str] = {}  # as what each of both is filed
         self.gained = 0.0  # seconds that they save per sample, of `launches`
         self.launches = 0.0
         self._again, self._tick = again, tick
@@ -254,6 +268,11 @@ class Search:
     def done(self) -> bool:
         """Whether time is up or nothing has changed for some samples."""
         return self._calm >= SETTLED or self._left() <= 0
+
+    @property
+    def results(self) -> dict[str, _tuned.Entry]:
+        """All answers for this network, as filed: of this search, else what was known."""
+        return {self.filed[name]: entry for name, entry in (self.known | self.entries).items()}
 
     def _left(self, share: float = 1.0) -> float:
         return self._start + share * self._seconds - time.monotonic()
@@ -391,14 +410,14 @@ class Search:
                 seconds = self._time(_fresh(same[0]).ready(self._operands))
             total += len(same) * seconds
             for name, question in heard.items():
-                if name not in self.entries and (
-                    self._again or _tuned.lookup(name, self.device) is None
-                ):
-                    entry = asked.setdefault(name, _Asked(question, [], 0.0))
-                    entry.uses.append((same[0], len(same)))
-                    asked[name] = entry._replace(seconds=entry.seconds + len(same) * seconds)
+                if name in self.entries or (name in self.known and not self._again):
+                    continue
+                entry = asked.setdefault(name, _Asked(question, [], 0.0))
+                entry.uses.append((same[0], len(same)))
+                asked[name] = entry._replace(seconds=entry.seconds + len(same) * seconds)
             if self._left() <= 0:
-                return
+                break
+        asked = self._unknown(asked)
         ranked = [entry for entry in asked.values() if entry.seconds > SMALL * total]
         ranked.sort(key=lambda entry: -entry.seconds)
         for first in range(0, len(ranked), BATCH):
@@ -417,6 +436,23 @@ class Search:
                     return
                 rest = [u for e in asked.values() if e is not entry for u, _ in e.uses]
                 self._answer(entry, rest)
+
+    def _unknown(self, asked: dict[str, _Asked]) -> dict[str, _Asked]:
+        """What this machine has not answered at this density; the answers that it has serve.
+
+        With `again` all remain, and what is known is what others are compared with.
+        """
+        unknown = {}
+        for name, entry in asked.items():
+            filed, question = entry.filed, entry.question
+            known = _tuned.measured(filed, self.device)
+            if known is not None:
+                self.known[name], self.filed[name] = known, filed
+                _tuned.record({filed: known}, self.device, write=False)
+                question = question._replace(answer=known)
+            if known is None or self._again:
+                unknown[name] = entry._replace(question=question)
+        return unknown
 
     def _compile(self, launches: list[tuple[_Use, dict[str, _tuned.Entry]]]) -> None:
         """Compile what products launch under the given answers; on a GPU that takes seconds."""
@@ -458,10 +494,10 @@ class Search:
             least = self._launch_cost(entry, best, rest)
             if least >= MARGIN * before:
                 best, least = answer, before
-        self.entries[name] = best
+        self.entries[name], self.filed[name] = best, entry.filed
         if best != answer:
             self.replaced.setdefault(name, answer)
-        _tuned.record({name: best}, self.device, write=False)
+        _tuned.record({entry.filed: best}, self.device, write=False)
         self.gained += before - least
         self.launches += before
 
@@ -498,6 +534,13 @@ class _Asked(NamedTuple):
     question: _tuned.Question
     uses: list[tuple[_Use, int]]  # and how many layers are alike
     seconds: float  # of them all
+
+    @property
+    def filed(self) -> str:
+        """Its name at the density of the maps; each counts as often as it is launched on."""
+        pairs = sum(count * use.pairs for use, count in self.uses)
+        places = sum(count * use.places for use, count in self.uses)
+        return _tuned.filed(self.question.name, pairs, places)
 
 
 def _fresh(use: _Use) -> _Use:

@@ -3,12 +3,18 @@
 A table per device lies over the shipped choices of `_triton.tiles` and `_reference.conv`. It is
 read from disk when a computation first asks, and written by `torchsparse.tune` alone. A file holds
 
-    {"format": 1, "machine": {...}, "entries": {"fwd/17/64/64/27/float16/ieee/sm_90": [64, ...]}}
+    {"format": 2, "machine": {...},
+     "entries": [["fwd/17/64/64/27/float16/ieee/sm_90/d3", [64, ...]], ...]}
 
 and counts only if format and machine are as expected: it depends on this package and the source of
 its kernels, on PyTorch, Triton, the device and its driver. Each combination has its own file, so
 that environments which share a home do not overwrite each other. With
 ``torch.use_deterministic_algorithms(True)`` the shipped choices serve.
+
+An entry is filed under what a launch can say of itself, its `key`, and the density of the maps
+that it was measured on. A launch on a GPU cannot say the latter: the host knows the number of
+pairs only after waiting for it, and what depends on when it arrives would change the bits of
+results. So, of the entries of a key, the one recorded last serves; files keep this order.
 
 TORCHSPARSE_TUNED names another folder; set to nothing, it keeps tables in memory.
 """
@@ -17,6 +23,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import platform
 import time
@@ -40,7 +47,9 @@ __all__ = [
     "choose",
     "entries",
     "file_of",
+    "filed",
     "forget",
+    "from_rows",
     "generation",
     "heard",
     "key",
@@ -48,18 +57,31 @@ __all__ = [
     "locked",
     "lookup",
     "machine",
+    "measured",
     "record",
+    "recorded",
+    "rows",
     "trying",
 ]
 
-FORMAT = 1
+FORMAT = 2
 VARIABLE = "TORCHSPARSE_TUNED"
 LARGEST = 1 << 24  # no field of an entry is larger
+SPARSEST = 9  # densities below 2^-9 count as 2^-9
 STALE = 10.0  # seconds after which a lock belongs to a process that died
 PATIENCE = 5.0  # seconds to wait for a lock
 
 Entry = tuple[int, ...]
-_tables: dict[tuple[str, int], dict[str, Entry]] = {}
+
+
+class _Table(NamedTuple):
+    """What is known of a device."""
+
+    measured: dict[str, Entry]  # by `filed` name, in the order of recording
+    serving: dict[str, Entry]  # by `key`: the answers of `lookup`
+
+
+_tables: dict[tuple[str, int], _Table] = {}
 _listeners: list[dict[str, Question]] = []
 _generation = 0
 
@@ -68,11 +90,10 @@ _generation = 0
 def key(
     op: str, rows: int, c_in: int, c_out: int, volume: int, dtype: str, precision: str, arch: str
 ) -> str:
-    """The name of an entry. Sizes of one power of two share it.
+    """What a launch can say of itself without waiting. Sizes of one power of two share it.
 
-    The density of a map is not part of it: on a GPU the number of pairs is known to the host only
-    after waiting for it, and what depends on when it arrives would change the bits of results.
-    What density decides, row orders and splits, is chosen per layer of a network instead.
+    The density of a map is not part of it: the host of a GPU would have to wait for it. The names
+    of entries have it: `filed`.
 
     Args:
         op: "fwd", "dgrad", "wgrad", or "layout" for plans on a CPU.
@@ -85,16 +106,40 @@ def key(
     return f"{op}/{rows.bit_length()}/{c_in}/{c_out}/{volume}/{dtype}/{precision}/{arch}"
 
 
+def filed(name: str, pairs: int, places: int) -> str:
+    """The name of an entry: a `key`, and the density of the maps that it was measured on.
+
+    The density is pairs / places, rounded to a power of two: a key with "/d3" for 1/8.
+
+    Args:
+        name: A `key`.
+        pairs: That exist in the maps.
+        places: K M, where M are the output rows of the product; several products add up.
+    """
+    level = min(round(math.log2(places / pairs)), SPARSEST) if pairs else SPARSEST
+    return f"{name}/d{level}"
+
+
+def _key_of(filed: str) -> str:
+    return filed.rpartition("/")[0]
+
+
 def generation() -> int:
     """A number that changes whenever answers of `lookup` may; for memories of its answers."""
     return -1 if torch.are_deterministic_algorithms_enabled() else _generation
 
 
 def lookup(name: str, device: torch.device) -> Entry | None:
-    """What was measured on a device under a `key`; None: nothing, or it must not count."""
+    """What serves under a `key`: the entry recorded last; None: nothing, or it must not count."""
     if torch.are_deterministic_algorithms_enabled():
         return None
-    return _table(device).get(name)
+    return _table(device).serving.get(name)
+
+
+def measured(filed: str, device: torch.device) -> Entry | None:
+    """What was measured at one density; None also where `lookup` has nothing under its `key`."""
+    known = lookup(_key_of(filed), device) is not None
+    return _table(device).measured.get(filed) if known else None
 
 
 class Question(NamedTuple):
@@ -142,8 +187,13 @@ def listening() -> Iterator[dict[str, Question]]:
 
 
 def entries(device: torch.device) -> dict[str, Entry]:
-    """A copy of the table of a device."""
-    return dict(_table(device))
+    """A copy of what serves on a device, by `key`."""
+    return dict(_table(device).serving)
+
+
+def recorded(device: torch.device) -> dict[str, Entry]:
+    """A copy of all that was measured on a device, by `filed` name, in the order of recording."""
+    return dict(_table(device).measured)
 
 
 def _place(device: torch.device) -> tuple[str, int]:
@@ -153,14 +203,19 @@ def _place(device: torch.device) -> tuple[str, int]:
     return device.type, index
 
 
-def _table(device: torch.device) -> dict[str, Entry]:
+def _table(device: torch.device) -> _Table:
     place = _place(device)
     table = _tables.get(place)
     if table is None:
         path = file_of(device)
-        table = {} if path is None else _load(path, machine(device))
-        table = _tables.setdefault(place, table)
+        found = {} if path is None else _load(path, machine(device))
+        table = _tables.setdefault(place, _Table(found, _by_key(found)))
     return table
+
+
+def _by_key(found: Mapping[str, Entry]) -> dict[str, Entry]:
+    """What serves, of entries in the order of recording: the last of each key."""
+    return {_key_of(name): entry for name, entry in found.items()}
 
 
 def _load(path: Path, expected: Mapping[str, Any]) -> dict[str, Entry]:
@@ -176,16 +231,32 @@ def _load(path: Path, expected: Mapping[str, Any]) -> dict[str, Entry]:
         return _ignored(path, f"expected format {FORMAT}, got {found!r}")
     if content.get("machine") != expected:
         return _ignored(path, "it was measured on another machine or by other versions")
-    found = content.get("entries")
-    if not isinstance(found, dict) or not all(map(_plain, found.values())):
-        return _ignored(path, "its entries are damaged")
-    return {name: tuple(value) for name, value in found.items()}
+    try:
+        return from_rows(content.get("entries"))
+    except ValueError as error:
+        return _ignored(path, str(error))
 
 
-def _plain(value: Any) -> bool:
-    return isinstance(value, list) and all(
-        type(number) is int and 0 <= number <= LARGEST for number in value
-    )
+def rows(found: Mapping[str, Entry]) -> list[list[Any]]:
+    """Entries as JSON can say them, in their order."""
+    return [[name, list(entry)] for name, entry in found.items()]
+
+
+def from_rows(rows: Any) -> dict[str, Entry]:
+    """The reverse of `rows`, checked.
+
+    Raises:
+        ValueError: They are something else.
+    """
+    if not isinstance(rows, list) or not all(map(_plain, rows)):
+        raise ValueError("its entries are damaged")
+    return {name: tuple(entry) for name, entry in rows}
+
+
+def _plain(row: Any) -> bool:
+    if not isinstance(row, list) or list(map(type, row)) != [str, list]:
+        return False
+    return all(type(number) is int and 0 <= number <= LARGEST for number in row[1])
 
 
 def _ignored(path: Path, reason: str) -> dict[str, Entry]:
@@ -197,16 +268,21 @@ def _ignored(path: Path, reason: str) -> dict[str, Entry]:
 
 # ------------------------------------------------------------------ writing
 def record(found: Mapping[str, Entry], device: torch.device, write: bool = True) -> None:
-    """Add entries to the table of a device and, if ``write``, to its file.
+    """Add entries, by `filed` name, to the table of a device and, if ``write``, to its file.
 
-    Writers take turns, and a reader sees the old file or the new one. A folder that cannot be
-    written to costs a warning; the entries then serve this process.
+    From now on they serve, also those that were there. Writers take turns, and a reader sees the
+    old file or the new one. A folder that cannot be written to costs a warning; the entries then
+    serve this process.
     """
     global _generation
     if not found:
         return
-    _table(device).update({name: tuple(value) for name, value in found.items()})
-    _generation += 1
+    table = _table(device)
+    before = dict(table.serving)
+    _append(table.measured, found)
+    table.serving.update(_by_key(found))
+    if table.serving != before:
+        _generation += 1
     path = file_of(device) if write else None
     if path is None:
         return
@@ -216,15 +292,21 @@ def record(found: Mapping[str, Entry], device: torch.device, write: bool = True)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # whoever read it was warned
                 merged = _load(path, machine(device))
-            merged.update(found)
+            _append(merged, found)
             _replace(path, machine(device), merged)
     except OSError as error:
         warnings.warn(f"{path} cannot be written ({error.strerror or error})", stacklevel=2)
 
 
-def _replace(path: Path, about: Mapping[str, Any], table: Mapping[str, Entry]) -> None:
-    rows = {name: list(table[name]) for name in sorted(table)}
-    content = {"format": FORMAT, "machine": about, "entries": rows}
+def _append(measured: dict[str, Entry], found: Mapping[str, Entry]) -> None:
+    """Put entries last, also those that were there."""
+    for name, entry in found.items():
+        measured.pop(name, None)
+        measured[name] = entry
+
+
+def _replace(path: Path, about: Mapping[str, Any], measured: Mapping[str, Entry]) -> None:
+    content = {"format": FORMAT, "machine": about, "entries": rows(measured)}
     partial = path.with_name(f"{path.name}.{os.getpid()}.{time.monotonic_ns()}")
     try:
         partial.write_text(json.dumps(content, indent=1) + "\n", "utf-8")
@@ -266,17 +348,20 @@ def locked(path: Path) -> Iterator[None]:
 # ------------------------------------------------------------------ trying
 @contextmanager
 def trying(found: Mapping[str, Entry | None], device: torch.device) -> Iterator[None]:
-    """Let entries serve for the length of a ``with`` block; None takes one away."""
+    """Let entries serve, by `key`, for the length of a ``with`` block.
+
+    None hides what was measured, at all densities.
+    """
     global _generation
-    table = _table(device)
-    saved = {name: table.get(name) for name in found}
+    serving = _table(device).serving
+    saved = {name: serving.get(name) for name in found}
 
     def put(values: Mapping[str, Entry | None]) -> None:
         for name, value in values.items():
             if value is None:
-                table.pop(name, None)
+                serving.pop(name, None)
             else:
-                table[name] = value
+                serving[name] = value
 
     put(found)
     _generation += 1

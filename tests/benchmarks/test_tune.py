@@ -63,7 +63,7 @@ def test_a_file_is_tuned_in_its_time(
 def test_a_way_holds_and_ends() -> None:
     device = torch.device("cpu")
     network = torch.nn.Sequential(spnn.Conv3d(4, 4, 3))
-    _tuned.record({"name": (1,)}, device, write=False)
+    _tuned.record({"name/d1": (1,), "name/d3": (2,)}, device, write=False)
     try:
         for name, mode, config, known in (
             ("default", 0, None, 0), ("mode 2", 2, None, 0), ("tuned", 0, {"ifsort": True}, 1),

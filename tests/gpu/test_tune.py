@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -76,6 +77,7 @@ def test_a_tuned_network_computes_the_same(half: bool, gpu: torch.device) -> Non
     assert "wgrad" in names and names <= {"fwd", "dgrad", "wgrad"}
     arch = _tuned.architecture(gpu)
     assert all(name.endswith(f"/{arch}") for name in _tuned.entries(gpu))
+    assert all(re.search(rf"/{arch}/d[0-6]$", name) for name in _tuned.recorded(gpu))
     # Other tiles sum in another order, in float32; halves round once.
     share = 4e-3 if half else 1e-4
     for got, want in zip(gradients(model, x), before):
@@ -85,9 +87,9 @@ def test_a_tuned_network_computes_the_same(half: bool, gpu: torch.device) -> Non
 def test_what_was_tuned_is_there_in_the_next_process(gpu: torch.device) -> None:
     model = network().to(gpu)
     torchsparse.tune(model, [street_of(0)], verbose=False, seconds=200)
-    known = _tuned.entries(gpu)
+    known, recorded = _tuned.entries(gpu), _tuned.recorded(gpu)
     _tuned.forget()
-    assert known and _tuned.entries(gpu) == known
+    assert known and (_tuned.entries(gpu), _tuned.recorded(gpu)) == (known, recorded)
     assert _tuned.file_of(gpu) is not None
 
 

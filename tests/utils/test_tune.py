@@ -418,7 +418,9 @@ def _changed(**layer: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (lambda content: content | {"format": "torchsparse.tune/2"}, "format"),
+        (lambda content: content | {"format": "torchsparse.tune/1"}, "format"),
+        (lambda content: content | {"entries": [["name/d3", [-1]]]}, "entries are damaged"),
+        (lambda content: {k: v for k, v in content.items() if k != "entries"}, "damaged"),
         (lambda content: content | {"layers": {}}, "other layers"),
         (lambda content: [1], "format"),
         (_changed(dataflow="Magic"), "dataflow"),
@@ -432,7 +434,7 @@ def _changed(**layer: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
         (lambda content: content | {"machine": {"device": "another"}}, "another machine"),
         (lambda content: {k: v for k, v in content.items() if k != "machine"}, "another machine"),
     ],
-    ids=range(13),
+    ids=range(15),
 )
 def test_another_file_is_retuned_with_a_warning(
     change: Callable[[Any], Any], reason: str, folder: Path
@@ -473,6 +475,129 @@ def test_a_folder_that_cannot_be_written_costs_a_warning(folder: Path) -> None:
         assert list(quiet(network())) == LAYERS
 
 
+# ------------------------------------------------------------------ densities
+FIRST, SECOND, THIRD = (8192, 1), (16384, 1), (65536, 1)  # layouts of plans on a CPU
+NAMES = {_tuned.key("layout", 0, 0, c, 0, "any", "ieee", "cpu") for c in (8, 16)}
+
+
+@pytest.fixture
+def best(monkeypatch: pytest.MonkeyPatch) -> list[_tuned.Entry]:
+    """The last of the list is the layout that takes least time; nothing is taken back."""
+    best = [FIRST]
+
+    def cost(self: Search, entry: Any, candidate: Any, rest: Any) -> float:
+        return 0.5 if candidate == best[-1] else 1.0
+
+    monkeypatch.setattr(_search, "SMALL", 0.0)
+    monkeypatch.setattr(Search, "_launch_cost", cost)
+    monkeypatch.setattr(Search, "confirm", lambda *args: None)
+    return best
+
+
+def both(best: list[_tuned.Entry]) -> None:
+    """Tune for a dense cloud, then for a thin one with another answer."""
+    for name, entry in (("block", FIRST), ("odd", SECOND)):
+        best.append(entry)
+        quiet(network(), [cloud(name)], tune_tag=name)
+
+
+def test_a_network_for_another_density_has_a_search_of_its_own(best: list[_tuned.Entry]) -> None:
+    quiet(network(), [cloud("block")], tune_tag="block")
+    dense = _tuned.recorded(CPU)
+    assert dense == dict.fromkeys(dense, FIRST)
+    assert {name.rpartition("/")[0] for name in dense} == set(_tuned.entries(CPU)) == NAMES
+    best.append(SECOND)
+    quiet(network(), [cloud("odd")], tune_tag="odd")
+    thin = {name: entry for name, entry in _tuned.recorded(CPU).items() if name not in dense}
+    assert len(thin) == len(dense) == 2 and thin == dict.fromkeys(thin, SECOND)
+    for _ in ("in memory", "from the file"):
+        assert _tuned.recorded(CPU) == dense | thin
+        assert _tuned.entries(CPU) == dict.fromkeys(NAMES, SECOND)  # tuned last
+        _tuned.forget()
+
+
+def test_what_is_known_for_a_density_is_not_measured_again_and_serves(
+    folder: Path, best: list[_tuned.Entry], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    both(best)
+    known = _tuned.recorded(CPU)
+    best.append(THIRD)
+    serving: list[Any] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(Search, "_answer", lambda *args: pytest.fail("it is known"))
+        patch.setattr(Search, "confirm", lambda *args: serving.append(_tuned.entries(CPU)))
+        tune(network(), [cloud("block")], tune_tag="again", seconds=20.0)
+    saved = [
+        json.loads((folder / ".torchsparse-tune" / tag).read_text())["entries"]
+        for tag in ("block", "again")
+    ]
+    assert sorted(saved[0]) == sorted(saved[1])
+    assert serving == [dict.fromkeys(NAMES, FIRST)]  # already when the network is judged
+    for _ in ("in memory", "from the file"):
+        assert _tuned.entries(CPU) == dict.fromkeys(NAMES, FIRST)
+        assert _tuned.recorded(CPU) == known
+        _tuned.forget()
+
+
+def test_tuning_anew_compares_with_what_is_known_for_the_density(
+    best: list[_tuned.Entry], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    both(best)
+    compared: list[_tuned.Entry] = []
+    real = Search._answer
+
+    def answer(self: Search, entry: Any, rest: Any) -> None:
+        compared.append(entry.question.answer)
+        real(self, entry, rest)
+
+    monkeypatch.setattr(Search, "_answer", answer)
+    best.append(THIRD)
+    quiet(network(), [cloud("block")], tune_tag="block", force_retune=True)
+    assert compared == [FIRST, FIRST]
+    assert sorted(_tuned.recorded(CPU).values()) == [SECOND, SECOND, THIRD, THIRD]
+    assert _tuned.entries(CPU) == dict.fromkeys(NAMES, THIRD)
+
+
+def test_a_saved_result_brings_the_entries_of_its_density(best: list[_tuned.Entry]) -> None:
+    both(best)
+    best.append(THIRD)
+    quiet(network(), [cloud("block")], tune_tag="more", force_retune=True)
+    _tuned.forget()
+    for name, entry in (("odd", SECOND), ("block", FIRST), ("odd", SECOND)):
+        quiet(network(), [], tune_tag=name)  # nothing to measure: it is loaded
+        assert _tuned.entries(CPU) == dict.fromkeys(NAMES, entry)
+    _tuned.forget()
+    assert _tuned.entries(CPU) == dict.fromkeys(NAMES, THIRD)  # the file is as it was
+
+
+def test_without_time_what_is_known_serves(best: list[_tuned.Entry]) -> None:
+    both(best)
+    quiet(network(), [cloud("block")], tune_tag="again", seconds=0.0)
+    assert FIRST in _tuned.entries(CPU).values()
+
+
+def test_the_density_is_that_of_all_launches_together() -> None:
+    model = nn.Sequential(spnn.Conv3d(4, 8, 3), spnn.Conv3d(8, 8, 2, stride=2))
+    convs = dict(model.named_children())
+    x = cloud("block")
+    sites = import_module("torchsparse.utils.tune")._sites(model, convs, (x,), CPU, False)
+    fine, down = (_search._Use(site, "fwd", site.recipe) for site in sites)
+    assert fine.pairs == int((sites[0].kmap.neighbors >= 0).sum())
+    assert fine.places == 27 * len(x.coords)
+    coarse = sites[1].kmap.num_outputs
+    assert (down.places, down._replace(kind="wgrad").places) == (8 * coarse, 8 * coarse)
+    assert down._replace(kind="dgrad").places == 8 * len(x.coords)
+    question = _tuned.Question("key", FIRST, list)
+
+    def filed(*uses: Any) -> str:
+        return _search._Asked(question, list(uses), 1.0).filed
+
+    back = down._replace(kind="dgrad")
+    assert (filed((fine, 1)), filed((back, 1))) == ("key/d1", "key/d3")
+    assert filed((fine, 1), (back, 1)) == "key/d1"
+    assert filed((fine, 1), (back, 99)) == "key/d3"
+
+
 # ------------------------------------------------------------------ what is shown
 def test_a_table_and_a_bar_only_if_asked(capsys: pytest.CaptureFixture[str]) -> None:
     quiet(network())
@@ -505,6 +630,8 @@ PROCESS = """
     from torchsparse import SparseTensor, _tuned, nn as spnn
     warnings.simplefilter("ignore")  # as other libraries warn
     rank, store, backend = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+    if rank:
+        os.environ[_tuned.VARIABLE] = ""  # as on another host: no file tells it anything
     group, device = torch.distributed, torch.device("cpu")
     if backend == "nccl":
         device = torch.device("cuda", rank)
@@ -531,7 +658,7 @@ PROCESS = """
 
     found = torchsparse.tune(model, loader(), distributed=True, **options)
     told = [None, None]
-    mine = ({n: str(c) for n, c in found.items()}, _tuned.entries(device))
+    mine = ({n: str(c) for n, c in found.items()}, _tuned.recorded(device))
     group.all_gather_object(told, mine)
     assert told[0] == told[1], told
     assert told[0][1] or device.type == "cuda", told  # there the defaults may be the best
@@ -700,7 +827,7 @@ def test_a_candidate_that_computes_something_else_is_not_taken(
     monkeypatch.setattr(Search, "_launch_cost", cost)
     search = Search(CPU, choices_of([Dataflow.ImplicitGEMM], False), False, 10.0)
     search._answer(_search._Asked(question, [], 1.0), [])
-    assert search.entries == {name: right}
+    assert search.entries == {name: right} and list(search.results.values()) == [right]
     assert search.gained == pytest.approx(0.2)
 
 
@@ -731,7 +858,7 @@ def test_before_has_neither_configurations_nor_measured_tiles() -> None:
             seen.add((str(self.conv._config), len(_tuned.entries(CPU)), x._caches.kmaps == {}))
             return [{"out": self.conv(x)}]
 
-    _tuned.record({"name": (1, 2)}, CPU, write=False)
+    _tuned.record({"name/d1": (3, 4), "name/d3": (1, 2)}, CPU, write=False)
     compare(Looks(), cloud(), {"conv": {"ifsort": True}}, backward=True, seconds=0.0)
     assert seen == {("None", 0, True), (str({"ifsort": True}), 1, True)}
     assert _tuned.entries(CPU) == {"name": (1, 2)}

@@ -37,7 +37,7 @@ from torchsparse.tensor import PointTensor, SparseTensor
 
 __all__ = ["Gain", "compare", "tune"]
 
-FORMAT = "torchsparse.tune/1"
+FORMAT = "torchsparse.tune/2"
 CONVS = (Conv1d, Conv2d, Conv3d, Conv4d)
 SEARCH = 0.8  # share of the time for measuring layers; the rest is for the network as a whole
 # Share of a network's time that counts as noise: of the sum of kernels, and of a CPU's clock.
@@ -121,7 +121,8 @@ def tune(
             return _Answer(_as_found(convs), False)
         known = None if force_retune else _read(path, convs, device, advise)
         if known is not None:
-            return _Answer(known, True)
+            _tuned.record(known.entries, device, write=False)  # others may have tuned since
+            return _Answer(known.configs, True)
         if grouped and not distributed:
             advise(
                 "nothing is tuned inside a process group unless asked: tune before "
@@ -148,12 +149,12 @@ def tune(
                 _confirm(model, convs, inputs, search, enable_fp16, tune_with_bwd)
         if not search.groups:  # no sample, or none that meets a map
             return _Answer(_as_found(convs), False)
-        _tuned.record(search.entries, device)
-        found = _configs(convs, search)
-        _write(path, found, device, advise)
+        saved = _Saved(_configs(convs, search), search.results)
+        _tuned.record(saved.entries, device)
+        _write(path, saved, device, advise)
         if verbose:
             print(_table(search))
-        return _Answer(found, True)
+        return _Answer(saved.configs, True)
 
     answer = _shared(work, convs, device) if grouped and distributed else work()
     for name, config in answer.configs.items() if answer.new else ():
@@ -166,6 +167,13 @@ class _Answer(NamedTuple):
 
     configs: Configs
     new: bool  # to be set; otherwise they are those that hold anyway
+
+
+class _Saved(NamedTuple):
+    """What a file keeps."""
+
+    configs: Configs
+    entries: dict[str, _tuned.Entry]  # of the machine's table, for maps as dense as those met
 
 
 def _allowed(dataflows: Sequence[Dataflow], backward: bool) -> list[Choice]:
@@ -482,11 +490,11 @@ def _rows(configs: Configs) -> dict[str, dict[str, Any]]:
     }
 
 
-def _write(
-    path: Path, configs: Configs, device: torch.device, advise: Callable[[str], None]
-) -> None:
-    about = _tuned.machine(device)
-    content = {"format": FORMAT, "machine": about, "layers": _rows(configs)}
+def _write(path: Path, saved: _Saved, device: torch.device, advise: Callable[[str], None]) -> None:
+    content = {
+        "format": FORMAT, "machine": _tuned.machine(device), "layers": _rows(saved.configs),
+        "entries": _tuned.rows(saved.entries),
+    }  # fmt: skip
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -502,8 +510,8 @@ def _write(
 
 def _read(
     path: Path, convs: Mapping[str, Any], device: torch.device, advise: Callable[[str], None]
-) -> Configs | None:
-    """The configurations in a file; None, with a warning, if it is not for this network."""
+) -> _Saved | None:
+    """What a file keeps; None, with a warning, if it is not for this network."""
     try:
         return _parsed(path.read_text("utf-8"), convs, _tuned.machine(device))
     except FileNotFoundError:
@@ -514,8 +522,8 @@ def _read(
         return None
 
 
-def _parsed(text: str, convs: Mapping[str, Any], machine: Mapping[str, Any]) -> Configs:
-    """The configurations in the text of a file.
+def _parsed(text: str, convs: Mapping[str, Any], machine: Mapping[str, Any]) -> _Saved:
+    """What the text of a file keeps.
 
     Raises:
         ValueError: It is no JSON, or of another format, machine or network.
@@ -528,7 +536,8 @@ def _parsed(text: str, convs: Mapping[str, Any], machine: Mapping[str, Any]) -> 
         raise ValueError(f"expected JSON of format {FORMAT!r}")
     if content.get("machine") != machine:
         raise ValueError("it was measured on another machine or by other versions")
-    return _from_rows(content.get("layers"), convs)
+    configs = _from_rows(content.get("layers"), convs)
+    return _Saved(configs, _tuned.from_rows(content.get("entries")))
 
 
 def _from_rows(layers: Any, convs: Mapping[str, Any]) -> Configs:
@@ -599,15 +608,15 @@ def _shared(
         said = json.loads(_broadcast(b"", device))
         if "error" in said:
             raise RuntimeError(f"tuning failed on rank 0: {said['error']}")
-        entries = {name: tuple(value) for name, value in said["entries"].items()}
-        _tuned.record(entries, device, write=False)
+        _tuned.record(_tuned.from_rows(said["entries"]), device, write=False)
         return _Answer(_from_rows(said["layers"], convs), said["new"])
     try:
         answer = work()
     except BaseException as error:
         _broadcast(json.dumps({"error": f"{type(error).__name__}: {error}"}).encode(), device)
         raise
-    said = {"layers": _rows(answer.configs), "new": answer.new, "entries": _tuned.entries(device)}
+    entries = _tuned.rows(_tuned.recorded(device))
+    said = {"layers": _rows(answer.configs), "new": answer.new, "entries": entries}
     _broadcast(json.dumps(said).encode(), device)
     return answer
 
