@@ -153,6 +153,7 @@ def report(name: str, kernel: Compiled) -> dict[str, Any]:
         "in_flight": kernel.in_flight,
         "copies": kernel.count(r"\bLDGSTS"),
         "wide_copies": kernel.count(r"\bLDGSTS\S*\.128"),
+        "blocks": kernel.count(r"\bUTMALDG"),
         "hgmma": kernel.count(r"\bHGMMA"),
         "hmma": kernel.count(r"\bHMMA"),
         "stack": kernel.stack,

@@ -24,6 +24,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from torchsparse._triton import launch
+from torchsparse._triton.conv import product
 
 assert os.environ.get("TRITON_INTERPRET", "0") == "0", "an interpreted kernel is not compiled"
 
@@ -81,6 +82,9 @@ class Compiled:
 
 def _kind(value: Any) -> tuple[Any, bool]:
     """Type in a signature, and whether it is divisible by 16."""
+    if type(value) is launch.Blocks:
+        block = ",".join(map(str, value.block_shape))
+        return f"tensordesc<{TYPES[value.base.dtype][1:]}[{block}]>", False
     if isinstance(value, tuple):
         return tuple(_kind(entry)[0] for entry in value), False
     if isinstance(value, Tensor):
@@ -135,12 +139,14 @@ def record(arch: int = 90) -> Iterator[list[Compiled]]:
             done[key] = compile_launch(kernel, args, options, arch)
             found.append(done[key])
 
-    empty, own_start = torch.empty, launch._start
+    empty, own_start, has_blocks = torch.empty, launch._start, product.has_blocks
     launch._start = start
+    product.has_blocks = lambda device: arch == 90  # pyright: ignore[reportPrivateImportUsage]
     torch.empty = torch.zeros  # pyright: ignore[reportAttributeAccessIssue]
     Tensor.new_empty = Tensor.new_zeros  # pyright: ignore[reportAttributeAccessIssue]
     try:
         yield found
     finally:
         launch._start, torch.empty = own_start, empty
+        product.has_blocks = has_blocks  # pyright: ignore[reportPrivateImportUsage]
         del Tensor.new_empty  # that of the base class is there again

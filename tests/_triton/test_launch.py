@@ -180,6 +180,81 @@ def test_unaligned_tensors_have_a_kernel_of_their_own(kernel: Kernel) -> None:
     assert not any(make(y) for _ in range(3))
 
 
+class Reads(Kernel):
+    """A kernel of which the first parameter is read in blocks: its launcher has a wrapper that
+    makes maps, as Triton's has."""
+
+    def __init__(self, name: str = "launcher") -> None:
+        super().__init__()
+        self.made: list[Any] = []
+        launcher: Any = self.run.launch
+        if name == "launcher":
+
+            def inner(*args: Any) -> Any:
+                return launcher("wrapped", *args)
+        else:
+
+            def inner(*args: Any) -> Any:
+                return self.direct.append(("wrapped", *args))
+
+        self.run.launch = inner
+
+    def __getitem__(self, grid: tuple[int, ...]):
+        start = super().__getitem__(grid)
+
+        def described(*args: Any, **options: Any) -> Any:
+            compiled = start(*args, **options)
+            compiled.metadata = SimpleNamespace(tensordesc_meta=["about"])
+            return compiled
+
+        return described
+
+    def map(self, blocks: Any, about: Any) -> list[Any]:
+        self.made.append(blocks)
+        return [about, blocks.base.data_ptr(), *blocks.shape]
+
+
+def in_blocks(base: torch.Tensor) -> Any:
+    return module.Blocks(base, [4, 8], [8, 1], [2, 8])
+
+
+@pytest.mark.parametrize("name", ["launcher", "another"])
+def test_maps_are_made_once_for_each_address(
+    name: str, kernel: Kernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And behind the wrapper that would make them in every launch; if it is not as it was, the
+    public way serves."""
+    kernel = Reads(name)
+    monkeypatch.setattr(module, "_driver", lambda: SimpleNamespace(make_tensordesc_arg=kernel.map))
+    kernel.arg_names = ("w", "x", "n", "BLOCK")
+    step, x = Step(kernel, BLOCK=64), torch.zeros(8)
+    one, other = torch.zeros(32).half(), torch.zeros(32).half()
+    for w in (one, one, one, one, other, one):
+        values = (*step.mapped(x.get_device(), w, in_blocks), x.data_ptr(), 7)
+        if not step.again(x.get_device(), (3, 2), w.data_ptr() | x.data_ptr(), values):
+            step.find((3, 2), x, (in_blocks(w), x, 7))
+    if name == "another":
+        assert kernel.ways == (6, 0)
+        return
+    assert kernel.ways == (1, 5)
+    # The second launch finds the kernel, the others know it.
+    assert [blocks.base is one for blocks in kernel.made] == [True, True, False]
+    assert all("wrapped" not in args for args in kernel.direct)
+    maps = [args[13:17] for args in kernel.direct]
+    assert maps == [("about", w.data_ptr(), 4, 8) for w in (one, one, one, other, one)]
+    assert all(args[17:] == (x.data_ptr(), 7, 64) for args in kernel.direct)
+
+
+def test_other_blocks_are_other_kernels(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = Reads()
+    monkeypatch.setattr(module, "_driver", lambda: SimpleNamespace(make_tensordesc_arg=kernel.map))
+    w, x = torch.zeros(32), torch.zeros(8)
+    for base, block in ((w, [2, 8]), (w, [4, 8]), (w.half(), [2, 8]), (w, [2, 8])):
+        blocks = module.Blocks(base, [4, 8], [8, 1], block)
+        launch(kernel, (1,), x, blocks, 7, BLOCK=1)
+    assert kernel.ways == (3, 1)
+
+
 def test_whoever_watches_sees_repeated_launches(kernel: Kernel) -> None:
     y = torch.zeros(80)
     make = repeated(kernel, torch.zeros(8))

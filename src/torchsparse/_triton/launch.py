@@ -8,10 +8,14 @@ Every launch is one of these:
    specialises and looks up its arguments anew in every call (12.6 us on the host of an H100).
    So do the first launch of a kind, and all while a profiler listens.
 2. A `Step` remembers what `launch` found, and need not look at what it is given.
+
+A matrix that a kernel reads in blocks (`Blocks`) reaches the launcher as a map for the GPU's copy
+engine. Triton makes one in every launch; a `Step` makes it once for each address.
 """
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Callable, Hashable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +26,7 @@ import triton
 from torch import Tensor
 
 __all__ = [
+    "Blocks",
     "Resolved",
     "Step",
     "cdiv",
@@ -32,7 +37,18 @@ __all__ = [
     "only_noted",
 ]
 
+
+def _type_of_blocks() -> Any:
+    try:
+        return importlib.import_module("triton.tools.tensor_descriptor").TensorDescriptor
+    except ImportError:
+        return None
+
+
+# A matrix that a kernel reads in blocks: base, shape, strides, block_shape. None: an older Triton.
+Blocks: Any = _type_of_blocks()
 _knobs: Any = getattr(triton, "knobs", None)
+MOST_MAPS = 4096  # that a `Step` keeps
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
@@ -55,6 +71,7 @@ class Resolved(NamedTuple):
     packed: Any
     constants: tuple[Any, ...]  # of the constexpr parameters, which stand last
     kernel: Any  # so that its id stays its own
+    blocks: Any = ()  # of each parameter of type `Blocks`, what its map depends on
 
 
 class _Launch(NamedTuple):
@@ -127,6 +144,8 @@ def _start(
         else:
             give(arg)
             add(None if arg is None else kind)
+            if kind is Blocks:
+                add(_form_of(arg))
     key = (*kinds, *options, *options.values())
     known = _resolved.get(key)
     if known is None or watched():
@@ -134,6 +153,8 @@ def _start(
         if key not in _resolved:
             _resolved[key] = _resolve(kernel, compiled, len(args), options)
         return None
+    if known.blocks:
+        values = _with_maps(values, known.blocks)
     extents = len(grid)
     known.start(
         grid[0],
@@ -173,11 +194,12 @@ class Step:
     specialised stay of one kind (`number_kind`), and that the others fit into 32 bits.
     """
 
-    __slots__ = ("_known", "kernel", "options")
+    __slots__ = ("_known", "_maps", "kernel", "options")
 
     def __init__(self, kernel: Any, **options: Any) -> None:
         self.kernel, self.options = kernel, options
         self._known: dict[int, Resolved] = {}  # by device
+        self._maps: dict[tuple[int, int], tuple[Any, ...]] = {}  # by device and address
 
     def __call__(
         self, grid: tuple[int, int], tensors: tuple[Tensor | None, ...], numbers: tuple[Any, ...]
@@ -213,12 +235,30 @@ class Step:
         x, y = grid
         if not x or not y or (device >= 0 and device != _current()):
             return False
-        start, function, cooperative, dependent, packed, constants, _ = known
+        start, function, cooperative, dependent, packed, constants, *_ = known
         start(
             x, y, 1, _stream(device), function, cooperative, dependent, None, None, packed,
             None, None, None, *values, *constants,
         )  # fmt: skip
         return True
+
+    def mapped(
+        self, device: int, tensor: Tensor, make: Callable[[Tensor], Any]
+    ) -> tuple[Any, ...]:
+        """``make(tensor)``, which is of type `Blocks`, as `again` wants it among its values.
+
+        Equal addresses mean equal blocks; a map holds nothing of what lies there.
+        """
+        address = tensor.data_ptr()
+        found = self._maps.get((device, address))
+        if found is None:
+            known = self._known.get(device)
+            if known is None:
+                return ()  # `again` will say so
+            if len(self._maps) >= MOST_MAPS:
+                self._maps.clear()
+            found = self._maps[device, address] = tuple(_map(make(tensor), known.blocks[0]))
+        return found
 
     def find(self, grid: tuple[int, int], like: Tensor, args: tuple[Any, ...]) -> None:
         """`launch`, with tensors in place of addresses; what it finds is kept for `again`."""
@@ -256,15 +296,47 @@ def _resolve(kernel: Any, compiled: Any, given: int, options: dict[str, Any]) ->
     names = kernel.arg_names[given:]
     if any(name not in options for name in names):
         return None
+    about = getattr(compiled, "metadata", None)
+    start, blocks = run.launch, tuple(getattr(about, "tensordesc_meta", None) or ())
+    if blocks:
+        start = _behind(start)
+        if start is None:
+            return None
     return Resolved(
-        run.launch,
+        start,
         compiled.function,
         run.launch_cooperative_grid,
         run.launch_pdl,
         compiled.packed_metadata,
         tuple(options[name] for name in names),
         kernel,
+        blocks,
     )
+
+
+def _behind(wrapper: Any) -> Any:
+    """The launcher that takes maps, behind the function that makes them in every launch."""
+    names = getattr(getattr(wrapper, "__code__", None), "co_freevars", ())
+    if "launcher" not in names or not hasattr(_driver(), "make_tensordesc_arg"):
+        return None
+    return wrapper.__closure__[names.index("launcher")].cell_contents
+
+
+def _driver() -> Any:
+    return importlib.import_module("triton.backends.nvidia.driver")
+
+
+def _map(blocks: Any, about: Any) -> list[Any]:
+    """What stands in the place of one argument: a map, shape, strides."""
+    return _driver().make_tensordesc_arg(blocks, about)
+
+
+def _with_maps(values: list[Any], about: tuple[Any, ...]) -> list[Any]:
+    """The same arguments, each of type `Blocks` replaced."""
+    left, found = iter(about), []
+    for value in values:
+        found += _map(value, next(left)) if type(value) is Blocks else [value]
+    return found
 
 
 def compile_ahead(
@@ -319,7 +391,14 @@ def _kind(arg: Any) -> Any:
         return arg.dtype, False
     if type(arg) is int:
         return arg % 16 == 0, arg == 1, -2147483648 <= arg <= 2147483647
+    if type(arg) is Blocks:
+        return _form_of(arg)
     return arg if isinstance(arg, torch.dtype) else type(arg)
+
+
+def _form_of(blocks: Any) -> Hashable:
+    """What a compilation depends on."""
+    return blocks.base.dtype, *blocks.block_shape
 
 
 def _compile(job: _Launch) -> None:

@@ -12,10 +12,11 @@ from typing import NamedTuple
 import torch
 
 from torchsparse import _tuned
-from torchsparse._triton.launch import cdiv, next_power
+from torchsparse._triton.launch import Blocks, cdiv, next_power
 
 __all__ = [
     "DepthwiseTile",
+    "WIDE_TURN",
     "GemmTile",
     "GradTile",
     "Limits",
@@ -27,6 +28,7 @@ __all__ = [
     "gemm_tiles",
     "grad_tile",
     "grad_tiles",
+    "has_blocks",
     "loop_step",
     "narrow_tile",
     "shipped_gemm_tile",
@@ -36,6 +38,7 @@ __all__ = [
 # Programs that keep the multiprocessors of a large GPU busy (132 on an H100).
 PROCESSORS = 132
 NARROW_CHANNELS = 8  # up to so many input channels, taps and channels form one axis
+WIDE_TURN = 64  # input channels of a turn from which a weight of a half type is read in blocks
 NARROW_VOLUME = 512  # K C_in up to which that pays
 
 
@@ -77,6 +80,14 @@ class DepthwiseTile(NamedTuple):
     BC: int
     warps: int
     stages: int  # gathers in flight: 1 = left to the other programs of the multiprocessor
+
+
+@lru_cache(maxsize=64)
+def has_blocks(device: torch.device) -> bool:
+    """Whether the GPU has an engine that copies blocks of a matrix (TMA), as tried on sm_90."""
+    if device.type != "cuda" or torch.version.hip or Blocks is None:
+        return False
+    return torch.cuda.get_device_capability(device) == (9, 0)
 
 
 def _block_k(channels: int, widest: int) -> int:
@@ -122,6 +133,7 @@ def gemm_tile(
     precision: str,
     swapped: bool = False,
     device: torch.device | None = None,
+    blocks: bool = False,
 ) -> GemmTile:
     """The tile for an implicit GEMM. ``rows`` may be rounded: it matters only for small maps.
 
@@ -130,11 +142,12 @@ def gemm_tile(
         dtype, precision: Of the operands.
         swapped: The weight lies with its input channels innermost, as in an input gradient.
         device: Whose measurements may count; None: the shipped rows alone.
+        blocks: The weight is read in blocks: see `has_blocks`.
     """
     rows = _alike(rows, 1 << 16)
     # The last argument makes remembered answers go out of date.
     return _gemm_tile(
-        rows, c_in, c_out, volume, dtype, precision, swapped, device, _tuned.generation()
+        rows, c_in, c_out, volume, dtype, precision, swapped, device, blocks, _tuned.generation()
     )
 
 
@@ -150,9 +163,9 @@ def _alike(rows: int, plenty: int) -> int:
 @lru_cache(maxsize=4096)
 def _gemm_tile(
     rows: int, c_in: int, c_out: int, volume: int, dtype: torch.dtype, precision: str,
-    swapped: bool, device: torch.device | None, generation: int,
+    swapped: bool, device: torch.device | None, blocks: bool, generation: int,
 ) -> GemmTile:  # fmt: skip
-    shipped = shipped_gemm_tile(rows, c_in, c_out, volume, dtype, precision)
+    shipped = shipped_gemm_tile(rows, c_in, c_out, volume, dtype, precision, blocks)
     if device is None:
         return shipped
     op, bits = "dgrad" if swapped else "fwd", rows.bit_length()
@@ -180,8 +193,9 @@ def _measured(
 
 
 def shipped_gemm_tile(
-    rows: int, c_in: int, c_out: int, volume: int, dtype: torch.dtype, precision: str
-) -> GemmTile:
+    rows: int, c_in: int, c_out: int, volume: int, dtype: torch.dtype, precision: str,
+    blocks: bool = False,
+) -> GemmTile:  # fmt: skip
     """The tile without measurements of this machine."""
     bn, work = min(max(next_power(c_out), 16), 128), 1
     if dtype != torch.float32:
@@ -195,6 +209,8 @@ def shipped_gemm_tile(
             bk, stages, work = 128, 2, 2
         if c_out > 128 and cdiv(rows, 128) * cdiv(c_out, 128) >= 2 * PROCESSORS:
             bm, warps = 128, 8 if rows >= 1 << 15 else 4
+            if blocks and c_out % 256 == 0 and cdiv(rows, 128) * (c_out // 256) >= 2 * PROCESSORS:
+                bn, warps = 256, 8  # each row is gathered once
     elif precision == "tf32":
         bm, bk, stages, warps = 64, _block_k(c_in, 32), 3, 4
         if c_out > 128 and cdiv(rows, 128) * cdiv(c_out, 128) >= PROCESSORS:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -10,6 +12,7 @@ from tests._triton.conv.problems import Problem, assert_near, geometry
 from tests._triton.kit import HALVES, random_table
 from torchsparse._recipe import Epilogue, Norm
 from torchsparse._reference import conv as reference
+from torchsparse._triton import launch
 from torchsparse._triton.conv import dense, finish, gather_gemm, make_plan, product, table_of
 from torchsparse._triton.conv.product import Plan
 from torchsparse._triton.tiles import GemmTile, gemm_tile
@@ -90,6 +93,37 @@ def test_shares_of_the_taps(shares: int, reverse: bool, device: torch.device) ->
     ]
     got = gather_gemm(problem.feats, problem.weight, problem.bias, plan._replace(reverse=reverse))
     assert_near(got, problem.product(reverse) + problem.bias.double().cpu())
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize(("volume", "splits"), [(27, 1), (27, 2), (33, 1)])
+@pytest.mark.parametrize("lies", ["plain", "swapped", "unaligned"])
+def test_weights_read_in_blocks(
+    lies: str, volume: int, splits: int, dtype: torch.dtype, device: torch.device, tile,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Blocks that reach beyond the last column, of a weight as it is or as a gradient sees it."""
+    made: list[torch.Size] = []
+
+    def blocks(base: Tensor, *how) -> Any:
+        made.append(base.shape)
+        return launch.Blocks(base, *how)
+
+    monkeypatch.setattr(product, "Blocks", blocks)
+    monkeypatch.setattr(product, "has_blocks", lambda device: True)
+    tile(splits=splits)
+    problem = Problem.of(device, (volume, 40, 70), (64, 192), dtype)
+    weight = problem.weight
+    if lies == "swapped":
+        weight = weight.transpose(1, 2).contiguous().transpose(1, 2)
+    if lies == "unaligned":
+        whole = torch.zeros(weight.numel() + 1, dtype=dtype, device=device)
+        whole[1:] = weight.reshape(-1)
+        weight = whole[1:].view(weight.shape)
+    plan = lay_out(problem)._replace(reverse=lies == "swapped")
+    got = gather_gemm(problem.feats, weight, problem.bias, plan)
+    assert made == [weight.shape]
+    assert_near(got, problem.product(plan.reverse) + problem.bias.double().cpu(), dtype)
 
 
 @pytest.mark.parametrize("channels", [(1, 1), (3, 20), (4, 70), (8, 16)], ids=str)

@@ -49,9 +49,9 @@ def _finish(
 
 @triton.jit
 def _add_taps(
-    acc, x, w, table, m, first_tap, live, cols, cnt, M, w_tap, w_in, w_out,
+    acc, x, w, table, m, first_tap, live, first_col, cols, cnt, M, w_tap, w_in, w_out,
     K: tl.constexpr, CI: tl.constexpr, CO: tl.constexpr, BK: tl.constexpr,
-    REVERSE: tl.constexpr, PRECISION: tl.constexpr,
+    REVERSE: tl.constexpr, PRECISION: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """Add the products of the taps in mask ``m``, the first ``cnt`` of them."""
     NK: tl.constexpr = (CI + BK - 1) // BK
@@ -69,11 +69,16 @@ def _add_taps(
         else:
             a = tl.load(source, mask=(idx >= 0)[:, None] & (k < CI)[None, :], other=0.0)
         slice_ = last - tap if REVERSE else tap
-        weights = w + slice_.to(tl.int64) * w_tap + k[:, None] * w_in + cols[None, :] * w_out
-        if EVEN:
-            b = tl.load(weights, mask=(cols < CO)[None, :], other=0.0)
+        if BLOCKS == 1:
+            b = w.load([slice_ * CI + kk * BK, first_col])
+        elif BLOCKS == 2:  # columns beyond CO are those of another tap, and not stored
+            b = w.load([slice_ * CO + first_col, kk * BK]).T
         else:
-            b = tl.load(weights, mask=(k < CI)[:, None] & (cols < CO)[None, :], other=0.0)
+            weights = w + slice_.to(tl.int64) * w_tap + k[:, None] * w_in + cols[None, :] * w_out
+            if EVEN:
+                b = tl.load(weights, mask=(cols < CO)[None, :], other=0.0)
+            else:
+                b = tl.load(weights, mask=(k < CI)[:, None] & (cols < CO)[None, :], other=0.0)
         m = tl.where(kk == NK - 1, m & (m - 1), m)
         tap = tl.minimum(first_tap + lowest_bit(m), last)
         idx = tl.load(table + tap.to(tl.int64) * M, mask=live, other=-1)
@@ -108,10 +113,13 @@ def gemm_kernel(
     M, T, w_tap, w_in, w_out,
     K: tl.constexpr, CI: tl.constexpr, CO: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLITS: tl.constexpr,
-    SORTED: tl.constexpr, REVERSE: tl.constexpr, PRECISION: tl.constexpr,
+    SORTED: tl.constexpr, REVERSE: tl.constexpr, PRECISION: tl.constexpr, BLOCKS: tl.constexpr,
     BIAS: tl.constexpr, NORM: tl.constexpr, RESIDUAL: tl.constexpr, ACT: tl.constexpr,
 ):  # fmt: skip
     """out[order[m]] = epilogue(sum over taps k of x[table[k, m]] @ w[k]).
+
+    BLOCKS: w is a matrix that the GPU's copy engine reads in blocks, which costs threads nothing:
+    1 = [K CI, CO], 2 = [K CO, CI]; CI is a multiple of BK. 0 = it is given by its address.
 
     With SPLITS > 1, program (., s) adds share s of the taps, as far as its tile has them, and out
     is [SPLITS, M, CO] float32 without epilogue: `sum_kernel` finishes. Rows from ``limit`` on are
@@ -122,7 +130,8 @@ def gemm_kernel(
     PARTS: tl.constexpr = BM // 64  # masks describe 64 rows
     pid = tl.program_id(0)
     tile = pid // COLS
-    cols = (pid % COLS) * BN + tl.arange(0, BN)
+    first_col = (pid % COLS) * BN
+    cols = first_col + tl.arange(0, BN)
     rm = tile * BM + tl.arange(0, BM)
     live = rm < real_rows(M, limit)
     rows = _rows_of(rm, live, order, limit, SORTED)
@@ -144,8 +153,8 @@ def gemm_kernel(
             m &= ((one << end.to(tl.uint64)) - (one << begin.to(tl.uint64))).to(tl.uint32)
         cnt = bit_count(m)
         acc = _add_taps(
-            acc, x, w, table, m, word * 32, live, cols, cnt, M, w_tap, w_in, w_out,
-            K, CI, CO, BK, REVERSE, PRECISION,
+            acc, x, w, table, m, word * 32, live, first_col, cols, cnt, M, w_tap, w_in, w_out,
+            K, CI, CO, BK, REVERSE, PRECISION, BLOCKS,
         )  # fmt: skip
     there = live[:, None] & (cols < CO)[None, :]
     if SPLITS > 1:
