@@ -48,6 +48,8 @@ OURS = {
         "_flat_index_kernel", "_claim_kernel", "_scatter_kernel",
         "_gather_kernel", "_gather_strided_kernel", "_share_kernel", "_devoxelize_kernel",
         "_weight_grad_kernel", "_trilinear_kernel",
+        # inputs
+        "place_input_kernel",
         # voxels
         "_cells_kernel", "_changes_kernel", "_voxels_kernel", "_vote_kernel", "_win_kernel",
         "_elect_kernel",

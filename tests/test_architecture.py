@@ -54,7 +54,8 @@ ALWAYS_THERE = {"torch", "numpy", HOME}
 
 # Packages whose `__init__` does more than re-export, and why.
 ENTRY_POINTS = {"cli"}  # `torchsparse` the command is always installed and names what it lacks
-LATE_IMPORTS = {"_ops.dispatch", "_optional"}  # by importlib: a twin, an extra
+# By importlib: a twin, an extra, what newer Tritons have.
+LATE_IMPORTS = {"_ops.dispatch", "_optional", "_triton.launch"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -200,7 +201,7 @@ def test_imports_stand_at_the_top_by_full_path() -> None:
     assert not late, late
 
 
-def test_only_two_modules_import_by_name_at_run_time() -> None:
+def test_few_modules_import_by_name_at_run_time() -> None:
     found = set()
     for name, module in MODULES.items():
         words = {getattr(node, "attr", getattr(node, "id", "")) for node in ast.walk(module.tree)}

@@ -34,6 +34,7 @@ from torchsparse._capacity import (
     row_count,
 )
 from torchsparse._flags import pending_word, raise_found
+from torchsparse._ops.inputs import place_input
 from torchsparse._settings import settings
 from torchsparse._validate import check_coords, check_feats, check_rows, check_same_device
 from torchsparse.tensor import SparseTensor, check_sparse, wrap
@@ -307,13 +308,8 @@ class Graphs:
 
     def _fill(self, bucket: Bucket, x: SparseTensor) -> None:
         """Bring the input to where the graph reads it."""
-        n = x.coords.shape[0]
-        bucket.coords[:n].copy_(x.coords)
-        if n < bucket.filled:
-            bucket.coords[n : bucket.filled].fill_(PAD)
-        bucket.filled = n
-        bucket.feats[:n].copy_(x.feats)
-        bucket.count.fill_(n)
+        place_input(x.coords, x.feats, bucket.coords, bucket.feats, bucket.count, bucket.filled)
+        bucket.filled = x.coords.shape[0]
 
     def _results(self, bucket: Bucket, x: SparseTensor) -> Results:
         return Results(bucket, x, self.copy)

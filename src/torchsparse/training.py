@@ -298,12 +298,6 @@ class Graphed(Graphs):
         if early is None or UNSEEN in bucket.report.tolist():
             super()._await(bucket)
 
-    def _fill(self, bucket: Bucket, x: SparseTensor) -> None:
-        filled, n = bucket.filled, x.coords.shape[0]
-        with torch.no_grad():
-            super()._fill(bucket, x)
-            bucket.feats[n:filled].zero_()
-
     def _results(self, bucket: Bucket, x: SparseTensor) -> Results:
         return _Differentiable(self, bucket, x)
 

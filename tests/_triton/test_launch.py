@@ -225,7 +225,7 @@ def test_maps_are_made_once_for_each_address(
     """And behind the wrapper that would make them in every launch; if it is not as it was, the
     public way serves."""
     kernel = Reads(name)
-    monkeypatch.setattr(module, "_driver", lambda: SimpleNamespace(make_tensordesc_arg=kernel.map))
+    monkeypatch.setattr(module, "_driver", SimpleNamespace(make_tensordesc_arg=kernel.map))
     kernel.arg_names = ("w", "x", "n", "BLOCK")
     step, x = Step(kernel, BLOCK=64), torch.zeros(8)
     one, other = torch.zeros(32).half(), torch.zeros(32).half()
@@ -247,7 +247,7 @@ def test_maps_are_made_once_for_each_address(
 
 def test_other_blocks_are_other_kernels(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
     kernel = Reads()
-    monkeypatch.setattr(module, "_driver", lambda: SimpleNamespace(make_tensordesc_arg=kernel.map))
+    monkeypatch.setattr(module, "_driver", SimpleNamespace(make_tensordesc_arg=kernel.map))
     w, x = torch.zeros(32), torch.zeros(8)
     for base, block in ((w, [2, 8]), (w, [4, 8]), (w.half(), [2, 8]), (w, [2, 8])):
         blocks = module.Blocks(base, [4, 8], [8, 1], block)

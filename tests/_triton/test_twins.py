@@ -5,7 +5,7 @@ import inspect
 
 import pytest
 
-FAMILIES = ("batch_norm", "norm", "points", "pool", "reduce", "table")
+FAMILIES = ("batch_norm", "inputs", "norm", "points", "pool", "reduce", "table")
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -19,8 +19,8 @@ __all__ = ["forced", "has_triton", "is_served", "reference", "twin"]
 # Families with Triton kernels.
 KERNELS = frozenset(
     {
-        "batch_norm", "conv", "coords", "depthwise", "maps", "norm", "points", "pool", "reduce",
-        "table", "voxels",
+        "batch_norm", "conv", "coords", "depthwise", "inputs", "maps", "norm", "points", "pool",
+        "reduce", "table", "voxels",
     }
 )  # fmt: skip
 _forced: list[str] = []

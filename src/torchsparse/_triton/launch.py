@@ -38,15 +38,17 @@ __all__ = [
 ]
 
 
-def _type_of_blocks() -> Any:
+def _module(name: str) -> Any:
+    """A part of Triton that an older one, or one without NVIDIA's backend, lacks."""
     try:
-        return importlib.import_module("triton.tools.tensor_descriptor").TensorDescriptor
+        return importlib.import_module(name)
     except ImportError:
         return None
 
 
-# A matrix that a kernel reads in blocks: base, shape, strides, block_shape. None: an older Triton.
-Blocks: Any = _type_of_blocks()
+_driver = _module("triton.backends.nvidia.driver")
+# A matrix that a kernel reads in blocks: base, shape, strides, block_shape. None: there are none.
+Blocks: Any = getattr(_module("triton.tools.tensor_descriptor"), "TensorDescriptor", None)
 _knobs: Any = getattr(triton, "knobs", None)
 MOST_MAPS = 4096  # that a `Step` keeps
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
@@ -317,18 +319,14 @@ def _resolve(kernel: Any, compiled: Any, given: int, options: dict[str, Any]) ->
 def _behind(wrapper: Any) -> Any:
     """The launcher that takes maps, behind the function that makes them in every launch."""
     names = getattr(getattr(wrapper, "__code__", None), "co_freevars", ())
-    if "launcher" not in names or not hasattr(_driver(), "make_tensordesc_arg"):
+    if "launcher" not in names or not hasattr(_driver, "make_tensordesc_arg"):
         return None
     return wrapper.__closure__[names.index("launcher")].cell_contents
 
 
-def _driver() -> Any:
-    return importlib.import_module("triton.backends.nvidia.driver")
-
-
 def _map(blocks: Any, about: Any) -> list[Any]:
     """What stands in the place of one argument: a map, shape, strides."""
-    return _driver().make_tensordesc_arg(blocks, about)
+    return _driver.make_tensordesc_arg(blocks, about)
 
 
 def _with_maps(values: list[Any], about: tuple[Any, ...]) -> list[Any]:
