@@ -71,6 +71,7 @@ def without_kernels() -> Iterator[None]:
         mock.patch.object(
             product, "gemm_tile", lambda *args, **kw: tile(*args, **kw)._replace(splits=1)
         ),
+        mock.patch.object(product, "_forms", {}),  # choices made before
     ):  # fmt: skip
         yield
 

@@ -128,6 +128,7 @@ def sweep(
             return conv.gather_gemm(feats, weight, None, plan, precision)
 
         plan.memo.clear()
+        product._forms.clear()  # and with them what was chosen
         return mock.patch.object(product, "gemm_tile", lambda *_, **__: tiles.GemmTile(*tile))(
             step
         )

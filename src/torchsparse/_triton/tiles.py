@@ -21,6 +21,7 @@ __all__ = [
     "GradTile",
     "Limits",
     "NarrowTile",
+    "alike",
     "dense_tile",
     "depthwise_grad_tile",
     "depthwise_tile",
@@ -144,14 +145,14 @@ def gemm_tile(
         device: Whose measurements may count; None: the shipped rows alone.
         blocks: The weight is read in blocks: see `has_blocks`.
     """
-    rows = _alike(rows, 1 << 16)
+    rows = alike(rows)
     # The last argument makes remembered answers go out of date.
     return _gemm_tile(
         rows, c_in, c_out, volume, dtype, precision, swapped, device, blocks, _tuned.generation()
     )
 
 
-def _alike(rows: int, plenty: int) -> int:
+def alike(rows: int, plenty: int = 1 << 16) -> int:
     """A number of rows for which everything is chosen as for ``rows``: each cloud has another,
     and shall find the answers of those before it. From ``plenty`` on, the power of two decides.
     """
@@ -263,7 +264,7 @@ def grad_tile(
 ) -> GradTile:
     """The tile for a weight gradient over at most ``pairs`` pairs of ``volume`` taps."""
     # So many are enough for every target of `shipped_grad_tile`; 4 BK are a multiple of 64.
-    pairs = _alike(pairs, 1 << 18)
+    pairs = alike(pairs, 1 << 18)
     return _grad_tile(pairs, c_in, c_out, dtype, precision, volume, device, _tuned.generation())
 
 

@@ -34,6 +34,7 @@ def tile(monkeypatch: pytest.MonkeyPatch):
             return gemm_tile(*args)._replace(**fields)
 
         monkeypatch.setattr(product, "gemm_tile", fixed)
+        monkeypatch.setattr(product, "_forms", {})  # choices made before
 
     return fix
 

@@ -25,6 +25,7 @@ from torchsparse._triton.tiles import (
     GemmTile,
     GradTile,
     NarrowTile,
+    alike,
     dense_tile,
     gemm_tile,
     grad_tile,
@@ -50,7 +51,7 @@ class Plan(NamedTuple):
 
     rows: int  # of the result
     shares: tuple[Share, ...]  # for the implicit GEMM
-    memo: dict[Any, _Product]  # how products over this table are launched
+    memo: dict[Any, Any]  # how products over this table are launched, and where it lies
     pairs: Pairs | None = None  # for the fetch-on-demand dataflow, in place of shares
     reverse: bool = False  # tap k of the table multiplies weight K - 1 - k
     limit: Tensor | None = None  # [1] int64, how many rows are real; None: all (`_capacity`)
@@ -184,19 +185,21 @@ _steps: dict[Any, Step] = {}  # by all that determines the kernel: another cloud
 
 
 def _call(
-    step: Step,
-    grid: tuple[int, int],
-    middle: tuple[Tensor | None, ...],
-    last: tuple[int, ...],
-    matrix: _Matrix | None = None,
+    step: Step, grid: tuple[int, int], middle: tuple[Tensor | None, ...], last: tuple[int, ...]
 ) -> _Call:
+    places, bits = _places(middle)
+    return _Call(step, grid, middle, places, bits, last)
+
+
+def _places(tensors: tuple[Tensor | None, ...]) -> tuple[tuple[int | None, ...], int]:
+    """Addresses, and all of them or-ed."""
     bits = 0
     places: list[int | None] = []
-    for tensor in middle:
+    for tensor in tensors:
         place = None if tensor is None else tensor.data_ptr()
         bits |= place or 0
         places.append(place)
-    return _Call(step, grid, middle, tuple(places), bits, last, matrix)
+    return tuple(places), bits
 
 
 def _run(call: _Call, x: Tensor, w: Tensor | None, out: Tensor, end: _End) -> None:
@@ -225,14 +228,32 @@ def _sum(
 ) -> _Call:
     """The launch that writes ``out`` [M, C]: the sum of so many parts in ``dtype``, finished."""
     m, channels = out.shape
+    add = _adding(dtype, out.dtype, channels, parts, limit is None, end)
+    return _call(add.step, (cdiv(m, SUMMED_ROWS), add.columns), (limit,), (m,))
+
+
+SUMMED_ROWS = 32  # of a program
+
+
+class _Adding(NamedTuple):
+    """What adds up parts of so many channels."""
+
+    step: Step
+    columns: int  # blocks of them
+
+
+def _adding(
+    dtype: torch.dtype, out: torch.dtype, channels: int, parts: int, whole: bool, end: _End
+) -> _Adding:
+    """Of parts in ``dtype`` that become ``out``; ``whole``: all rows are real."""
     width = min(max(next_power(channels), 16), 128)
-    name = ("sum", dtype, out.dtype, channels, parts, limit is None, end.kind)
+    name = ("sum", dtype, out, channels, parts, whole, end.kind)
     step = _steps.get(name)
     if step is None:
         step = _steps[name] = Step(
-            sum_kernel, CO=channels, PARTS=parts, BM=32, BN=width, **end.flags
+            sum_kernel, CO=channels, PARTS=parts, BM=SUMMED_ROWS, BN=width, **end.flags
         )
-    return _call(step, (cdiv(m, 32), cdiv(channels, width)), (limit,), (m,))
+    return _Adding(step, cdiv(channels, width))
 
 
 class _Product(NamedTuple):
@@ -242,9 +263,9 @@ class _Product(NamedTuple):
     channels: int
     pad: bool  # channels to 16 bytes
     turn: bool  # the weight, so that its summed axis is innermost
-    splits: int  # their shares of the taps are added up
-    limit: Tensor | None  # of the plan
+    splits: int  # shares of the taps
     gemm: _Call
+    add: _Call | None = None  # what adds up the shares
 
 
 def gather_gemm(
@@ -304,12 +325,12 @@ def _multiply(known: _Product, feats: Tensor, weight: Tensor, end: _End) -> Tens
         weight = _turned(weight)
     if known.gemm.matrix is not None and weight.data_ptr() & 15:
         weight = weight.clone()  # a part of a larger one; maps want 16 bytes
-    if known.splits == 1:
+    if known.add is None:
         _run(known.gemm, feats, weight, out, end)
     else:
-        parts = feats.new_empty((known.splits, *out.shape), dtype=torch.float32)
+        parts = feats.new_empty((known.splits, known.rows, known.channels), dtype=torch.float32)
         _run(known.gemm, feats, weight, parts, NO_END)
-        _run(_sum(parts.dtype, out, known.splits, end, known.limit), parts, None, out, end)
+        _run(known.add, parts, None, out, end)
     return out
 
 
@@ -334,6 +355,7 @@ class _Form(NamedTuple):
     """What products of one kind have in common, whatever the map."""
 
     steps: dict[Any, Step]  # by tile, and whether rows are sorted, and all of them real
+    chosen: dict[Any, _Chosen]  # by rows, about, device, and the same two
     narrow: NarrowTile | None
     pad: bool  # channels to 16 bytes
     turn: bool  # the weight, so that its summed axis is innermost
@@ -341,6 +363,15 @@ class _Form(NamedTuple):
     strides: tuple[int, ...]  # as it lies then
     swapped: bool  # its input channels are innermost
     blocks: int  # as which matrix it may be read in blocks: BLOCKS of `gemm_kernel`
+
+
+class _Chosen(NamedTuple):
+    """How products of one kind are computed on maps of about one size."""
+
+    tile: GemmTile
+    step: Step
+    matrix: _Matrix | None
+    add: _Adding | None
 
 
 _forms: dict[Any, _Form] = {}  # by the keys of `Plan.memo`: another cloud finds them here
@@ -352,7 +383,7 @@ def _form(weight: Tensor, precision: str) -> _Form:
     dtype, strides = weight.dtype, weight.stride()
     narrow = narrow_tile(c_in, c_out, volume, dtype, precision)
     if narrow is not None:
-        return _Form({}, narrow, False, False, (volume, c_in, c_out), strides, False, 0)
+        return _Form({}, {}, narrow, False, False, (volume, c_in, c_out), strides, False, 0)
     missing = -c_in % (16 // dtype.itemsize)
     if missing:  # as `_aligned` leaves it
         c_in += missing
@@ -362,7 +393,8 @@ def _form(weight: Tensor, precision: str) -> _Form:
         strides = (c_in * c_out, 1, c_in)
     swapped = strides[1] == 1 and strides[2] != 1
     blocks = _blocks(c_in, c_out, strides, dtype)
-    return _Form({}, None, missing > 0, turn, (volume, c_in, c_out), strides, swapped, blocks)
+    shape = volume, c_in, c_out
+    return _Form({}, {}, None, missing > 0, turn, shape, strides, swapped, blocks)
 
 
 def _blocks(c_in: int, c_out: int, strides: tuple[int, ...], dtype: torch.dtype) -> int:
@@ -379,20 +411,53 @@ def _plan_product(
     feats: Tensor, weight: Tensor, end: _End, plan: Plan, precision: str, key: Any
 ) -> _Product:
     """Choose tiles for a plan of one share. ``key`` is that of `Plan.memo`."""
-    dtype, m = feats.dtype, plan.rows
+    m = plan.rows
     form = _forms.get(key)
     if form is None:
         form = _forms[key] = _form(weight, precision)
-    _, narrow, pad, turn, (volume, c_in, c_out), _, swapped, blocks = form
-    if narrow is not None:
-        call = _narrow(form, narrow, end, plan.shares[0].tiles, plan, precision)
-        return _Product(m, c_out, False, False, 1, None, call)
-    device = feats.device
-    blocks = blocks if blocks and has_blocks(device) else 0
-    tile = gemm_tile(m, c_in, c_out, volume, dtype, precision, swapped, device, blocks > 0)
-    own_end = end if tile.splits == 1 else NO_END
-    call = _gemm(form, tile, own_end, plan.shares[0].tiles, plan, precision, blocks)
-    return _Product(m, c_out, pad, turn, tile.splits, plan.limit, call)
+    _, _, c_out = form.shape
+    tiles = plan.shares[0].tiles
+    if form.narrow is not None:
+        call = _narrow(form, form.narrow, end, tiles, plan, precision)
+        return _Product(m, c_out, False, False, 1, call)
+    order, table, masks, limit = tiles
+    kind = (alike(m), feats.get_device(), order is None, limit is None)
+    chosen = form.chosen.get(kind)
+    if chosen is None:
+        chosen = form.chosen[kind] = _choose(form, feats, end, plan, precision)
+    tile, step, matrix, add = chosen
+    middle = (table, order, masks, limit)
+    where = plan.memo.get("places")
+    if where is None:
+        where = plan.memo["places"] = _places(middle)
+    places, bits = where
+    grid = (cdiv(m, tile.BM) * cdiv(c_out, tile.BN), tile.splits)
+    last = (m, masks.shape[1], *form.strides)
+    gemm = _Call(step, grid, middle, places, bits, last, matrix)
+    if add is None:
+        return _Product(m, c_out, form.pad, form.turn, 1, gemm)
+    total = _call(add.step, (cdiv(m, SUMMED_ROWS), add.columns), (limit,), (m,))
+    return _Product(m, c_out, form.pad, form.turn, tile.splits, gemm, total)
+
+
+def _choose(form: _Form, feats: Tensor, end: _End, plan: Plan, precision: str) -> _Chosen:
+    """Tile and kernels for a plan of one share."""
+    (volume, c_in, c_out), dtype, device = form.shape, feats.dtype, feats.device
+    blocks = form.blocks if form.blocks and has_blocks(device) else 0
+    tile = gemm_tile(
+        plan.rows, c_in, c_out, volume, dtype, precision, form.swapped, device, blocks > 0
+    )
+    own, add = end, None
+    if tile.splits > 1:
+        own = NO_END
+        add = _adding(torch.float32, dtype, c_out, tile.splits, plan.limit is None, end)
+    step = _gemm_step(form, tile, own, plan.shares[0].tiles, plan.reverse, precision, blocks)
+    matrix = None
+    if blocks == 1:
+        matrix = _Matrix((volume * c_in, c_out), (tile.BK, tile.BN))
+    elif blocks == 2:
+        matrix = _Matrix((volume * c_out, c_in), (tile.BN, tile.BK))
+    return _Chosen(tile, step, matrix, add)
 
 
 def _by_shares(
@@ -417,30 +482,33 @@ def _by_shares(
 
 
 def _gemm(
-    form: _Form, tile: GemmTile, end: _End, tiles: Tiles, plan: Plan, precision: str,
-    blocks: int = 0,
-) -> _Call:  # fmt: skip
+    form: _Form, tile: GemmTile, end: _End, tiles: Tiles, plan: Plan, precision: str
+) -> _Call:
     """The launch of a masked product over one share of a plan."""
-    (volume, c_in, c_out), strides = form.shape, form.strides
     order, table, masks, limit = tiles
-    matrix = None
-    if blocks == 1:
-        matrix = _Matrix((volume * c_in, c_out), (tile.BK, tile.BN))
-    elif blocks == 2:
-        matrix = _Matrix((volume * c_out, c_in), (tile.BN, tile.BK))
-    name = (tile, order is None, limit is None, blocks)
+    step = _gemm_step(form, tile, end, tiles, plan.reverse, precision, 0)
+    m, c_out = table.shape[1], form.shape[2]
+    grid = (cdiv(m, tile.BM) * cdiv(c_out, tile.BN), tile.splits)
+    return _call(step, grid, (table, order, masks, limit), (m, masks.shape[1], *form.strides))
+
+
+def _gemm_step(
+    form: _Form, tile: GemmTile, end: _End, tiles: Tiles, reverse: bool, precision: str,
+    blocks: int,
+) -> Step:  # fmt: skip
+    """The kernel of a masked product."""
+    ordered, whole = tiles.order is not None, tiles.limit is None
+    name = (tile, ordered, whole, blocks)
     step = form.steps.get(name)
     if step is None:
+        volume, c_in, c_out = form.shape
         step = form.steps[name] = Step(
             gemm_kernel, K=volume, CI=c_in, CO=c_out,
             BM=tile.BM, BN=tile.BN, BK=tile.BK, SPLITS=tile.splits,
-            SORTED=order is not None, REVERSE=plan.reverse, PRECISION=precision, BLOCKS=blocks,
+            SORTED=ordered, REVERSE=reverse, PRECISION=precision, BLOCKS=blocks,
             **end.flags, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
-    m = table.shape[1]
-    grid = (cdiv(m, tile.BM) * cdiv(c_out, tile.BN), tile.splits)
-    numbers = (m, masks.shape[1], *strides)
-    return _call(step, grid, (table, order, masks, limit), numbers, matrix)
+    return step
 
 
 def _narrow(
