@@ -22,6 +22,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -41,6 +42,7 @@ from benchmarks.tasks import (
     prepare,
     start,
 )
+from torchsparse._ops import dispatch
 
 DEFAULT = ("minkunet", "centerpoint")
 MODES = ("infer", "train")
@@ -362,6 +364,7 @@ class Run:
                         str(options.seconds), "--kernels", str(options.kernels), "--out", folder,
                         "--floors" if options.floors else "--no-floors",
                         *["--verbose"] * options.verbose,
+                        *(["--without", *options.without] if options.without else []),
                     ]  # fmt: skip
                     done = subprocess.run(command, capture_output=True, text=True)
                     rows = [row for path in Path(folder).glob("*.csv") for row in read(path)]
@@ -422,6 +425,8 @@ def options_of(argv: list[str] | None) -> argparse.Namespace:
         help="measure the rates of the machine")  # fmt: skip
     add("--kernels", type=int, default=0, help="print so many of the costliest of each row")
     add("--verbose", action="store_true", help="say how many seconds each part of a row took")
+    add("--without", nargs="+", choices=sorted(dispatch.KERNELS), default=[], metavar="FAMILY",
+        help="kernels left to PyTorch; without maps, each is built when a layer asks")  # fmt: skip
     add("--cold", action="store_true", help="time first results in fresh processes instead")
     add("--out", type=Path, default=RESULTS, help="folder of the CSV file")
     options = parser.parse_args(argv)
@@ -459,10 +464,11 @@ def main(argv: list[str] | None = None) -> int:
     run = Run(options)
     table: list[dict[str, Any]] = []
     path = options.out / f"{options.device.type}-networks.csv"
-    for row in run.fresh() if options.fresh else run.rows():
-        table.append(machine(options.device) | row)
-        print(line(row), flush=True)
-        write(path, COLUMNS, table)
+    with mock.patch.object(dispatch, "KERNELS", dispatch.KERNELS - set(options.without)):
+        for row in run.fresh() if options.fresh else run.rows():
+            table.append(machine(options.device) | row)
+            print(line(row), flush=True)
+            write(path, COLUMNS, table)
     if table:
         print("", *joined(table), f"wrote {path}", sep="\n")
     return int(run.failed)

@@ -15,6 +15,7 @@ import argparse
 import itertools
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -154,6 +155,18 @@ def sweep(
     return sorted(found)
 
 
+@contextmanager
+def reading(*, addresses: bool) -> Iterator[None]:
+    """Let products read their weights by ``addresses``, or as they choose."""
+    from torchsparse._triton.conv import product
+
+    choose = product.has_blocks
+    with mock.patch.multiple(
+        product, _forms={}, has_blocks=lambda device: not addresses and choose(device)
+    ):
+        yield
+
+
 def main(argv: list[str] | None = None) -> int:
     """Print a line for each layer, type and scene; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else "")
@@ -162,6 +175,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--layers", nargs="+", default=list(LAYERS), help="halvings:C_in:C_out")
     parser.add_argument("--dtypes", nargs="+", default=["fp16", "tf32"], choices=list(AGREE))
     parser.add_argument("--splits", nargs="+", type=int, default=[1, 2, 4])
+    parser.add_argument(
+        "--addresses", action="store_true", help="read no weight in blocks: see product._blocks"
+    )
     parser.add_argument("--top", type=int, default=5, help="so many of the fastest")
     parser.add_argument("--device", type=torch.device, default=torch.device("cuda"))
     parser.add_argument("--seconds", type=float, default=0.1, help="for each, on a CPU")
@@ -169,7 +185,8 @@ def main(argv: list[str] | None = None) -> int:
     if options.device.type == "cuda" and not torch.cuda.is_available():
         parser.error("there is no GPU; --device cpu uses Triton's interpreter")
     layers = list(map(Layer.of, options.layers))
-    with forced("_triton"):  # also in Triton's interpreter, to try this script
+    # Also in Triton's interpreter, to try this script.
+    with forced("_triton"), reading(addresses=options.addresses):
         for name in options.scene:
             scene = scenes.load(name, options.scenes)
             found = tables(scene, 1 + max(layer.level for layer in layers), options.device)

@@ -15,6 +15,7 @@ from benchmarks.oracle import WrongResult
 from benchmarks.reports import read
 from benchmarks.timing import Phases, Span
 from torchsparse import SparseTensor
+from torchsparse._ops import dispatch
 from torchsparse.inference import Graphed
 
 CPU = torch.device("cpu")
@@ -86,6 +87,22 @@ def test_fresh_processes_give_the_same_rows(command, tmp_path, capsys) -> None:
     assert (row["network"], row["scene"], row["way"]) == ("resnet21d", "tiny", "eager")
     assert row["floor_ms"] is None and row["gflop"] > 0
     assert len(capsys.readouterr().out.splitlines()) == 2 + 1 + 2 + 1 + 1
+
+
+def test_kernels_may_be_left_out(command, monkeypatch) -> None:
+    """For as long as the rows take, and of this library alone."""
+    seen = []
+
+    def rows(self):
+        seen.append(dispatch.KERNELS)
+        return iter(())
+
+    monkeypatch.setattr(networks.Run, "rows", rows)
+    before = dispatch.KERNELS
+    assert networks.main([*command, "resnet21d@tiny", "--without", "maps", "pool"]) == 0
+    assert seen == [before - {"maps", "pool"}] and dispatch.KERNELS is before
+    with pytest.raises(SystemExit):
+        networks.main([*command, "--without", "nonsense"])
 
 
 def test_networks_are_paired_with_scenes() -> None:

@@ -12,6 +12,7 @@ import torch
 pytest.importorskip("triton")
 
 from benchmarks import oracle, tiles
+from torchsparse._triton.conv import product
 
 # The interpreter turns arrays of one element into numbers, and wraps around silently.
 pytestmark = [
@@ -22,11 +23,11 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ARGUMENTS = ["--layers", "1:16:16", "--dtypes", "fp16", "--seconds", "0", "--splits", "1", "2"]
 
 
-def run(folder: Path) -> int:
+def run(folder: Path, *more: str) -> int:
     grid = np.stack(np.unravel_index(np.arange(0, 1000, 7), (1, 10, 10, 10)), 1).astype(np.int32)
     scene = folder / "grid.npz"
     np.savez(scene, coords=grid, feats=np.ones(grid.shape, np.float32))
-    few = [*ARGUMENTS, "--scene", str(scene), "--device", DEVICE]
+    few = [*ARGUMENTS, "--scene", str(scene), "--device", DEVICE, *more]
     with mock.patch.object(tiles, "HALF", ((64, 32, 3, 4), (128, 16, 3, 8))):
         return tiles.main(few)
 
@@ -41,3 +42,14 @@ def test_every_candidate_is_timed(tmp_path: Path, capsys: pytest.CaptureFixture[
 def test_a_wrong_tile_is_not_timed(tmp_path: Path) -> None:
     with mock.patch.dict(tiles.AGREE, fp16=-1.0), pytest.raises(oracle.WrongResult):
         run(tmp_path)
+
+
+def test_weights_may_be_read_by_addresses() -> None:
+    """Whatever was chosen before, and only as long as it is asked for."""
+    device, chosen = torch.device("cpu"), {"a kind": "of products"}
+    with mock.patch.multiple(product, has_blocks=lambda device: True, _forms=chosen):
+        for addresses in (True, False):
+            with tiles.reading(addresses=addresses):
+                assert product.has_blocks(device) is not addresses
+                assert product._forms == {}
+        assert product.has_blocks(device) and product._forms is chosen
