@@ -147,6 +147,7 @@ def main(argv: list[str] | None = None) -> int:
     with ExitStack() as stack:
         if device.type == "cpu":
             stack.enter_context(without_kernels())
+            stack.callback(torch.set_num_threads, torch.get_num_threads())
             torch.set_num_threads(1)
         gc.collect()
         for make, repeats in ((layers, options.repeats), (networks, options.repeats // 5 + 1)):

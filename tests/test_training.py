@@ -106,6 +106,7 @@ def test_copies_are_of_the_same_values_in_other_memory() -> None:
         assert copied.data_ptr() != tensor.data_ptr() or tensor.numel() == 0
         torch.testing.assert_close(copied, tensor, rtol=0, atol=0, equal_nan=True)
     assert copies[1][1].signbit() and copies[-1].dtype == torch.float16
+    assert _Packed([]).copies() == []
 
 
 @pytest.mark.parametrize("arrives", ["early", "late", "without an event"])

@@ -361,6 +361,18 @@ def test_a_measured_tile_goes_before_the_shipped_one() -> None:
     assert tiles.gemm_tile(*arguments, False, CPU) == shipped
 
 
+def test_wide_tiles_of_weights_in_blocks_share_out_no_taps() -> None:
+    """They are for maps that fill a GPU with them; others keep columns of 128."""
+    wide = {}
+    for rows in (9_467, 21_559, 34_000, 38_400, 38_401, 60_000, 94_444):
+        tile = tiles.shipped_gemm_tile(rows, 256, 256, 27, HALF, "ieee", True)
+        wide[rows] = tile.BN == 256
+        assert tile.splits == 1 or not wide[rows]
+        assert not tiles.shipped_gemm_tile(rows, 256, 256, 27, HALF, "ieee").BN == 256
+        assert tiles.shipped_gemm_tile(rows, 256, 192, 27, HALF, "ieee", True).BN == 128
+    assert [rows for rows in wide if wide[rows]] == [38_401, 60_000, 94_444]
+
+
 def test_a_measured_gradient_tile_goes_before_the_shipped_one() -> None:
     arguments = (1_300_000, 64, 96, FULL, "tf32", 27)
     shipped = tiles.grad_tile(*arguments)

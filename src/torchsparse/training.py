@@ -128,6 +128,8 @@ class _Packed:
 
     def copies(self) -> list[Tensor]:
         """A copy of each."""
+        if not self.tensors:
+            return []
         return list(torch._foreach_mul(list(self.tensors), 1.0))  # pyright: ignore[reportPrivateImportUsage]
 
     def parts(self, packed: list[Tensor]) -> list[Tensor]:

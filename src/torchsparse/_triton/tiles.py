@@ -210,8 +210,9 @@ def shipped_gemm_tile(
             bk, stages, work = 128, 2, 2
         if c_out > 128 and cdiv(rows, 128) * cdiv(c_out, 128) >= 2 * PROCESSORS:
             bm, warps = 128, 8 if rows >= 1 << 15 else 4
-            if blocks and c_out % 256 == 0 and cdiv(rows, 128) * (c_out // 256) >= 2 * PROCESSORS:
-                bn, warps = 256, 8  # each row is gathered once
+            programs = cdiv(rows, 128) * c_out // 256
+            if blocks and c_out % 256 == 0 and 2 * programs > MOST_SHARES:
+                bn, warps = 256, 8  # each row is gathered once, and no taps are shared out
     elif precision == "tf32":
         bm, bk, stages, warps = 64, _block_k(c_in, 32), 3, 4
         if c_out > 128 and cdiv(rows, 128) * cdiv(c_out, 128) >= PROCESSORS:
