@@ -8,15 +8,14 @@ from torchsparse._ops.dispatch import reference, twin
 
 __all__ = ["place_input"]
 
-INT32_MAX = 2**31 - 1
+MOST_WORDS = 1 << 30  # as the kernel counts them, its last block included
 
 
 def place_input(
     coords: Tensor, feats: Tensor, into_coords: Tensor, into_feats: Tensor, count: Tensor,
     filled: int,
 ) -> None:  # fmt: skip
-    """Write rows, padding behind them, and how many are real. Without gradients, and uncounted by
-    tensor versions.
+    """Write rows, padding behind them, and how many are real, without gradients.
 
     Args:
         coords: [N, 1 + D] int32.
@@ -28,6 +27,6 @@ def place_input(
     """
     rows = max(coords.shape[0], filled)
     most = rows * max(coords.shape[1], feats.shape[1] * feats.element_size() // 2)
-    few = feats.shape[1] > 0 and most <= INT32_MAX  # as the kernel counts them
+    few = feats.shape[1] > 0 and most <= MOST_WORDS
     chosen = twin("inputs", coords) if few else reference("inputs")
     chosen.place_input(coords, feats, into_coords, into_feats, count, filled)
