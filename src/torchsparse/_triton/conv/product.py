@@ -228,8 +228,7 @@ def _sum(
 ) -> _Call:
     """The launch that writes ``out`` [M, C]: the sum of so many parts in ``dtype``, finished."""
     m, channels = out.shape
-    add = _adding(dtype, out.dtype, channels, parts, limit is None, end)
-    return _call(add.step, (cdiv(m, SUMMED_ROWS), add.columns), (limit,), (m,))
+    return _adding(dtype, out.dtype, channels, parts, limit is None, end).over(m, limit)
 
 
 SUMMED_ROWS = 32  # of a program
@@ -240,6 +239,10 @@ class _Adding(NamedTuple):
 
     step: Step
     columns: int  # blocks of them
+
+    def over(self, rows: int, limit: Tensor | None) -> _Call:
+        """The launch for so many rows, of which ``limit`` may be real."""
+        return _call(self.step, (cdiv(rows, SUMMED_ROWS), self.columns), (limit,), (rows,))
 
 
 def _adding(
@@ -420,23 +423,16 @@ def _plan_product(
     if form.narrow is not None:
         call = _narrow(form, form.narrow, end, tiles, plan, precision)
         return _Product(m, c_out, False, False, 1, call)
-    order, table, masks, limit = tiles
-    kind = (alike(m), feats.get_device(), order is None, limit is None)
+    kind = (alike(m), feats.get_device(), tiles.order is None, tiles.limit is None)
     chosen = form.chosen.get(kind)
     if chosen is None:
         chosen = form.chosen[kind] = _choose(form, feats, end, plan, precision)
     tile, step, matrix, add = chosen
-    middle = (table, order, masks, limit)
     where = plan.memo.get("places")
     if where is None:
-        where = plan.memo["places"] = _places(middle)
-    places, bits = where
-    grid = (cdiv(m, tile.BM) * cdiv(c_out, tile.BN), tile.splits)
-    last = (m, masks.shape[1], *form.strides)
-    gemm = _Call(step, grid, middle, places, bits, last, matrix)
-    if add is None:
-        return _Product(m, c_out, form.pad, form.turn, 1, gemm)
-    total = _call(add.step, (cdiv(m, SUMMED_ROWS), add.columns), (limit,), (m,))
+        where = plan.memo["places"] = _places(_masked(tiles))
+    gemm = _gemm(form, tile, step, tiles, where, matrix)
+    total = None if add is None else add.over(m, tiles.limit)
     return _Product(m, c_out, form.pad, form.turn, tile.splits, gemm, total)
 
 
@@ -477,19 +473,28 @@ def _by_shares(
         taps = slice(volume - last, volume - first) if plan.reverse else slice(first, last)
         own = weight[taps]
         form = _form(own, precision)
-        _run(_gemm(form, tile, NO_END, tiles, plan, precision), feats, own, part, NO_END)
+        step = _gemm_step(form, tile, NO_END, tiles, plan.reverse, precision, 0)
+        call = _gemm(form, tile, step, tiles, _places(_masked(tiles)))
+        _run(call, feats, own, part, NO_END)
     _run(_sum(parts.dtype, out, len(plan.shares), end, plan.limit), parts, None, out, end)
 
 
-def _gemm(
-    form: _Form, tile: GemmTile, end: _End, tiles: Tiles, plan: Plan, precision: str
-) -> _Call:
-    """The launch of a masked product over one share of a plan."""
+def _masked(tiles: Tiles) -> tuple[Tensor | None, ...]:
+    """What a masked product reads of tiles, in the order of its parameters."""
     order, table, masks, limit = tiles
-    step = _gemm_step(form, tile, end, tiles, plan.reverse, precision, 0)
-    m, c_out = table.shape[1], form.shape[2]
+    return table, order, masks, limit
+
+
+def _gemm(
+    form: _Form, tile: GemmTile, step: Step, tiles: Tiles,
+    where: tuple[tuple[int | None, ...], int], matrix: _Matrix | None = None,
+) -> _Call:  # fmt: skip
+    """The launch of a masked product over tiles that lie ``where``: see `_places`."""
+    places, bits = where
+    m, c_out = tiles.table.shape[1], form.shape[2]
     grid = (cdiv(m, tile.BM) * cdiv(c_out, tile.BN), tile.splits)
-    return _call(step, grid, (table, order, masks, limit), (m, masks.shape[1], *form.strides))
+    last = (m, tiles.masks.shape[1], *form.strides)
+    return _Call(step, grid, _masked(tiles), places, bits, last, matrix)
 
 
 def _gemm_step(
