@@ -11,7 +11,7 @@ from torch import nn
 
 from tests.scans import Dense, again, assert_agree, network, scan
 from torchsparse import nn as spnn
-from torchsparse.training import UNSEEN, _bring, _lent, _Packed, graphed
+from torchsparse.training import UNSEEN, _bring, _copies, _lent, _Packed, graphed
 
 
 def test_what_runs_as_usual(device: torch.device) -> None:
@@ -101,12 +101,12 @@ def test_copies_are_of_the_same_values_in_other_memory() -> None:
         torch.ones(2, 0),
         torch.ones(()),
     ]
-    copies = _Packed([*tensors, torch.ones(2, dtype=torch.float16)]).copies()
+    copies = _copies([*tensors, torch.ones(2, dtype=torch.float16)])
     for tensor, copied in zip(tensors, copies):
         assert copied.data_ptr() != tensor.data_ptr() or tensor.numel() == 0
         torch.testing.assert_close(copied, tensor, rtol=0, atol=0, equal_nan=True)
     assert copies[1][1].signbit() and copies[-1].dtype == torch.float16
-    assert _Packed([]).copies() == []
+    assert _copies([]) == []
 
 
 @pytest.mark.parametrize("arrives", ["early", "late", "without an event"])

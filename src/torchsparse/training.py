@@ -105,7 +105,7 @@ def _check_modules(model: nn.Module) -> None:
 
 
 class _Packed:
-    """Tensors that are copied at once: one by one takes too long."""
+    """Tensors side by side, so that they are copied at once: one by one takes too long."""
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self.tensors = tensors
@@ -126,12 +126,6 @@ class _Packed:
             for tensor, value in zip(self.tensors, self.parts(packed)):
                 tensor.data.copy_(value)  # not counted: a pass before may have kept it
 
-    def copies(self) -> list[Tensor]:
-        """A copy of each."""
-        if not self.tensors:
-            return []
-        return list(torch._foreach_mul(list(self.tensors), 1.0))  # pyright: ignore[reportPrivateImportUsage]
-
     def parts(self, packed: list[Tensor]) -> list[Tensor]:
         """Views of what `pack` gave, in the shapes and the order of the tensors."""
         found: list[Tensor] = list(self.tensors)
@@ -140,6 +134,13 @@ class _Packed:
             for place, part in zip(places, flat.split(sizes)):
                 found[place] = part.view(self.tensors[place].shape)
         return found
+
+
+def _copies(tensors: list[Tensor]) -> list[Tensor]:
+    """A copy of each, in one launch."""
+    if not tensors:
+        return []
+    return list(torch._foreach_mul(tensors, 1.0))  # pyright: ignore[reportPrivateImportUsage]
 
 
 class _Backward(NamedTuple):
@@ -166,7 +167,7 @@ class _Backward(NamedTuple):
     filled: list[int]
     params: Sequence[Tensor]
     places: list[int]
-    found: _Packed
+    found: list[Tensor]
     buffers: _Packed
     before: list[Tensor]
     early: Any
@@ -274,7 +275,7 @@ class Graphed(Graphs):
             _modes(bucket), back, list(outputs.values()), grads, [0] * len(grads),
             list(params.values()),
             [place for place, t in enumerate(found) if t is not None],
-            _Packed([t for t in found if t is not None]), buffers, before, early,
+            [t for t in found if t is not None], buffers, before, early,
         )  # fmt: skip
         return bucket
 
@@ -360,7 +361,7 @@ class _Pass(torch.autograd.Function):
         _bring(grads, passes)
         passes.graph.replay()
         found: list[Tensor | None] = [None] * (1 + len(passes.params))
-        for place, grad in zip(passes.places, passes.found.copies()):
+        for place, grad in zip(passes.places, _copies(passes.found)):
             found[place] = grad
         if found[0] is not None:
             found[0] = found[0][: ctx.rows]
