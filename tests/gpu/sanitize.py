@@ -33,6 +33,7 @@ import torchsparse
 from tests.gpu.layers import DTYPES, KINDS, Kind, run, surface
 from torchsparse import SparseTensor, operators
 from torchsparse import nn as spnn
+from torchsparse._ops.inputs import place_input
 from torchsparse.backbones import SparseResNet21D, SparseResUNet42
 from torchsparse.backend import GPUHashTable
 from torchsparse.nn import functional as F
@@ -222,11 +223,25 @@ def networks(gpu: torch.device) -> None:
             )
 
 
+def inputs(gpu: torch.device) -> None:
+    """Rows placed where a graph reads them: fewer and more than before, of 2 and of 4 bytes."""
+    for dtype, channels in itertools.product((torch.float16, torch.float32), (3, 4)):
+        into = (
+            torch.empty(400, 4, dtype=torch.int32, device=gpu),
+            torch.empty(400, channels, dtype=dtype, device=gpu),
+        )
+        count = torch.empty(1, dtype=torch.int64, device=gpu)
+        for rows, filled in ((0, 400), (129, 400), (256, 129), (400, 256), (399, 400)):
+            coords = torch.from_numpy(surface(rows)).to(gpu)
+            feats = torch.ones(len(coords), channels, dtype=dtype, device=gpu)
+            place_input(coords, feats, *into, count, filled)
+
+
 PARTS: dict[str, Callable[[torch.device], None]] = {
     **{name: partial(kind_of_layer, name) for name in KINDS},
     **{
         f.__name__: f
-        for f in (widths, maps, dimensions, windows, points, rows_of_samples, networks)
+        for f in (widths, maps, dimensions, windows, points, rows_of_samples, networks, inputs)
     },
 }
 
