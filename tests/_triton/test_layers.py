@@ -219,7 +219,7 @@ def _maps(x: SparseTensor) -> dict[str, KernelMap]:
 
 def _input(device: torch.device) -> tuple[SparseTensor, dict[str, Tensor]]:
     rng = torch.Generator().manual_seed(3)
-    coords = torch.nn.functional.pad(torch.randint(0, 14, (90, 3), generator=rng), (1, 0)).unique(
+    coords = torch.nn.functional.pad(torch.randint(0, 9, (40, 3), generator=rng), (1, 0)).unique(
         dim=0
     )
     feats = torch.randn(len(coords), 4, generator=rng)
