@@ -119,8 +119,11 @@ def sweep(
         "ieee",
     )  # fmt: skip
     plan = conv.make_plan(table, keys, CUBE, ("gemm", True, 1))
+    blocks = product._form(weight, precision).blocks > 0 and tiles.has_blocks(device)
     shipped = tuple(
-        tiles.shipped_gemm_tile(rows, layer.c_in, layer.c_out, CUBE.volume, floating, precision)
+        tiles.shipped_gemm_tile(
+            rows, layer.c_in, layer.c_out, CUBE.volume, floating, precision, blocks
+        )
     )
     wanted = dict.fromkeys([shipped, *candidates(layer, floating != torch.float32, splits)])
 

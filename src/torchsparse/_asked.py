@@ -22,7 +22,7 @@ class Asked(NamedTuple):
 
 
 class Made(NamedTuple):
-    """What `Asked` led to; tables are left out where nobody wants to keep them."""
+    """What `Asked` led to; tables are left out where plans hold what is in them."""
 
     neighbors: Tensor | None  # [K, M] int32, as from `find_taps`
     plan: Any

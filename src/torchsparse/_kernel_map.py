@@ -47,8 +47,8 @@ class KernelMap:
     ``out_order``); `table` has rows throughout. Reading the map as TorchSparse 2.1's dictionary
     works too: ``kmap["out_in_map"]`` and the names listed by ``kmap.keys()``.
 
-    Where no gradients are wanted, ``neighbors`` is let go once a plan holds its contents in
-    another order (`plan`), and made again if anybody asks.
+    Where no gradients are wanted, or maps are built together, ``neighbors`` is let go once a plan
+    holds its contents in another order (`plan`), and made again if anybody asks.
     """
 
     neighbors: Tensor  # [K, M] int32, -1 = none; tap-major
@@ -151,7 +151,9 @@ class KernelMap:
         return table
 
     def _table(self) -> Tensor:
-        return self.neighbors
+        """The table for what is made from it once: if it was let go, it is not kept again."""
+        found = self.__dict__.get("neighbors")
+        return self._views["neighbors"]() if found is None else found
 
     # ------------------------------------------------------------------ views
     @property
@@ -169,11 +171,9 @@ class KernelMap:
 
     def _inverted(self) -> KernelMap:
         if self.identity is not None:
-            neighbors, keys = self.neighbors.flip(0), None
+            neighbors, keys = self._table().flip(0), None
         else:
-            neighbors, keys = coords_ops.invert_taps(
-                self.neighbors, self.num_inputs, self.geometry
-            )
+            neighbors, keys = coords_ops.invert_taps(self._table(), self.num_inputs, self.geometry)
         return KernelMap(
             neighbors,
             self.out_coords,

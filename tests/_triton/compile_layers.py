@@ -31,7 +31,7 @@ from torchsparse._triton.conv import (
     product,
     weight_grad,
 )
-from torchsparse._triton.conv.order import new_sort_keys
+from torchsparse._triton.conv.order import new_sort_keys, untile
 from torchsparse._triton.coords import create as levels
 
 ONES = (1, 1, 1)
@@ -121,9 +121,8 @@ def the_rest() -> None:
         gather_gemm(feats, weight, feats.new_zeros(64), plan, precision)
     coords.check_sites(index, (1, 2, 3, 4), False)
     layout = ("gemm", True, 1)
-    maps.build_together(
-        [Asked(index, None, CUBE, layout), Asked(index, sites, DOWN, layout, layout)], keep=True
-    )
+    asked = [Asked(index, None, CUBE, layout), Asked(index, sites, DOWN, layout, layout)]
+    maps.build_together(asked)
     for generative, cells in ((False, 5), (True, 5), (False, 1 << 40)):
         levels._fill = some_sites(cells)
         geometry = Geometry.strided(
@@ -135,6 +134,7 @@ def the_rest() -> None:
     stats = torch.zeros(64)
     epilogue = Epilogue(Norm(stats, stats, stats, stats, 1e-5), residual, 0.0)
     plan = make_plan(table, None, CUBE, ("gemm", True, 1))
+    untile(plan.shares[0].tiles)
     gather_gemm(feats, weight, stats.half(), plan, "ieee", epilogue)
     finish(feats, epilogue)
     for rows, c_in, c_out in ((ROWS, 64, 64), (ROWS, 128, 96), (9000, 384, 256)):

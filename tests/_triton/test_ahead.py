@@ -57,9 +57,9 @@ def built(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     calls: list[int] = []
     build = maps.build_together
 
-    def counted(asked: Any, keep: bool) -> Any:
+    def counted(asked: Any) -> Any:
         calls.append(len(asked))
-        return build(asked, keep)
+        return build(asked)
 
     monkeypatch.setattr(maps, "build_together", counted)
     return calls
@@ -139,6 +139,21 @@ def test_gradients_are_those_of_maps_built_one_by_one(device, built):
     assert built == [5]
     for a, b in zip(want, got):
         assert torch.equal(a, b)
+
+
+def test_gradients_keep_no_table(device, built):
+    """Lists of pairs are made from plans; what was made for them is let go again."""
+    net = Net().to(device)
+    net(scan(device, 3)).feats.square().sum().backward()
+    y = net(scan(device, 3))
+    y.feats.square().sum().backward()
+    assert built == [5]
+    entries = [e for key, e in y._caches.kmaps.items() if isinstance(key, KernelMapKey)]
+    kmaps = [entry.kmap for found in entries for entry in found]
+    assert len(kmaps) == 5
+    for kmap in kmaps:
+        assert any(isinstance(key, tuple) and key[0] == "pairs" for key in kmap._views)
+        assert "neighbors" not in kmap.__dict__
 
 
 def test_a_level_without_room_is_built_by_its_layer(device, built, monkeypatch):

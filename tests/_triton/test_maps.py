@@ -16,6 +16,7 @@ from torchsparse._reference import coords as plain
 from torchsparse._reference import maps as one_by_one
 from torchsparse._triton import coords as kernels
 from torchsparse._triton import maps
+from torchsparse._triton.conv import table_of
 from torchsparse._triton.conv.order import Tiles, key_bits, row_sort_keys
 
 SORTED, AS_THEY_ARE = ("gemm", True, 1), ("gemm", False, 1)
@@ -60,13 +61,15 @@ def test_tables_and_plans(ndim: int, device: torch.device) -> None:
         expected.append(Asked(judge, coarse, geometry, layout, back))
         there = None if coarse is None else coarse.to(device)
         asked.append(Asked(index, there, geometry, layout, back))
-    made = maps.build_together(asked, keep=True)
-    for one, got, want in zip(asked, made, one_by_one.build_together(expected, keep=True)):
-        pairs = ((got.neighbors, want.neighbors, got.plan, one.layout),
-                 (got.inverse, want.inverse, got.inverse_plan, one.back))  # fmt: skip
-        for table, right, plan, layout in pairs:
-            if right is None or table is None:
-                assert right is table is plan is None
+    made = maps.build_together(asked)
+    for one, got, want in zip(asked, made, one_by_one.build_together(expected)):
+        assert got.neighbors is got.inverse is None  # plans hold what is in them
+        pairs = ((want.neighbors, got.plan, one.layout),
+                 (want.inverse, got.inverse_plan, one.back))  # fmt: skip
+        for right, plan, layout in pairs:
+            if right is None or plan is None:
+                assert right is plan is None
                 continue
-            assert torch.equal(table.cpu(), right)
+            table = table_of(plan)
+            assert table is not None and torch.equal(table().cpu(), right)
             check_tiles(plan.shares[0].tiles, right.t(), one.geometry, layout)

@@ -14,6 +14,7 @@ from tests.scans import again, scan
 from torchsparse import SparseTensor, _capacity, _graphs, _warmup
 from torchsparse import nn as spnn
 from torchsparse._triton import launch
+from torchsparse._triton.conv import plan as conv_plan
 from torchsparse.inference import graphed
 
 CUDA = torch.cuda.is_available()
@@ -87,6 +88,18 @@ def test_all_kernels_of_a_step_are_compiled(
     needed = launched(step, monkeypatch)
     assert len(needed) > 10
     assert {key[0].fn.__name__ for key in needed - ahead} == set()  # pyright: ignore
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_what_makes_tables_again_is_compiled_where_pairs_are_listed(
+    training: bool, device: torch.device, kernels: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(conv_plan, "FEW_ROWS", 8)  # what is not sorted is its own table
+    model = Net().to(device).train(training)
+    x = scan(40, 1, device)
+    ahead = compiled(lambda: _warmup.compile_passes(model, [x], None), monkeypatch)
+    names = {key[0].fn.__name__ for key in ahead}  # pyright: ignore
+    assert ("untile_kernel" in names) is training
 
 
 @pytest.mark.parametrize("wait", [True, False])

@@ -211,12 +211,13 @@ def rows_of_samples(gpu: torch.device) -> None:
 
 def networks(gpu: torch.device) -> None:
     """A whole forward and backward pass, where one layer's leftovers meet the next."""
-    coords = torch.from_numpy(surface(600)).to(gpu)
+    coords = torch.from_numpy(surface(1200)).to(gpu)  # so many that rows are sorted
     for network in (SparseResUNet42, SparseResNet21D):
         model = network(width_multiplier=0.5).to(gpu)
-        with torch.autocast("cuda", torch.float16):
-            out = model(SparseTensor(torch.ones(len(coords), 4, device=gpu), coords))
-        out[-1].feats.float().square().mean().backward()
+        for _ in range(2):  # maps of the second are built together
+            with torch.autocast("cuda", torch.float16):
+                out = model(SparseTensor(torch.ones(len(coords), 4, device=gpu), coords))
+            out[-1].feats.float().square().mean().backward()
         with torch.inference_mode():
             model.eval().half()(
                 SparseTensor(torch.ones(len(coords), 4, device=gpu).half(), coords)

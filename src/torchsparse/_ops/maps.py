@@ -34,15 +34,14 @@ def layout_together(
     return layout if twin("maps", coords).together(geometry, layout, rows) else None
 
 
-def build_together(asked: Sequence[Asked], keep: bool) -> list[Made]:
+def build_together(asked: Sequence[Asked]) -> list[Made]:
     """What `find_taps`, `invert_taps` and the makers of plans in `plan_key` would make.
 
     Args:
         asked: With layouts from `layout_together`, on one device; at most 16.
-        keep: Hand out tables, too, not only plans.
     """
     coords = asked[0].index.layout
-    made = twin("maps", coords).build_together(asked, keep)
+    made = twin("maps", coords).build_together(asked)
     chosen = twin("conv", coords)
     return [
         Made(

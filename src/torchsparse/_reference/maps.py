@@ -17,8 +17,8 @@ def together(geometry: Geometry, layout: Any, rows: int) -> bool:
     return False
 
 
-def build_together(asked: Sequence[Asked], keep: bool) -> list[Made]:
-    """The tables of each, whatever ``keep``; plans depend on channels, which nobody told."""
+def build_together(asked: Sequence[Asked]) -> list[Made]:
+    """The tables of each; plans depend on channels, which nobody told."""
     made = []
     for index, coarse, geometry, _, back in asked:
         neighbors, _ = find_taps(index, coarse, geometry)

@@ -31,6 +31,7 @@ from torchsparse._triton.conv.order import (
     key_block,
     place_block,
     tile_block,
+    untile,
 )
 from torchsparse._triton.conv.plan import Plan, Share
 from torchsparse._triton.coords.index import CoordIndex, Search, searching
@@ -280,20 +281,20 @@ class _Buffers(NamedTuple):
     absent: int  # and of ``found``
 
 
-def build_together(asked: Sequence[Asked], keep: bool) -> list[Made]:
+def build_together(asked: Sequence[Asked]) -> list[Made]:
     """What `find_taps`, `invert_taps` and `make_plan` make of each, `together` with the others.
+
+    Tables are given up, as plans hold what is in them.
 
     Args:
         asked: At most MOST_TABLES / 2, on one device, with equally many axes.
-        keep: Hand out tables, too; else they are given up, as plans hold what is in them.
     """
     tables = [table for number, one in enumerate(asked) for table in _tables(number, one)]
-    keep = keep or only_noted()  # then plans hold nothing
     # One group after another, in each of them first what is searched for.
     tables.sort(key=lambda table: (table.search.volume, table.inverse))
     buffers = _buffers(tables)
     _launch_all(tables, buffers)
-    made = {(t.number, t.inverse): _handed_out(t, buffers, keep) for t in tables}
+    made = {(t.number, t.inverse): _handed_out(t, buffers) for t in tables}
     return [
         Made(*made[number, False], *made.get((number, True), (None, None)))
         for number in range(len(asked))
@@ -399,13 +400,9 @@ def _described(tables: list[_Table], buffers: _Buffers, firsts: list[int]) -> Te
     return records
 
 
-def _handed_out(table: _Table, buffers: _Buffers, keep: bool) -> tuple[Tensor | None, Plan]:
-    """The table, and the plan."""
+def _handed_out(table: _Table, buffers: _Buffers) -> tuple[Tensor | None, Plan]:
+    """The plan; and the table, where nothing was written to the plan."""
     volume, m, limit = table.search.volume, table.rows, row_count(table.coords)
-    neighbors = None
-    if keep:
-        width = table.search.width
-        neighbors = buffers.found.as_strided((volume, m), (1, width), table.neighbors)
     words = cdiv(m, TILE_ROWS)
     tiles = Tiles(
         buffers.kept.as_strided((m,), (1,), table.order) if table.sort else None,
@@ -413,4 +410,10 @@ def _handed_out(table: _Table, buffers: _Buffers, keep: bool) -> tuple[Tensor | 
         buffers.kept.as_strided((1, words), (words, 1), table.masks),
         limit,
     )
+    neighbors = None
+    if only_noted():
+        width = table.search.width
+        neighbors = buffers.found.as_strided((volume, m), (1, width), table.neighbors)
+        if torch.is_grad_enabled() and not table.inverse:
+            untile(tiles)  # as lists of pairs will ask for
     return neighbors, Plan(m, (Share(0, volume, tiles),), {}, limit=limit)

@@ -40,6 +40,7 @@ __all__ = [
     "sort_bins",
     "sort_key",
     "tile_block",
+    "untile",
 ]
 
 TILE_ROWS = 64  # the smallest tile; taller ones unite the masks of several
@@ -295,3 +296,42 @@ def make_tiles(neighbors: Tensor, keys: SortKeys | None, limit: Tensor | None = 
 @cache
 def _tiling(volume: int, ordered: bool, whole: bool) -> Step:
     return Step(tile_kernel, K=volume, BR=TILE_ROWS, SORTED=ordered)
+
+
+@triton.jit(do_not_specialize=["M"])
+def untile_kernel(
+    table, order, neighbors, limit, M,
+    K: tl.constexpr, WIDTH: tl.constexpr, BR: tl.constexpr, SORTED: tl.constexpr,
+):  # fmt: skip
+    """Write 32 taps of 64 places back to their rows; no neighbours for what is no real row."""
+    places = tl.program_id(0) * BR + tl.arange(0, BR)
+    inside = places < M
+    live = inside & (places < real_rows(M, limit))
+    rows = places
+    if SORTED:
+        rows = tl.load(order + places, mask=live, other=0)
+        rows = tl.where(live, rows, places)
+    taps = tl.program_id(1) * 32 + tl.arange(0, 32)
+    there = live[:, None] & (taps < K)[None, :]
+    source = table + taps.to(tl.int64)[None, :] * M + places[:, None]
+    idx = tl.load(source, mask=there, other=-1)
+    at = rows.to(tl.int64)[:, None] * WIDTH + taps[None, :]
+    tl.store(neighbors + at, idx, mask=inside[:, None] & (taps < WIDTH)[None, :])
+
+
+def untile(tiles: Tiles) -> Tensor:
+    """The table that was tiled: [K, M] int32, rows in their own order (a view of rows)."""
+    order, table, _, limit = tiles
+    if order is None and limit is None:
+        return table
+    volume, m = table.shape
+    width = cdiv(volume, 4) * 4  # 16 bytes and multiples
+    neighbors = table.new_empty(m, width)
+    back = _untiling(volume, width, order is not None, limit is None)
+    back((cdiv(m, TILE_ROWS), cdiv(volume, 32)), (table, order, neighbors, limit), (m,))
+    return neighbors.as_strided((volume, m), (1, width))
+
+
+@cache
+def _untiling(volume: int, width: int, ordered: bool, whole: bool) -> Step:
+    return Step(untile_kernel, K=volume, WIDTH=width, BR=TILE_ROWS, SORTED=ordered)

@@ -7,12 +7,11 @@ import math
 from collections.abc import Callable
 from functools import partial
 
-import torch
 from torch import Tensor
 
 from torchsparse._geometry import Geometry
 from torchsparse._recipe import ConvRecipe, Dataflow
-from torchsparse._triton.conv.order import SortKeys, Tiles, key_bits, make_tiles, row_sort_keys
+from torchsparse._triton.conv.order import SortKeys, key_bits, make_tiles, row_sort_keys, untile
 from torchsparse._triton.conv.pairs import Pairs, list_pairs
 from torchsparse._triton.conv.product import Plan, Share
 from torchsparse._triton.launch import only_noted
@@ -83,20 +82,7 @@ def table_of(plan: Plan) -> Callable[[], Tensor] | None:
     """What makes the table again that a plan was made from; None if it is not all there."""
     if len(plan.shares) != 1 or only_noted():  # nothing was written to the tiles then
         return None
-    return partial(_unsorted, plan.shares[0].tiles)
-
-
-def _unsorted(tiles: Tiles) -> Tensor:
-    """[K, M] int32, rows in their own order."""
-    order, table, _, limit = tiles
-    if limit is not None:  # behind it nothing was written
-        places = torch.arange(table.shape[1], dtype=torch.int32, device=table.device)
-        real = places < limit
-        table = torch.where(real, table, -1)
-        order = None if order is None else torch.where(real, order, places)
-    if order is None:
-        return table
-    return torch.empty_like(table).index_copy_(1, order.long(), table)
+    return partial(untile, plan.shares[0].tiles)
 
 
 def make_pairs(neighbors: Tensor, geometry: Geometry) -> Pairs:

@@ -186,7 +186,7 @@ def _build(
         served.append((wish, fine, coarse))
     if not asked:
         return
-    made = ops.build_together(asked, keep=torch.is_grad_enabled())
+    made = ops.build_together(asked)
     for (wish, fine, coarse), wanted, found in zip(served, asked, made):
         ahead.shelf[_key(wish, fine.limits)] = _ready(fine, coarse, wanted, found)
 
