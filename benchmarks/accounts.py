@@ -17,8 +17,8 @@ OURS = {
         "level_kernel", "unpack_kernel",
         "bin_sum_kernel", "bin_start_kernel", "blank_kernel", "bucket_kernel", "rank_kernel",
         # conv: order, pairs
-        "row_key_kernel", "start_kernel", "place_kernel", "tile_kernel", "count_kernel",
-        "list_kernel",
+        "row_key_kernel", "start_kernel", "place_kernel", "tile_kernel", "untile_kernel",
+        "count_kernel", "list_kernel",
         # maps: several at once
         "clear_kernel", "describe_kernel", "find_together_kernel", "invert_together_kernel",
         "key_together_kernel", "place_together_kernel", "start_together_kernel",
