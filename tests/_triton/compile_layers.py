@@ -142,7 +142,8 @@ def the_rest() -> None:
         norm = Norm(stats, stats, stats, stats, 1e-5)
         many = Epilogue(norm, torch.zeros((rows, c_out), dtype=HALF), 0.0)
         dense(torch.zeros(rows, c_in).half(), torch.zeros(c_in, c_out).half(), None, many)
-    product._turned(torch.zeros((27, 64, 128)))
+    weight = torch.zeros((27, 64, 128))
+    product._turn(weight.shape, weight.stride(), weight.dtype).of(weight)
     weight_grad(feats, residual, make_pairs(table, CUBE))
 
 

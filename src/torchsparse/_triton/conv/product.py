@@ -265,7 +265,7 @@ class _Product(NamedTuple):
     rows: int  # of the result
     channels: int
     pad: bool  # channels to 16 bytes
-    turn: bool  # the weight, so that its summed axis is innermost
+    turn: _Turn | None  # what brings the summed axis of the weight to its end
     splits: int  # shares of the taps
     gemm: _Call
     add: _Call | None = None  # what adds up the shares
@@ -324,8 +324,8 @@ def _multiply(known: _Product, feats: Tensor, weight: Tensor, end: _End) -> Tens
     out = feats.new_empty(known.rows, known.channels)  # a tuple would take longer
     if known.pad:
         feats, weight = _aligned(feats, weight)
-    if known.turn:
-        weight = _turned(weight)
+    if known.turn is not None:
+        weight = known.turn.of(weight)
     if known.gemm.matrix is not None and weight.data_ptr() & 15:
         weight = weight.clone()  # a part of a larger one; maps want 16 bytes
     if known.add is None:
@@ -337,16 +337,32 @@ def _multiply(known: _Product, feats: Tensor, weight: Tensor, end: _End) -> Tens
     return out
 
 
-def _turned(weight: Tensor) -> Tensor:
-    """The same weight with its summed axis innermost."""
-    volume, c_in, c_out = weight.shape
-    out, strides = weight.new_empty(volume, c_out, c_in), weight.stride()
-    name = ("turn", weight.dtype, weight.shape, strides)
+class _Turn(NamedTuple):
+    """The launch that turns weights [K, C_in, C_out] of one layout."""
+
+    step: Step
+    grid: tuple[int, int]
+    shape: tuple[int, int, int]  # of what comes out
+    strides: tuple[int, ...]  # of what goes in
+
+    def of(self, weight: Tensor) -> Tensor:
+        """[K, C_out, C_in]: the summed axis innermost."""
+        step, grid, (volume, c_out, c_in), strides = self
+        out = weight.new_empty(volume, c_out, c_in)
+        a, b = weight.data_ptr(), out.data_ptr()
+        if not step.again(weight.get_device(), grid, a | b, (a, b, *strides)):
+            step.find(grid, weight, (weight, out, *strides))
+        return out
+
+
+def _turn(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> _Turn:
+    volume, c_in, c_out = shape
+    name = ("turn", dtype, shape, strides)
     step = _steps.get(name)
     if step is None:
         step = _steps[name] = Step(turn_kernel, CI=c_in, CO=c_out, BI=32, BO=64)
-    step((volume, cdiv(c_in, 32) * cdiv(c_out, 64)), (weight, out), strides)
-    return out.transpose(1, 2)
+    grid = (volume, cdiv(c_in, 32) * cdiv(c_out, 64))
+    return _Turn(step, grid, (volume, c_out, c_in), strides)
 
 
 def _must_turn(dtype: torch.dtype, strides: tuple[int, ...], precision: str) -> bool:
@@ -361,7 +377,7 @@ class _Form(NamedTuple):
     chosen: dict[Any, _Chosen]  # by rows, about, device, and the same two
     narrow: NarrowTile | None
     pad: bool  # channels to 16 bytes
-    turn: bool  # the weight, so that its summed axis is innermost
+    turn: _Turn | None  # the weight, so that its summed axis is innermost
     shape: tuple[int, int, int]  # of the weight, padded
     strides: tuple[int, ...]  # as it lies then
     swapped: bool  # its input channels are innermost
@@ -386,13 +402,14 @@ def _form(weight: Tensor, precision: str) -> _Form:
     dtype, strides = weight.dtype, weight.stride()
     narrow = narrow_tile(c_in, c_out, volume, dtype, precision)
     if narrow is not None:
-        return _Form({}, {}, narrow, False, False, (volume, c_in, c_out), strides, False, 0)
+        return _Form({}, {}, narrow, False, None, (volume, c_in, c_out), strides, False, 0)
     missing = -c_in % (16 // dtype.itemsize)
     if missing:  # as `_aligned` leaves it
         c_in += missing
         strides = (c_in * c_out, c_out, 1)
-    turn = _must_turn(dtype, strides, precision)
-    if turn:
+    turn = None
+    if _must_turn(dtype, strides, precision):
+        turn = _turn((volume, c_in, c_out), strides, dtype)
         strides = (c_in * c_out, 1, c_in)
     swapped = strides[1] == 1 and strides[2] != 1
     blocks = _blocks(c_in, c_out, strides, dtype)
@@ -422,7 +439,7 @@ def _plan_product(
     tiles = plan.shares[0].tiles
     if form.narrow is not None:
         call = _narrow(form, form.narrow, end, tiles, plan, precision)
-        return _Product(m, c_out, False, False, 1, call)
+        return _Product(m, c_out, False, None, 1, call)
     kind = (alike(m), feats.get_device(), tiles.order is None, tiles.limit is None)
     chosen = form.chosen.get(kind)
     if chosen is None:
@@ -462,7 +479,7 @@ def _by_shares(
     """Shares of the taps one after another, then their sum."""
     feats, weight = _aligned(feats, weight)
     if _must_turn(weight.dtype, weight.stride(), precision):
-        weight = _turned(weight)
+        weight = _turn(weight.shape, weight.stride(), weight.dtype).of(weight).transpose(1, 2)
     volume, (m, c_out) = weight.shape[0], out.shape
     form = _form(weight, precision)
     tile = gemm_tile(
