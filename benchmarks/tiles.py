@@ -115,7 +115,7 @@ def sweep(
         weight = weight.transpose(1, 2).contiguous().transpose(1, 2)
     exact = reference.gather_gemm(
         feats.double(), weight.double(), None,
-        reference.make_plan(table, None, None, None, reference.choose_layout(layer.c_out)),
+        reference.make_plan(table, None, reference.choose_layout(layer.c_out)),
         "ieee",
     )  # fmt: skip
     plan = conv.make_plan(table, keys, CUBE, ("gemm", True, 1))

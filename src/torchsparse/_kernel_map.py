@@ -38,14 +38,13 @@ class KernelMapKey(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class KernelMap:
-    """The input at position ``neighbors[k, m]`` meets tap k in the output at position m.
+    """The input ``neighbors[k, m]`` meets tap k in the output m.
 
     1-D, kernel 3, coordinates [4, 5, 9]:  neighbors = [[-1, 0, -1], [0, 1, 2], [1, -1, -1]]
     (taps -1, 0, +1).
 
-    Positions are rows, or rows in a spatial order where one was computed anyway (``in_order``,
-    ``out_order``); `table` has rows throughout. Reading the map as TorchSparse 2.1's dictionary
-    works too: ``kmap["out_in_map"]`` and the names listed by ``kmap.keys()``.
+    Reading the map as TorchSparse 2.1's dictionary works too: ``kmap["out_in_map"]`` and the names
+    listed by ``kmap.keys()``.
 
     Where no gradients are wanted, or maps are built together, ``neighbors`` is let go once a plan
     holds its contents in another order (`plan`), and made again if anybody asks.
@@ -57,8 +56,6 @@ class KernelMap:
     geometry: Geometry
     in_range: tuple[int, ...] | None = None  # spatial range of the inputs
     spatial_range: tuple[int, ...] | None = None  # of the outputs
-    in_order: Tensor | None = None  # [N] int32, the row at each position; None: they are equal
-    out_order: Tensor | None = None  # [M] int32, the same for the outputs
     sort_keys: Any = None  # of the outputs, if they came with the table
     _views: dict[Any, Any] = field(default_factory=dict, repr=False)
 
@@ -72,12 +69,8 @@ class KernelMap:
 
     @property
     def identity(self) -> int | None:
-        """The tap that ties every position to itself, if there is one."""
-        if (
-            self.geometry.is_symmetric
-            and self.in_coords is self.out_coords
-            and self.in_order is self.out_order  # positions, not only rows
-        ):
+        """The tap that ties every row to itself, if there is one."""
+        if self.geometry.is_symmetric and self.in_coords is self.out_coords:
             return self.geometry.volume // 2
         return None
 
@@ -181,8 +174,6 @@ class KernelMap:
             self.geometry,
             self.spatial_range,
             self.in_range,
-            self.out_order,
-            self.in_order,
             keys,
         )
 
@@ -256,8 +247,6 @@ class KernelMap:
             self.sort_keys,
             self.geometry,
             self.identity,
-            self.in_order,
-            self.out_order,
             recipe,
             out_channels,
             backward,
@@ -287,22 +276,6 @@ class KernelMap:
         return found or self.planner(recipe, out_channels, transposed, backward=True)
 
     @property
-    def table(self) -> Tensor:
-        """[K, M] int32: row ``table[k, m]`` meets tap k in output row m, -1 = none."""
-        return self._view("table", self._natural)
-
-    def _natural(self) -> Tensor:
-        table = self.neighbors
-        if self.in_order is not None and self.num_inputs:
-            rows = self.in_order.index_select(0, table.clamp(min=0).view(-1)).view_as(table)
-            table = torch.where(table < 0, table, rows)
-        if self.out_order is not None:
-            natural = torch.empty_like(table)
-            natural[:, self.out_order.long()] = table
-            table = natural
-        return table
-
-    @property
     def counts(self) -> Tensor:
         """[K] int32, pairs per tap."""
         return self._view("counts", lambda: (self.neighbors >= 0).sum(1, dtype=torch.int32))
@@ -311,13 +284,13 @@ class KernelMap:
     def _out_in_map(self, kmap: KernelMap) -> Tensor:
         rows = -(-kmap.num_outputs // 128) * 128
         table = kmap.neighbors.new_full((rows, kmap.geometry.volume), -1)
-        table[: kmap.num_outputs] = kmap.table.t()
+        table[: kmap.num_outputs] = kmap.neighbors.t()
         return table
 
     def _nbmaps(self) -> Tensor:
-        present = self.table >= 0
+        present = self.neighbors >= 0
         outputs = torch.arange(self.num_outputs, dtype=torch.int32, device=present.device)
-        return torch.stack([self.table[present], outputs.expand_as(present)[present]], 1)
+        return torch.stack([self.neighbors[present], outputs.expand_as(present)[present]], 1)
 
     _FACE: ClassVar[dict[str, Callable[[Any], Any]]] = {
         "out_in_map": lambda self: self._out_in_map(self),

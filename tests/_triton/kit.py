@@ -18,7 +18,7 @@ from torch import Tensor
 from torchsparse._geometry import Geometry
 
 __all__ = [
-    "HALVES", "cloud", "geometries", "natural", "random_table", "rows_of", "search", "taps", "to"
+    "HALVES", "cloud", "geometries", "random_table", "rows_of", "search", "taps", "to"
 ]  # fmt: skip
 
 Ints = NDArray[np.int64]
@@ -97,18 +97,6 @@ def search(fine: NDArray[np.generic], coarse: NDArray[np.generic], geometry: Geo
             )
             table[k, m] = row.get((batch, *met), -1)
     return table
-
-
-def natural(table: Tensor, in_order: Tensor | None, out_order: Tensor | None) -> Ints:
-    """A table of positions, as the reference gives, as one of rows."""
-    found = rows_of(table)
-    if in_order is not None and len(in_order):
-        found = np.where(found < 0, -1, rows_of(in_order)[found])
-    if out_order is not None:
-        result = np.empty_like(found)
-        result[:, rows_of(out_order)] = found
-        return result
-    return found
 
 
 def random_table(

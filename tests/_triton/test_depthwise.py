@@ -41,13 +41,12 @@ FORMATS = [
 
 
 def kernel_map(coords: clouds.Coords, kernel_size: int, stride: int) -> KernelMap:
-    """A map whose positions are rows, as the kernels want it."""
+    """A map of which nothing has been derived."""
     rows = torch.from_numpy(coords).to(HERE)
     x = SparseTensor(torch.zeros(len(rows), 1, device=HERE), rows)
     ones = (1,) * 3
     kmap, _ = find_map(3, x, (kernel_size,) * 3, (stride,) * 3, (0,) * 3, ones, "spconv")
-    plain = {"in_order": None, "out_order": None, "sort_keys": None, "_views": {}}
-    return replace(kmap, neighbors=kmap.table, **plain)
+    return replace(kmap, sort_keys=None, _views={})
 
 
 def layer(
@@ -108,7 +107,7 @@ def test_many_taps_on_sorted_rows() -> None:
         out = grouped_conv(feats, weight, None, kmap, False, recipe, 1)
         tiles = kmap.plan(_plain(recipe), 1).plan.shares[0].tiles
     assert tiles.order is not None and not torch.equal(tiles.order, tiles.order.sort().values)
-    assert torch.equal(out[:, 0], (kmap.table >= 0).sum(0).float())
+    assert torch.equal(out[:, 0], (kmap.neighbors >= 0).sum(0).float())
 
 
 COMPILE = """

@@ -21,7 +21,7 @@ __all__ = ["max_pool", "max_unpool", "sum_pool", "top_pool"]
 
 
 def _table(kmap: KernelMap, transposed: bool) -> Tensor:
-    return kmap.transposed.table if transposed else kmap.table
+    return kmap.transposed.neighbors if transposed else kmap.neighbors
 
 
 class _SumPool(Function):
@@ -61,7 +61,7 @@ def sum_pool(feats: Tensor, kmap: KernelMap, transposed: bool, mean: bool) -> Te
 class _MaxPool(Function):
     @staticmethod
     def forward(ctx: Any, feats: Tensor, kmap: KernelMap) -> tuple[Tensor, Tensor]:
-        out, rows = pool.pool_max(feats, kmap.table, row_count(kmap.out_coords))
+        out, rows = pool.pool_max(feats, kmap.neighbors, row_count(kmap.out_coords))
         ctx.save_for_backward(rows)
         ctx.mark_non_differentiable(rows)
         ctx.kmap = kmap
@@ -71,7 +71,7 @@ class _MaxPool(Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor, None]:
         (rows,) = ctx.saved_tensors
-        return pool.unpool_max(grad, rows, ctx.kmap.transposed.table), None
+        return pool.unpool_max(grad, rows, ctx.kmap.transposed.neighbors), None
 
 
 def max_pool(feats: Tensor, kmap: KernelMap) -> tuple[Tensor, Tensor]:
@@ -93,7 +93,7 @@ def top_pool(feats: Tensor, kmap: KernelMap) -> Tensor:
     """The first result of `max_pool`; its rows are not written unless a gradient wants them."""
     if feats.requires_grad and torch.is_grad_enabled():
         return max_pool(feats, kmap)[0]
-    return pool.pool_top(feats, kmap.table, row_count(kmap.out_coords))
+    return pool.pool_top(feats, kmap.neighbors, row_count(kmap.out_coords))
 
 
 class _MaxUnpool(Function):
@@ -101,7 +101,7 @@ class _MaxUnpool(Function):
     def forward(ctx: Any, values: Tensor, rows: Tensor, kmap: KernelMap) -> Tensor:
         ctx.save_for_backward(rows)
         limit = row_count(kmap.in_coords)
-        return pool.unpool_max(values, rows, kmap.transposed.table, limit)
+        return pool.unpool_max(values, rows, kmap.transposed.neighbors, limit)
 
     @staticmethod
     @once_differentiable

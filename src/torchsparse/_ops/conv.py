@@ -64,8 +64,6 @@ def plan_key(
     keys: Any,
     geometry: Geometry,
     identity: int | None,
-    in_order: Tensor | None,
-    out_order: Tensor | None,
     recipe: ConvRecipe,
     out_channels: int,
     backward: bool,
@@ -74,12 +72,11 @@ def plan_key(
     """A key for the layout that suits a layer, and a function that makes it.
 
     Args:
-        neighbors: Returns the table, [K, M] int32, positions of inputs, -1 = none.
+        neighbors: Returns the table, [K, M] int32, input rows, -1 = none.
         coords: [M, 1 + D], of the outputs.
         keys: Sort keys of the outputs, or None.
         geometry: Of the taps.
         identity: The tap with ``neighbors[k, m] = m``, or None.
-        in_order, out_order: [N], [M] int32, the row at each position; None: they are equal.
         recipe: Of the call.
         out_channels: Of the product.
         backward: It computes a gradient.
@@ -92,7 +89,7 @@ def plan_key(
     if chosen is reference("conv"):
         layout = chosen.choose_layout(out_channels, coords.device)
         return ("reference", layout), lambda: Planned(
-            chosen, chosen.make_plan(neighbors(), identity, in_order, out_order, layout)
+            chosen, chosen.make_plan(neighbors(), identity, layout)
         )
     layout = chosen.choose_layout(coords.shape[0], geometry, recipe, backward)
     return layout, lambda: Planned(

@@ -29,8 +29,7 @@ def build_index(coords: Tensor, reach: tuple[int, ...]) -> Any:
         reach: D ints, how far searches will leave the coordinates' bounding box.
 
     Returns:
-        A record with ``margin`` (D ints, at least ``reach``) and ``rows`` ([N] int32, the row at
-        each position; None: they are equal). The rest is the implementation's.
+        A record with ``margin``: D ints, at least ``reach``. The rest is the implementation's.
 
     Raises:
         ValueError: The widened box has 2^62 cells or more.
@@ -50,13 +49,11 @@ def check_sites(index: Any, spatial_range: tuple[int, ...] | None, allow_negativ
 
 
 def find_taps(index: Any, coarse: Tensor | None, geometry: Geometry) -> tuple[Tensor, Any]:
-    """Positions of the fine sites under every tap of every coarse site.
+    """Rows of the fine sites under every tap of every coarse site.
 
     Args:
-        index: Over the fine sites, with a margin of at least ``geometry.reach``. A position is a
-            place in its order.
-        coarse: [M, 1 + D] int32; None for the submanifold relation, where coarse positions are
-            fine positions.
+        index: Over the fine sites, with a margin of at least ``geometry.reach``.
+        coarse: [M, 1 + D] int32; None for the submanifold relation, where they are the fine ones.
         geometry: Its K taps.
 
     Returns:

@@ -57,15 +57,12 @@ class Chunk(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """A neighbour table, cut into chunks. Inputs and outputs are positions: see `KernelMap`."""
+    """A neighbour table, cut into chunks."""
 
     chunks: list[Chunk]
     volume: int  # K
     num_outputs: int  # M
-    identity: int | None  # the tap that ties every position to itself; not among the pairs
-    in_order: Tensor | None = None  # [N] int32, input row at each position
-    out_order: Tensor | None = None  # [M] int32, output row at each position
-    out_rank: Tensor | None = None  # [M] int32, position of each output row
+    identity: int | None  # the tap that ties every row to itself; not among the pairs
     reverse: bool = False  # tap k of the table multiplies weight K - 1 - k
     apart: bool = True  # whether chunks go to a thread each
 
@@ -82,7 +79,6 @@ TRIED = (
     Layout(8192), Layout(16384), LAYOUT, Layout(65536), Layout(131072), Layout(32768, 0),
     Layout(131072, 0), Layout(524288, 0),
 )  # fmt: skip
-BLOCK_ROWS = 8192  # that are put into another order at a time
 WIDEST_GROUPED = 64  # channels up to which one call multiplies the rows of all taps
 
 
@@ -103,16 +99,13 @@ def choose_layout(out_channels: int, device: torch.device | None = None) -> Layo
 def make_plan(
     neighbors: Tensor,
     identity: int | None,
-    in_order: Tensor | None,
-    out_order: Tensor | None,
     layout: Layout,
 ) -> Plan:
     """Lay out a neighbour table for `gather_gemm` and `weight_grad`.
 
     Args:
-        neighbors: [K, M] int32, positions of inputs, -1 = none.
+        neighbors: [K, M] int32, input rows, -1 = none.
         identity: The tap with ``neighbors[k, m] = m``, or None.
-        in_order, out_order: [N], [M] int32, the row at each position; None: they are equal.
         layout: From `choose_layout`.
     """
     volume, m = neighbors.shape
@@ -130,12 +123,8 @@ def make_plan(
         chunks[i] = _chunk(neighbors, present, ends, *cuts[i])
 
     for_each(fill, range(len(cuts)), neighbors.device)
-    rank = None
-    if out_order is not None:
-        rank = torch.empty_like(out_order)
-        rank[out_order.long()] = torch.arange(m, dtype=torch.int32, device=rank.device)
     in_turn = [chunks[i] for i in range(len(cuts))]
-    return Plan(in_turn, volume, m, identity, in_order, out_order, rank, apart=layout.apart == 1)
+    return Plan(in_turn, volume, m, identity, apart=layout.apart == 1)
 
 
 def _cuts(ends: Tensor, pairs: int) -> list[tuple[int, int]]:
@@ -205,11 +194,10 @@ def gather_gemm(
     weight = weight.to(compute)
     if plan.reverse:
         weight = weight.flip(0)
-    xs = _in_order(feats.to(compute), plan.in_order)
+    xs = feats.to(compute).contiguous()
     end = None if epilogue is None else _end(epilogue, compute)
     centre = None if plan.identity is None else weight[plan.identity]
     bias = None if bias is None else bias.to(compute)
-    here = None if plan.out_rank is not None else end  # what is applied before rows are reordered
 
     def sums_of(chunk: Chunk) -> Tensor:
         sums = _sum_products(xs, weight, chunk)
@@ -221,41 +209,20 @@ def gather_gemm(
 
     if len(plan.chunks) == 1:
         out = sums_of(plan.chunks[0])
-        if here is not None:
-            _finish(out, here, slice(None), out)
+        if end is not None:
+            _finish(out, end, slice(None), out)
     else:
         out = feats.new_empty((plan.num_outputs, weight.shape[2]), dtype=compute)
 
         def fill(chunk: Chunk) -> None:
             where = slice(chunk.begin, chunk.end)
-            if here is None:
+            if end is None:
                 out[where] = sums_of(chunk)
             else:
-                _finish(sums_of(chunk), here, where, out[where])
+                _finish(sums_of(chunk), end, where, out[where])
 
         for_each(fill, plan.chunks, out.device, plan.apart)
-    if plan.out_rank is not None:
-        out = _by_row(out, plan.out_rank, end)
     return out.to(feats.dtype)
-
-
-def _by_row(sums: Tensor, rank: Tensor, end: _End | None) -> Tensor:
-    """``sums[rank]``, with an epilogue applied to its rows while they are in the cache."""
-    out = sums.new_empty(sums.shape)
-
-    def place(where: slice) -> None:
-        rows = out[where]
-        torch.index_select(sums, 0, rank[where], out=rows)
-        if end is not None:
-            _finish(rows, end, where, rows)
-
-    for_each(place, _blocks(out.shape[0]), out.device)
-    return out
-
-
-def _blocks(n: int) -> list[slice]:
-    """``n`` rows in pieces for `for_each`; few rows are few pieces, and not worth its threads."""
-    return [slice(begin, begin + BLOCK_ROWS) for begin in range(0, n, BLOCK_ROWS)]
 
 
 class _End(NamedTuple):
@@ -316,11 +283,6 @@ def finish(feats: Tensor, epilogue: Epilogue) -> Tensor:
     rows = feats.to(sum_dtype(feats.dtype), copy=True)
     _finish(rows, _end(epilogue, rows.dtype), slice(None), rows)
     return rows.to(feats.dtype)
-
-
-def _in_order(feats: Tensor, order: Tensor | None) -> Tensor:
-    """Rows in the positions' order: gathering neighbours then finds them in the cache."""
-    return feats.contiguous() if order is None else _by_row(feats, order, None)
 
 
 def _sum_products(xs: Tensor, weight: Tensor, chunk: Chunk) -> Tensor:
@@ -407,8 +369,7 @@ def weight_grad(feats: Tensor, grad: Tensor, plan: Plan, precision: str = "ieee"
         [K, C_in, C_out] float32, or float64 for float64 inputs.
     """
     compute = sum_dtype(feats.dtype)
-    xs = _in_order(feats.to(compute), plan.in_order)
-    gs = _in_order(grad.to(compute), plan.out_order)
+    xs, gs = feats.to(compute).contiguous(), grad.to(compute).contiguous()
     out = xs.new_zeros((plan.volume, xs.shape[1], gs.shape[1]))
     for chunk in plan.chunks:
         longest = max(chunk.sizes)

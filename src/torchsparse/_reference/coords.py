@@ -122,13 +122,11 @@ def check_sites(
 def find_taps(
     index: CoordIndex, coarse: Tensor | None, geometry: Geometry
 ) -> tuple[Tensor, Tensor | None]:
-    """Positions of the fine sites under every tap of every coarse site.
+    """Rows of the fine sites under every tap of every coarse site.
 
     Args:
-        index: The fine sites, with a margin of at least ``geometry.reach``. A position is a place
-            in its order.
-        coarse: [M, 1 + D] int32; None for the submanifold relation, where coarse positions are
-            fine positions.
+        index: The fine sites, with a margin of at least ``geometry.reach``.
+        coarse: [M, 1 + D] int32; None for the submanifold relation, where they are the fine ones.
         geometry: Its taps; K is their number.
 
     Returns:
@@ -242,10 +240,12 @@ def _find_symmetric(index: CoordIndex, geometry: Geometry) -> Tensor:
             taps = taps[: taps.index(centre)]
         found = search.run(index.keys + delta, len(taps), geometry.dilation[-1])
         for tap, (position, hit) in zip(taps, found):
-            where = flat_nonzero(hit)
-            there = position.index_select(0, where)
-            table[tap].index_copy_(0, where, there)
-            table[volume - 1 - tap].index_copy_(0, there.long(), where.to(torch.int32))
+            here = flat_nonzero(hit)
+            there = position.index_select(0, here)
+            if index.rows is not None:
+                here, there = (index.rows.index_select(0, keys) for keys in (here, there))
+            table[tap].index_copy_(0, here.long(), there)
+            table[volume - 1 - tap].index_copy_(0, there.long(), here.to(torch.int32))
     return table
 
 
@@ -264,7 +264,14 @@ def _find_all(index: CoordIndex, coarse: Tensor | None, geometry: Geometry) -> T
         delta = index.layout.delta((torch.tensor(start, device=device) * dilation)[None])[0]
         found = search.run(base + delta, len(taps), geometry.dilation[-1])
         for tap, (position, hit) in zip(taps, found):
-            table[tap] = torch.where(hit, position, -1)
+            if index.rows is None:
+                table[tap] = torch.where(hit, position, -1)
+            else:
+                here = flat_nonzero(hit)
+                there = index.rows.index_select(0, position.index_select(0, here))
+                table[tap].fill_(-1).index_copy_(0, here, there)
+    if coarse is None and index.rows is not None:  # found in the order of the keys
+        return torch.empty_like(table).index_copy_(1, index.rows.long(), table)
     return table
 
 

@@ -15,11 +15,9 @@ from torchsparse._reference.conv import Chunk, Plan, scratch, sum_bags
 __all__ = ["depthwise", "weight_grad"]
 
 
-def _prepare(feats: Tensor, order: Tensor | None, channels: int) -> Tensor:
-    """Rows at their positions, in the dtype of sums, each channel repeated up to ``channels``."""
+def _prepare(feats: Tensor, channels: int) -> Tensor:
+    """Rows in the dtype of sums, each channel repeated up to ``channels``."""
     feats = feats.to(sum_dtype(feats.dtype))
-    if order is not None:
-        feats = feats.index_select(0, order)
     if feats.shape[1] == channels:
         return feats
     return feats.repeat_interleave(channels // feats.shape[1], 1)
@@ -43,7 +41,7 @@ def depthwise(
     channels = weight.shape[1]
     taps = weight.to(sum_dtype(feats.dtype))
     taps = taps.flip(0) if plan.reverse else taps
-    xs = _prepare(feats, plan.in_order, channels)
+    xs = _prepare(feats, channels)
     out = xs.new_empty((plan.num_outputs, channels))
     for chunk in plan.chunks:
         rows = out[chunk.begin : chunk.end]
@@ -54,8 +52,6 @@ def depthwise(
         out = out.view(-1, channels // fold, fold).sum(2)
     if bias is not None:
         out += bias.to(out.dtype)
-    if plan.out_rank is not None:
-        out = out.index_select(0, plan.out_rank)
     return out.to(feats.dtype)
 
 
@@ -83,8 +79,8 @@ def weight_grad(feats: Tensor, grad: Tensor, plan: Plan) -> Tensor:
         [K, C] float32, or float64 for float64 inputs.
     """
     channels = grad.shape[1]
-    xs = _prepare(feats, plan.in_order, channels)
-    gs = _prepare(grad, plan.out_order, channels)
+    xs = _prepare(feats, channels)
+    gs = _prepare(grad, channels)
     out = xs.new_zeros((plan.volume, channels))
     for chunk in plan.chunks:
         shape = chunk.inputs.shape[0], channels

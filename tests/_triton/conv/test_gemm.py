@@ -50,9 +50,7 @@ def test_gather_gemm_is_the_sum_over_taps(
     assert got.dtype == torch.float32
     assert_near(got, want)
     if 0 not in size:
-        plan = reference.make_plan(
-            problem.table.cpu(), None, None, None, reference.choose_layout(channels[1])
-        )
+        plan = reference.make_plan(problem.table.cpu(), None, reference.choose_layout(channels[1]))
         twin = reference.gather_gemm(
             problem.feats.cpu(), problem.weight.cpu(), problem.bias.cpu(), plan
         )

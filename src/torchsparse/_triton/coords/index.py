@@ -55,7 +55,6 @@ class CoordIndex(NamedTuple):
     layout: Tensor  # int64 on the device: see `layout.py`
     margin: tuple[int, ...]  # D ints: how far searches may leave the bounding box
     zeros: Zeros  # for the searches
-    rows: None = None  # positions are rows
 
     @property
     def probe(self) -> tuple[int, int]:

@@ -138,8 +138,8 @@ def same_sites(x: SparseTensor, coords: Tensor, geometry: Geometry) -> KernelMap
     if kmap is None:
         index = index_of(x._caches, coords, x.stride, geometry.reach, x.spatial_range)
         neighbors, keys = ops.find_taps(index, None, geometry)
-        limit, rows = x.spatial_range, index.rows
-        kmap = KernelMap(neighbors, coords, coords, geometry, limit, limit, rows, rows, keys)
+        limit = x.spatial_range
+        kmap = KernelMap(neighbors, coords, coords, geometry, limit, limit, keys)
         _remember(x._caches, key, kmap)
     return kmap
 
@@ -170,8 +170,6 @@ def downsampled(
             geometry,
             x.spatial_range,
             out_range,
-            index.rows,
-            None,
             keys,
         )
         _remember(x._caches, key, kmap)
@@ -237,8 +235,7 @@ def _between(cache: TensorCache, fine: Level, coarse: Level, geometry: Geometry)
         geometry,
         fine.spatial_range,
         coarse.spatial_range,
-        index.rows,
-        sort_keys=keys,
+        keys,
     )
     _remember(cache, KernelMapKey(fine.stride, geometry, "given"), kmap)
     return kmap
