@@ -40,9 +40,13 @@ def check_tiles(tiles: Tiles, rows: Tensor, geometry: Geometry, layout: Any) -> 
         assert [bool(mask >> tap & 1) for tap in range(len(own))] == own.tolist()
 
 
+@pytest.mark.parametrize("most", [maps.MOST_FOUND, 1])
 @pytest.mark.parametrize("ndim", NDIMS)
-def test_tables_and_plans(ndim: int, device: torch.device) -> None:
-    """Of all geometries at once."""
+def test_tables_and_plans(
+    ndim: int, most: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of all geometries at once, or of each in a go of its own."""
+    monkeypatch.setattr(maps, "MOST_FOUND", most)
     fine = to(device, cloud(ndim, "many", rows=60))
     wanted = [g for g in geometries(ndim) if maps.together(g, SORTED, len(fine))]
     assert len(wanted) >= 2
@@ -59,6 +63,7 @@ def test_tables_and_plans(ndim: int, device: torch.device) -> None:
         expected.append(Asked(judge, coarse, geometry, layout, back))
         there = None if coarse is None else coarse.to(device)
         asked.append(Asked(index, there, geometry, layout, back))
+    assert len(list(maps._goes(asked))) == (1 if most > 1 else len(asked))
     made = maps.build_together(asked)
     for one, got, want in zip(asked, made, one_by_one.build_together(expected)):
         assert got.neighbors is got.inverse is None  # plans hold what is in them
@@ -71,3 +76,23 @@ def test_tables_and_plans(ndim: int, device: torch.device) -> None:
             table = table_of(plan)
             assert table is not None and torch.equal(table().cpu(), right)
             check_tiles(plan.shares[0].tiles, right.t(), one.geometry, layout)
+
+
+@pytest.mark.parametrize(
+    ("rows", "most", "want"),
+    [
+        ([0, 0], 1000, [2]),
+        ([5], 1, [1]),
+        ([100, 1, 1, 1], 1500, [1, 3]),
+        ([1, 1, 1, 100], 1500, [4]),
+        ([40, 40, 40, 40], 2200, [2, 2]),
+    ],
+)
+def test_shares_of_large_maps(rows: list[int], most: int, want: list[int], monkeypatch) -> None:
+    """In their order, each once, of about equal size."""
+    monkeypatch.setattr(maps, "MOST_FOUND", most)
+    cube = Geometry.submanifold((3, 3, 3), (1, 1, 1))
+    asked = [Asked(None, torch.zeros(n, 4, dtype=torch.int32), cube, SORTED) for n in rows]
+    goes = list(maps._goes(asked))
+    assert [len(part) for part in goes] == want
+    assert [one for part in goes for one in part] == asked

@@ -10,6 +10,7 @@ writes a record for each table to the device; a program looks up whose rows it h
 
 from __future__ import annotations
 
+import bisect
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -43,6 +44,9 @@ __all__ = ["build_together", "together"]
 MOST_TABLES = 32
 MOST_TAPS = 32  # one word of a tile's mask
 MOST_ENTRIES = 1 << 31  # of a table
+# Words of tables as they are found, 40 MB, beside what is kept of them: more are built in several
+# goes, each of which takes seven launches and gives its tables up before the next.
+MOST_FOUND = 10 << 20
 # Where a record has what. Addresses are 0 for what there is not.
 FIELDS = 19
 FIRST, ROWS, LIMIT, NEIGHBORS, KEYS, COUNTS, STARTS, ORDER, TABLE, MASKS = map(
@@ -289,6 +293,26 @@ def build_together(asked: Sequence[Asked]) -> list[Made]:
     Args:
         asked: At most MOST_TABLES / 2, on one device, with equally many axes.
     """
+    return [made for part in _goes(asked) for made in _built(part)]
+
+
+def _goes(asked: Sequence[Asked]) -> Iterator[Sequence[Asked]]:
+    """Shares of about equal size that are built one after another."""
+    sizes = []
+    for index, coarse, geometry, _, back in asked:
+        rows = (index.coords if coarse is None else coarse).shape[0]
+        rows += 0 if back is None else index.coords.shape[0]
+        sizes.append(rows * geometry.volume)
+    ends = [0, *itertools.accumulate(sizes)]
+    goes = max(cdiv(ends[-1], MOST_FOUND), 1)
+    cuts = [bisect.bisect_left(ends, ends[-1] * go // goes) for go in range(goes)]
+    for begin, end in itertools.pairwise([*cuts, len(asked)]):
+        if begin < end:
+            yield asked[begin:end]
+
+
+def _built(asked: Sequence[Asked]) -> list[Made]:
+    """What `build_together` makes in one go."""
     tables = [table for number, one in enumerate(asked) for table in _tables(number, one)]
     # One group after another, in each of them first what is searched for.
     tables.sort(key=lambda table: (table.search.volume, table.inverse))
