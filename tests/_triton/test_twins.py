@@ -74,10 +74,10 @@ def test_twins_of_the_engine_differ_only_where_it_is_allowed(family):
 
 
 def test_an_index_has_what_the_maps_read():
-    """`_ops.coords.build_index` promises a margin and rows, and that keys tell the device."""
+    """`_ops.coords.build_index` promises a margin, and that keys tell the device."""
     for package in ("_reference", "_triton"):
         module = importlib.import_module(f"torchsparse.{package}.coords")
         index = inspect.signature(module.build_index).return_annotation
         name = index if isinstance(index, str) else index.__name__
         home = importlib.import_module(module.build_index.__module__)
-        assert {"keys", "margin", "rows"} <= set(getattr(home, name)._fields)
+        assert {"keys", "margin"} <= set(getattr(home, name)._fields)
