@@ -37,6 +37,7 @@ __all__ = [
     "new_sort_keys",
     "place_block",
     "row_sort_keys",
+    "row_width",
     "sort_bins",
     "sort_key",
     "tile_block",
@@ -46,6 +47,11 @@ __all__ = [
 TILE_ROWS = 64  # the smallest tile; taller ones unite the masks of several
 KEY_BITS = 14
 OWN_BITS = 10  # frequent taps that have a bit of their own where not all taps have one
+
+
+def row_width(volume: int) -> int:
+    """Entries of a row of a table of so many taps, which lies row by row: 16 bytes and multiples."""
+    return cdiv(volume, 4) * 4
 
 
 class SortKeys(NamedTuple):
@@ -325,7 +331,7 @@ def untile(tiles: Tiles) -> Tensor:
     if order is None and limit is None:
         return table
     volume, m = table.shape
-    width = cdiv(volume, 4) * 4  # 16 bytes and multiples
+    width = row_width(volume)
     neighbors = table.new_empty(m, width)
     back = _untiling(volume, width, order is not None, limit is None)
     back((cdiv(m, TILE_ROWS), cdiv(volume, 32)), (table, order, neighbors, limit), (m,))

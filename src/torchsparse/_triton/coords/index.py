@@ -16,6 +16,7 @@ from torchsparse._triton.conv.order import (
     key_bits,
     new_sort_keys,
     row_sort_keys,
+    row_width,
     sort_bins,
 )
 from torchsparse._triton.coords.layout import bounds_kernel, check_kernel, fit_kernel, numbers
@@ -159,7 +160,7 @@ class Search(NamedTuple):
     relation: Tensor
     bits: Tensor  # of `key_bits`
     volume: int
-    width: int  # of a row of the table: 16 bytes and multiples
+    width: int  # of a row of the table
     tried: int  # taps of a program at a time
     rows: int  # of a program
     bins: int  # of the sort keys
@@ -170,7 +171,7 @@ class Search(NamedTuple):
 def searching(geometry: Geometry, device: torch.device) -> Search:
     """How a geometry is searched for on a device."""
     volume = geometry.volume
-    width = cdiv(volume, 4) * 4
+    width = row_width(volume)
     taps_each = min(max(next_power(volume), 8), 32)
     rows = SEARCHED // taps_each  # one warp a program: nobody waits for another's long search
     find = Step(
@@ -244,7 +245,7 @@ def invert_taps(
 @cache
 def _inversion(volume: int) -> tuple[Step, Step, int, int]:
     """Two launches for a table of so many taps, the width of its rows, and its sort keys."""
-    width = cdiv(volume, 4) * 4  # 16 bytes and multiples
+    width = row_width(volume)
     return (
         Step(blank_kernel, BLOCK=1024),
         Step(invert_kernel, K=volume, WIDTH=width, BR=64),
