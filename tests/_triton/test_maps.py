@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -17,6 +17,7 @@ from torchsparse._triton import coords as kernels
 from torchsparse._triton import maps
 from torchsparse._triton.conv import table_of
 from torchsparse._triton.conv.order import Tiles, key_bits, row_sort_keys
+from torchsparse._triton.coords.index import searching
 
 SORTED, AS_THEY_ARE = ("gemm", True, 1), ("gemm", False, 1)
 
@@ -63,8 +64,16 @@ def test_tables_and_plans(
         expected.append(Asked(judge, coarse, geometry, layout, back))
         there = None if coarse is None else coarse.to(device)
         asked.append(Asked(index, there, geometry, layout, back))
-    assert len(list(maps._goes(asked))) == (1 if most > 1 else len(asked))
+    goes: list[int] = []
+    launch_all = maps._launch_all
+
+    def noted(tables: Any, buffers: Any) -> None:
+        goes.append(len(tables))
+        launch_all(tables, buffers)
+
+    monkeypatch.setattr(maps, "_launch_all", noted)
     made = maps.build_together(asked)
+    assert len(goes) == (1 if most > 1 else len(asked))
     for one, got, want in zip(asked, made, one_by_one.build_together(expected)):
         assert got.neighbors is got.inverse is None  # plans hold what is in them
         pairs = ((want.neighbors, got.plan, one.layout),
@@ -85,14 +94,16 @@ def test_tables_and_plans(
         ([5], 1, [1]),
         ([100, 1, 1, 1], 1500, [1, 3]),
         ([1, 1, 1, 100], 1500, [4]),
-        ([40, 40, 40, 40], 2200, [2, 2]),
+        ([40, 40, 40, 40], 2240, [2, 2]),  # of 28 words a row
     ],
 )
 def test_shares_of_large_maps(rows: list[int], most: int, want: list[int], monkeypatch) -> None:
     """In their order, each once, of about equal size."""
     monkeypatch.setattr(maps, "MOST_FOUND", most)
     cube = Geometry.submanifold((3, 3, 3), (1, 1, 1))
-    asked = [Asked(None, torch.zeros(n, 4, dtype=torch.int32), cube, SORTED) for n in rows]
-    goes = list(maps._goes(asked))
+    search, index = searching(cube, torch.device("cpu")), cast(Any, None)
+    coords = [torch.zeros(n, 4, dtype=torch.int32) for n in rows]
+    tables = [maps._Table(i, False, index, search, own, True) for i, own in enumerate(coords)]
+    goes = list(maps._goes([[table] for table in tables]))
     assert [len(part) for part in goes] == want
-    assert [one for part in goes for one in part] == asked
+    assert [table.number for part in goes for table in part] == list(range(len(rows)))

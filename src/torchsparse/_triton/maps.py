@@ -293,36 +293,34 @@ def build_together(asked: Sequence[Asked]) -> list[Made]:
     Args:
         asked: At most MOST_TABLES / 2, on one device, with equally many axes.
     """
-    return [made for part in _goes(asked) for made in _built(part)]
-
-
-def _goes(asked: Sequence[Asked]) -> Iterator[Sequence[Asked]]:
-    """Shares of about equal size that are built one after another."""
-    sizes = []
-    for index, coarse, geometry, _, back in asked:
-        rows = (index.coords if coarse is None else coarse).shape[0]
-        rows += 0 if back is None else index.coords.shape[0]
-        sizes.append(rows * geometry.volume)
-    ends = [0, *itertools.accumulate(sizes)]
-    goes = max(cdiv(ends[-1], MOST_FOUND), 1)
-    cuts = [bisect.bisect_left(ends, ends[-1] * go // goes) for go in range(goes)]
-    for begin, end in itertools.pairwise([*cuts, len(asked)]):
-        if begin < end:
-            yield asked[begin:end]
-
-
-def _built(asked: Sequence[Asked]) -> list[Made]:
-    """What `build_together` makes in one go."""
-    tables = [table for number, one in enumerate(asked) for table in _tables(number, one)]
-    # One group after another, in each of them first what is searched for.
-    tables.sort(key=lambda table: (table.search.volume, table.inverse))
-    buffers = _buffers(tables)
-    _launch_all(tables, buffers)
-    made = {(t.number, t.inverse): _handed_out(t, buffers) for t in tables}
+    maps = [list(_tables(number, one)) for number, one in enumerate(asked)]
+    made: dict[tuple[int, bool], tuple[Tensor | None, Plan]] = {}
+    for tables in _goes(maps):
+        made |= _built(tables)
     return [
         Made(*made[number, False], *made.get((number, True), (None, None)))
         for number in range(len(asked))
     ]
+
+
+def _goes(maps: list[list[_Table]]) -> Iterator[list[_Table]]:
+    """The tables of all maps in shares of about equal size, to be built one after another."""
+    sizes = [sum(table.rows * table.search.width for table in own) for own in maps]
+    ends = [0, *itertools.accumulate(sizes)]
+    goes = max(cdiv(ends[-1], MOST_FOUND), 1)
+    cuts = [bisect.bisect_left(ends, ends[-1] * go // goes) for go in range(goes)]
+    for begin, end in itertools.pairwise([*cuts, len(maps)]):
+        if begin < end:
+            yield [table for own in maps[begin:end] for table in own]
+
+
+def _built(tables: list[_Table]) -> dict[tuple[int, bool], tuple[Tensor | None, Plan]]:
+    """What is handed out of tables that are built in one go, by number of the map and side."""
+    # One group after another, in each of them first what is searched for.
+    tables.sort(key=lambda table: (table.search.volume, table.inverse))
+    buffers = _buffers(tables)
+    _launch_all(tables, buffers)
+    return {(t.number, t.inverse): _handed_out(t, buffers) for t in tables}
 
 
 def _tables(number: int, asked: Asked) -> Iterator[_Table]:

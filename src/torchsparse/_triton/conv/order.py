@@ -50,7 +50,7 @@ OWN_BITS = 10  # frequent taps that have a bit of their own where not all taps h
 
 
 def row_width(volume: int) -> int:
-    """Entries of a row of a table of so many taps, which lies row by row: 16 bytes and multiples."""
+    """Entries of a row of a table that lies row by row: 16 bytes and multiples."""
     return cdiv(volume, 4) * 4
 
 
