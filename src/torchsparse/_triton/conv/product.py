@@ -356,6 +356,7 @@ class _Turn(NamedTuple):
 
 
 def _turn(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> _Turn:
+    """For weights that lie like this."""
     volume, c_in, c_out = shape
     name = ("turn", dtype, shape, strides)
     step = _steps.get(name)
