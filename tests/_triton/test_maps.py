@@ -103,7 +103,9 @@ def test_shares_of_large_maps(rows: list[int], most: int, want: list[int], monke
     cube = Geometry.submanifold((3, 3, 3), (1, 1, 1))
     search, index = searching(cube, torch.device("cpu")), cast(Any, None)
     coords = [torch.zeros(n, 4, dtype=torch.int32) for n in rows]
-    tables = [maps._Table(i, False, index, search, own, True) for i, own in enumerate(coords)]
+    tables = [
+        maps._Table(i, False, False, index, search, own, True) for i, own in enumerate(coords)
+    ]
     goes = list(maps._goes([[table] for table in tables]))
     assert [len(part) for part in goes] == want
     assert [table.number for part in goes for table in part] == list(range(len(rows)))

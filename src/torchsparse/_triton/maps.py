@@ -29,15 +29,16 @@ from torchsparse._geometry import Geometry
 from torchsparse._triton.conv.order import (
     TILE_ROWS,
     Tiles,
+    count_keys,
     key_block,
     place_block,
     tile_block,
     untile,
 )
 from torchsparse._triton.conv.plan import Plan, Share
-from torchsparse._triton.coords.index import CoordIndex, Search, searching
-from torchsparse._triton.coords.neighbors import find_block, invert_block
-from torchsparse._triton.launch import Step, cdiv, launch, only_noted
+from torchsparse._triton.coords.index import SEARCHED, CoordIndex, Search, searching
+from torchsparse._triton.coords.neighbors import find_block, find_half_block, invert_block
+from torchsparse._triton.launch import Step, cdiv, launch, next_power, only_noted
 
 __all__ = ["build_together", "together"]
 
@@ -48,11 +49,11 @@ MOST_ENTRIES = 1 << 31  # of a table
 # goes, each of which takes seven launches and gives its tables up before the next.
 MOST_FOUND = 10 << 20
 # Where a record has what. Addresses are 0 for what there is not.
-FIELDS = 19
+FIELDS = 20
 FIRST, ROWS, LIMIT, NEIGHBORS, KEYS, COUNTS, STARTS, ORDER, TABLE, MASKS = map(
     tl.constexpr, range(10)
 )
-COORDS, LAYOUT, SLOTS, VALUES, SHIFT, TAPS_AT, RELATION, BITS, INVERSE = map(
+COORDS, LAYOUT, SLOTS, VALUES, SHIFT, TAPS_AT, RELATION, BITS, INVERSE, WORDS = map(
     tl.constexpr, range(10, FIELDS)
 )
 RECORD = tl.constexpr(FIELDS)
@@ -134,6 +135,30 @@ def find_together_kernel(
 
 
 @triton.jit(do_not_specialize=["tables", "first"])
+def find_half_together_kernel(
+    records, flags, tables, first, box_bit,
+    D: tl.constexpr, K: tl.constexpr, WIDTH: tl.constexpr, TAPS: tl.constexpr, BR: tl.constexpr,
+):  # fmt: skip
+    """`find_half_block` for the tables from block ``first`` on."""
+    each: tl.constexpr = BLOCK_ROWS // BR
+    program = tl.program_id(0)
+    record, row = _own(records, tables, first + program // each)
+    row += program % each * BR
+    M = tl.load(record + ROWS).to(tl.int32)
+    if row < M:
+        shift = tl.load(record + SHIFT).to(tl.int32)
+        slots_mask = (tl.full((), 1, tl.int64) << (66 - shift)) - 1
+        find_half_block(
+            row + tl.arange(0, BR),
+            _place(COORDS, record, tl.int32), _place(LAYOUT, record, tl.int64),
+            _place(TAPS_AT, record, tl.int64), _place(RELATION, record, tl.int64),
+            _place(SLOTS, record, tl.int64), _place(VALUES, record, tl.int32),
+            _place(NEIGHBORS, record, tl.int32), _place(WORDS, record, tl.int32), flags,
+            M, shift, slots_mask, box_bit, D, K, WIDTH, TAPS, BR,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["tables", "first"])
 def invert_together_kernel(
     records, tables, first, K: tl.constexpr, WIDTH: tl.constexpr, BR: tl.constexpr
 ):
@@ -153,11 +178,20 @@ def key_together_kernel(
 ):
     """`row_key_kernel` for the tables from block ``first`` on."""
     record, row = _own(records, tables, first + tl.program_id(0))
-    key_block(
-        row + tl.arange(0, BR), _place(NEIGHBORS, record, tl.int32),
-        _place(BITS, record, tl.int32), _place(KEYS, record, tl.int16),
-        _place(COUNTS, record, tl.int32), tl.load(record + ROWS).to(tl.int32), WIDTH, 1, K, BR,
-    )  # fmt: skip
+    M = tl.load(record + ROWS).to(tl.int32)
+    rows = row + tl.arange(0, BR)
+    bits, keys = _place(BITS, record, tl.int32), _place(KEYS, record, tl.int16)
+    counts = _place(COUNTS, record, tl.int32)
+    if tl.load(record + WORDS) != 0:
+        live = rows < M
+        found = tl.load(_place(WORDS, record, tl.int32) + rows, mask=live, other=0)
+        word = tl.zeros((BR,), tl.int32)
+        for tap in tl.static_range(K):
+            word |= tl.load(bits + tap) * ((found >> tap) & 1)
+        count_keys(rows, live, word, keys, counts, K <= 8, BR)
+    else:
+        neighbors = _place(NEIGHBORS, record, tl.int32)
+        key_block(rows, neighbors, bits, keys, counts, M, WIDTH, 1, K, BR)
 
 
 @triton.jit(do_not_specialize=["table"])
@@ -196,8 +230,11 @@ def tile_together_kernel(
     rows = places
     if tl.load(record + ORDER) != 0:
         rows = tl.load(_place(ORDER, record, tl.int32) + places, mask=live, other=0)
+    word = tl.full((BR,), -1, tl.int32)
+    if tl.load(record + WORDS) != 0:
+        word = tl.load(_place(WORDS, record, tl.int32) + rows, mask=live, other=0)
     tile_block(
-        places, rows.to(tl.int64), live, 0, _place(NEIGHBORS, record, tl.int32),
+        places, rows.to(tl.int64), live, 0, word, _place(NEIGHBORS, record, tl.int32),
         _place(TABLE, record, tl.int32), _place(MASKS, record, tl.int32) + row // BLOCK_ROWS,
         tl.load(record + ROWS).to(tl.int32), WIDTH, 1, K, BR,
     )  # fmt: skip
@@ -209,6 +246,8 @@ class _Group(NamedTuple):
 
     find_rows: int  # of a program
     find: Step
+    half_rows: int
+    find_half: Step
     invert: Step
     key: Step
     start: Step
@@ -217,9 +256,16 @@ class _Group(NamedTuple):
 
 @cache
 def _group(ndim: int, volume: int, width: int, taps: int, rows: int, bins: int) -> _Group:
+    half = max(next_power(volume // 2 + 1), 8)
+    half_rows = min(SEARCHED // half, TILE_ROWS)
     return _Group(
         rows,
         Step(find_together_kernel, D=ndim, K=volume, WIDTH=width, TAPS=taps, BR=rows, num_warps=1),
+        half_rows,
+        Step(
+            find_half_together_kernel,
+            D=ndim, K=volume, WIDTH=width, TAPS=half, BR=half_rows, num_warps=1,
+        ),
         Step(invert_together_kernel, K=volume, WIDTH=width, BR=TILE_ROWS),
         Step(key_together_kernel, K=volume, WIDTH=width, BR=TILE_ROWS),
         Step(start_together_kernel, BINS=bins, num_warps=16 if bins >= 4096 else 4),
@@ -245,6 +291,7 @@ class _Table:
 
     number: int  # of the map
     inverse: bool
+    half: bool  # only half of its taps are searched for, the others mirrored
     index: CoordIndex
     search: Search
     coords: Tensor  # of its rows
@@ -256,6 +303,7 @@ class _Table:
     order: int = 0
     masks: int = 0
     tiles: int = 0
+    words: int = 0
 
     @property
     def rows(self) -> int:
@@ -316,8 +364,8 @@ def _goes(maps: list[list[_Table]]) -> Iterator[list[_Table]]:
 
 def _built(tables: list[_Table]) -> dict[tuple[int, bool], tuple[Tensor | None, Plan]]:
     """What is handed out of tables that are built in one go, by number of the map and side."""
-    # One group after another, in each of them first what is searched for.
-    tables.sort(key=lambda table: (table.search.volume, table.inverse))
+    # One group after another; in each first what is searched for under all taps, then under half.
+    tables.sort(key=lambda table: (table.search.volume, table.inverse, table.half))
     buffers = _buffers(tables)
     _launch_all(tables, buffers)
     return {(t.number, t.inverse): _handed_out(t, buffers) for t in tables}
@@ -327,9 +375,10 @@ def _tables(number: int, asked: Asked) -> Iterator[_Table]:
     index, coarse, geometry, layout, back = asked
     search = searching(geometry, index.layout.device)
     coords = index.coords if coarse is None else coarse.contiguous()
-    yield _Table(number, False, index, search, coords, layout[1])
+    half = coarse is back is None and geometry.is_symmetric
+    yield _Table(number, False, half, index, search, coords, layout[1])
     if back is not None:
-        yield _Table(number, True, index, search, index.coords, back[1])
+        yield _Table(number, True, False, index, search, index.coords, back[1])
 
 
 def _buffers(tables: list[_Table]) -> _Buffers:
@@ -337,6 +386,7 @@ def _buffers(tables: list[_Table]) -> _Buffers:
     small, found, kept = _Pieces(), _Pieces(), _Pieces()
     for table in tables:
         table.counts = small.take(table.search.bins)
+        table.words = small.take(table.rows) if table.half else 0
     zeros = small.size
     for table in tables:
         table.starts = small.take(table.search.bins)
@@ -361,25 +411,33 @@ def _launch_all(tables: list[_Table], buffers: _Buffers) -> None:
     count, flags = len(tables), pending_word(device)
     most = max(buffers.zeros, buffers.absent)
     _clear((cdiv(most, 2048), 1), (buffers.small, buffers.found), (buffers.zeros, buffers.absent))
-    groups: list[tuple[_Group, int, int, int]] = []  # and where its parts begin, and it ends
+    groups: list[tuple[_Group, int, int, int, int]] = []  # and where its parts begin, and it ends
     begin = 0
     for volume, members in itertools.groupby(tables, lambda table: table.search.volume):
-        found = [table.inverse for table in members]
-        _, _, _, volume, width, taps, rows, bins, _ = tables[begin].search
+        own = list(members)
+        _, _, _, volume, width, taps, rows, bins, _ = own[0].search
         group = _group(ndim, volume, width, taps, rows, bins)
-        groups.append((group, begin, begin + found.count(False), begin + len(found)))
-        begin += len(found)
-    for group, begin, inverted, end in groups:
-        first, middle, last = firsts[begin], firsts[inverted], firsts[end]
-        each = TILE_ROWS // group.find_rows
+        inverted = sum(table.inverse for table in own)
+        end = begin + len(own)
+        halved = end - inverted - sum(table.half for table in own)
+        groups.append((group, begin, halved, end - inverted, end))
+        begin = end
+    for group, begin, halved, inverted, end in groups:
+        first, middle, behind, last = (firsts[at] for at in (begin, halved, inverted, end))
         box = Complaint.BOX.bit
-        group.find(((middle - first) * each, 1), (records, flags), (count, first, box))
+        if begin < halved:
+            grid = (middle - first) * (TILE_ROWS // group.find_rows)
+            group.find((grid, 1), (records, flags), (count, first, box))
+        if halved < inverted:
+            grid = (behind - middle) * (TILE_ROWS // group.half_rows)
+            group.find_half((grid, 1), (records, flags), (count, middle, box))
         if inverted < end:
             group.invert((middle - first, 1), (records,), (count, first))
+        if halved < end:
             group.key((last - middle, 1), (records,), (count, middle))
         group.start((end - begin, 1), (records,), (begin,))
     _put((firsts[-1] * (TILE_ROWS // PLACED), 1), (records,), (count,))
-    for group, begin, _, end in groups:
+    for group, begin, _, _, end in groups:
         first, last = firsts[begin], firsts[end]
         group.tile((last - first, 1), (records,), (count, first))
 
@@ -412,6 +470,7 @@ def _described(tables: list[_Table], buffers: _Buffers, firsts: list[int]) -> Te
             search.relation.data_ptr(),
             search.bits.data_ptr(),
             0 if table.inverse else inverses.get(table.number, 0),
+            small + 4 * table.words if table.half else 0,
         )
     values += [0] * (-len(tables) % FEWER * FIELDS)
     records = buffers.small.new_empty(len(values), dtype=torch.int64)

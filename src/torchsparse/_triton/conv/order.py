@@ -31,6 +31,7 @@ __all__ = [
     "SortKeys",
     "Tiles",
     "TILE_ROWS",
+    "count_keys",
     "key_bits",
     "key_block",
     "make_tiles",
@@ -162,10 +163,20 @@ def key_block(
         idx = tl.load(neighbors + at, mask=live[:, None] & (taps < K)[None, :], other=-1)
         bit = tl.load(bits + taps)
         word |= tl.reduce(tl.where(idx >= 0, bit[None, :], 0), 1, bit_or)
+    count_keys(rows, live, word, keys, counts, K <= 8, BR)
+
+
+@triton.jit
+def count_keys(rows, live, word, keys, counts, FEW: tl.constexpr, BR: tl.constexpr):
+    """Sort keys of rows from the bits of their taps; ``FEW``: many rows have the same."""
     key = sort_key(word)
     tl.store(keys + rows, key.to(tl.int16), mask=live)
-    same, rank = _alike(key, live, BR)
-    tl.atomic_add(counts + key, same, mask=live & (rank == 0) & (key > 0), sem="relaxed")
+    counted = live & (key > 0)
+    if FEW:
+        same, rank = _alike(key, live, BR)
+        tl.atomic_add(counts + key, same, mask=counted & (rank == 0), sem="relaxed")
+    else:
+        tl.atomic_add(counts + key, 1, mask=counted, sem="relaxed")
 
 
 @triton.jit
@@ -225,21 +236,27 @@ def tile_kernel(
     else:
         rows = places.to(tl.int64)
     part = tl.program_id(1)
+    every = tl.full((BR,), -1, tl.int32)
     tile_block(
-        places, rows, live, part, neighbors, table, masks + part * T + tile, M, n_row, n_tap, K, BR
-    )
+        places, rows, live, part, every, neighbors, table, masks + part * T + tile,
+        M, n_row, n_tap, K, BR,
+    )  # fmt: skip
 
 
 @triton.jit
 def tile_block(
-    places, rows, live, part, neighbors, table, mask_at, M, n_row, n_tap,
+    places, rows, live, part, word, neighbors, table, mask_at, M, n_row, n_tap,
     K: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
-    """32 taps of the rows that come to ``places``, and which of these taps there are."""
+    """32 taps of the rows that come to ``places``, and which of these taps there are.
+
+    ``word`` [BR]: bit k tells whether a row may have tap k; if not, nothing is read.
+    """
     taps = part * 32 + tl.arange(0, 32)
     at = rows[:, None] * n_row + taps.to(tl.int64)[None, :] * n_tap
     there = live[:, None] & (taps < K)[None, :]
-    idx = tl.load(neighbors + at, mask=there, other=-1)
+    known = ((word[:, None] >> tl.arange(0, 32)[None, :]) & 1) > 0
+    idx = tl.load(neighbors + at, mask=there & known, other=-1)
     target = table + taps.to(tl.int64)[None, :] * M + places[:, None]
     tl.store(target, idx, mask=there)
     own = tl.max((idx >= 0).to(tl.int32), axis=0)

@@ -9,7 +9,7 @@ import triton.language as tl
 from torchsparse._triton.coords.bins import bin_of, bin_shift
 from torchsparse._triton.coords.layout import reset_upper, write_layout, write_sites
 from torchsparse._triton.coords.table import FREE, find_slots, insert_keys
-from torchsparse._triton.primitives import real_rows, row_key
+from torchsparse._triton.primitives import bit_count, real_rows, row_key
 
 __all__ = [
     "assign_kernel",
@@ -79,6 +79,16 @@ def _floor(a, b):
     """Floor division by a positive number, however ``//`` rounds."""
     q = a // b
     return tl.where(q * b > a, q - 1, q)
+
+
+@triton.jit
+def _floor_by(a, step):
+    """The same by one number, which is a power of 2 as a rule: no division of 64 bits then."""
+    if (step & (step - 1)) == 0:
+        q = a >> bit_count((step - 1).to(tl.uint32))
+    else:
+        q = _floor(a, step)
+    return q
 
 
 @triton.jit(
@@ -178,13 +188,13 @@ def create_kernel(
             if GENERATIVE:
                 site = c * step - offset + tap
             elif NEAR:
-                site = _floor(c + offset, step) - tap
+                site = _floor_by(c + offset, step) - tap
                 reach = tl.load(relation + 2 * D + column - 1)
                 live &= c + offset - site * step <= reach
             else:
                 shifted = c + offset - tap
-                live &= shifted % step == 0
-                site = shifted // step
+                site = _floor_by(shifted, step)
+                live &= site * step == shifted
             live &= site >= tl.load(layout + 2 * (D + 1) + column)
             live &= site <= tl.load(layout + 3 * (D + 1) + column)
             key += (site - origin) * weight
