@@ -93,7 +93,7 @@ def microseconds(call: Callable[[], Any], device: torch.device, repeats: int) ->
 
 def cloud(device: torch.device, channels: int) -> SparseTensor:
     """A cube; a small one where PyTorch's own operations really compute."""
-    side = 4 if device.type == "cpu" else 16
+    side = 4 if device.type == "cpu" else 32  # two at the fourth level below
     grid = torch.cartesian_prod(*[torch.arange(side)] * 3)
     coords = nn.functional.pad(grid, (1, 0)).int().to(device)
     return SparseTensor(torch.randn(len(coords), channels, device=device), coords)
@@ -118,6 +118,28 @@ def layers(device: torch.device) -> Rows:
         "relu, PyTorch's": lambda: plain_relu(feats),
         "conv + norm + relu, training": lambda: learner(learning).feats,
         "conv + norm + relu, and backward": lambda: learner(learning).feats.backward(grad),
+    }
+
+
+def bare(device: torch.device) -> Rows:
+    """What any library pays on this host, whatever it computes."""
+    from torchsparse._triton.launch import Step
+    from torchsparse._triton.maps import clear_kernel
+
+    words = torch.zeros(4096, dtype=torch.int32, device=device)
+    feats = torch.zeros(4096, CHANNELS, device=device)
+    out = torch.empty_like(feats)
+    step = Step(clear_kernel, BLOCK=2048)
+
+    def start() -> None:
+        step((1, 1), (words, words), (0, 0))
+
+    return {
+        "a kernel": start,
+        "20 kernels": lambda: [start() for _ in range(20)],
+        "an allocation": lambda: feats.new_empty(4096, CHANNELS),
+        "torch.add into a given tensor": lambda: torch.add(feats, feats, out=out),
+        "1000 turns of a loop of Python": lambda: sum(i for i in range(1000)),
     }
 
 
@@ -150,7 +172,8 @@ def main(argv: list[str] | None = None) -> int:
             stack.callback(torch.set_num_threads, torch.get_num_threads())
             torch.set_num_threads(1)
         gc.collect()
-        for make, repeats in ((layers, options.repeats), (networks, options.repeats // 5 + 1)):
+        few = options.repeats // 5 + 1
+        for make, repeats in ((bare, options.repeats), (layers, options.repeats), (networks, few)):
             for name, call in make(device).items():
                 learns = "training" in name or "backward" in name
                 stack.enter_context(torch.set_grad_enabled(learns))

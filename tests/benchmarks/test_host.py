@@ -12,7 +12,7 @@ from benchmarks import host
 def test_a_line_for_each(capsys: pytest.CaptureFixture[str]) -> None:
     assert host.main(["--repeats", "2"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 11
+    assert len(lines) == 16
     assert len({line[:32] for line in lines}) == len(lines)
     assert all(line.endswith(" us") and float(line.split()[-2]) > 0 for line in lines)
 
