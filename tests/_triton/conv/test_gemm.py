@@ -138,6 +138,7 @@ def test_few_input_channels(
     assert_near(got, problem.product(reverse) + problem.bias.double().cpu())
 
 
+@pytest.mark.usefixtures("rows_alike")
 def test_narrow_does_not_mind_the_order_of_rows(device: torch.device) -> None:
     """Bit for bit: every row is the sum of all taps, in the order of taps."""
     problem = Problem.of(device, (27, 30, 40), (3, 16))
@@ -212,6 +213,7 @@ def test_precisions_and_weight_strides(
     assert_near(got, problem.product(), precision)
 
 
+@pytest.mark.usefixtures("rows_alike")
 @pytest.mark.parametrize("splits", [1, 4])
 def test_the_order_of_rows_changes_no_bit(splits: int, device: torch.device, tile) -> None:
     """A row sums its own taps in their order; the taps of its tile add zeros.
