@@ -46,7 +46,7 @@ MOST_TABLES = 32
 MOST_TAPS = 32  # one word of a tile's mask
 MOST_ENTRIES = 1 << 31  # of a table
 # Words of tables as they are found, 40 MB, beside what is kept of them: more are built in several
-# goes, each of which takes seven launches and gives its tables up before the next.
+# goes, each of which takes seven or eight launches and gives its tables up before the next.
 MOST_FOUND = 10 << 20
 # Where a record has what. Addresses are 0 for what there is not.
 FIELDS = 20
