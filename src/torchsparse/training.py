@@ -137,10 +137,17 @@ class _Packed:
 
 
 def _copies(tensors: list[Tensor]) -> list[Tensor]:
-    """A copy of each, in one launch."""
-    if not tensors:
-        return []
-    return list(torch._foreach_mul(tensors, 1.0))  # pyright: ignore[reportPrivateImportUsage]
+    """A copy of each, in one launch for each dtype: of mixed ones PyTorch copies one by one."""
+    groups: dict[torch.dtype, list[int]] = {}
+    for place, tensor in enumerate(tensors):
+        groups.setdefault(tensor.dtype, []).append(place)
+    copies = list(tensors)
+    for places in groups.values():
+        group = [tensors[place] for place in places]
+        found = torch._foreach_mul(group, 1.0)  # pyright: ignore[reportPrivateImportUsage]
+        for place, copy in zip(places, found):
+            copies[place] = copy
+    return copies
 
 
 class _Backward(NamedTuple):

@@ -28,7 +28,10 @@ from torchsparse._triton.rows import Tile, divide, row_tile
 __all__ = ["batch_moments_", "grad_rows", "grad_sums", "normalise"]
 
 SHARES = 512  # at most: one program puts them together, all at once
-PROGRAMS = 1024  # of a reduction, about 8 on each multiprocessor of an H100
+# Of a reduction, three on each multiprocessor of an H100: to begin and to end costs one as much as
+# four of its tiles.
+PROGRAMS = 396
+LOADS = tl.constexpr(3)  # tiles of a reduction that are on their way at once
 FEW = 8  # channels of a program that puts shares together: 32 bytes of each
 
 
@@ -127,8 +130,10 @@ def _place(width, COLS: tl.constexpr):
 
 @triton.jit
 def _steps(n, share, shares, rows):
-    """Tiles that a share has."""
-    return ((n + rows - 1) // rows - share + shares - 1) // shares
+    """Whole tiles that a share has, and rows of the last tile if that one is its own and short."""
+    whole = n // rows
+    rest = tl.where(whole % shares == share, n - whole * rows, 0)
+    return (whole - share + shares - 1) // shares, rest
 
 
 @triton.jit(do_not_specialize=["n", "units"])
@@ -138,32 +143,43 @@ def _moments_kernel(
 ):  # fmt: skip
     """partial[0, s], [1, s]: mean of share s, and the sum of squared distances from it.
 
-    Each lane follows its own mean (Welford), so nothing cancels: step i adds its (i + 1)-th row.
-    Only the last tile of all may be short. Shares may be empty.
+    Distances are first taken from the share's first row (Chan, Golub, LeVeque: shifted data). As
+    that row is one of the R rows of the share, it lies at most sqrt(R) standard deviations from
+    their mean: what cancels costs at most R roundings, however far the mean is from 0. Shares may
+    be empty.
     """
     n = real_rows(n, limit)
     width = units * UNIT
     share, col, shares = _place(width, COLS)
     inside = col < width
-    row = share.to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    mean = tl.zeros([ROWS, COLS], tl.float32)
-    spread = tl.zeros([ROWS, COLS], tl.float32)
-    steps = _steps(n, share, shares, ROWS)
-    for step in range(steps):
+    begin = share.to(tl.int64) * ROWS
+    row = begin + tl.arange(0, ROWS)
+    origin = tl.load(feats + begin * width + col, mask=inside & (begin < n), other=0)
+    origin = origin.to(tl.float32)
+    total = tl.zeros([ROWS, COLS], tl.float32)
+    squares = tl.zeros([ROWS, COLS], tl.float32)
+    steps, rest = _steps(n, share, shares, ROWS)
+    for _ in tl.range(steps, num_stages=LOADS):
+        at = row[:, None] * width + col[None, :]
+        value = tl.load(feats + at, mask=inside[None, :], other=0).to(tl.float32)
+        value -= origin[None, :]
+        total += value
+        squares += value * value
+        row += shares * ROWS
+    if rest > 0:
         mask = (row < n)[:, None] & inside[None, :]
         at = row[:, None] * width + col[None, :]
         value = tl.load(feats + at, mask=mask, other=0).to(tl.float32)
-        apart = tl.where(mask, value - mean, 0)
-        mean += apart * (1.0 / (step + 1))
-        spread += apart * (value - mean)
-        row += shares * ROWS
-    seen = tl.where(row - shares * ROWS < n, steps, steps - 1).to(tl.float32)
-    middle = divide(tl.sum(mean * seen[:, None], 0), tl.maximum(tl.sum(seen, 0), 1))
-    off = mean - middle[None, :]
-    spread += off * off * seen[:, None]
+        value = tl.where(mask, value - origin[None, :], 0)
+        total += value
+        squares += value * value
+    sums = tl.sum(total, 0)
+    apart = divide(sums, tl.maximum(steps * ROWS + rest, 1).to(tl.float32))
+    spread = tl.sum(squares, 0) - sums * apart
+    spread = tl.where(spread < 0, 0, spread)  # NaN stays NaN
     at = share.to(tl.int64) * width + col
-    tl.store(partial + at, middle, mask=inside)
-    tl.store(partial + shares.to(tl.int64) * width + at, tl.sum(spread, 0), mask=inside)
+    tl.store(partial + at, origin + apart, mask=inside)
+    tl.store(partial + shares.to(tl.int64) * width + at, spread, mask=inside)
     if batches is not None:
         if tl.program_id(0) == 0:
             tl.store(batches, tl.load(batches) + (n > 0))
@@ -184,10 +200,8 @@ def _moments_end_kernel(
     at = share[:, None] * width + col[None, :]
     middle = tl.load(partial + at, mask=mask, other=0)
     spread = tl.load(partial + shares * width + at, mask=mask, other=0)
-    tiles = (n + step - 1) // step
-    rows = _steps(n, share, shares, step) * step
-    rows -= tl.where(share == (tiles - 1) % shares, tiles * step - n, 0)
-    rows = tl.where(share < shares, rows, 0).to(tl.float32)[:, None]
+    steps, rest = _steps(n, share, shares, step)
+    rows = tl.where(share < shares, steps * step + rest, 0).to(tl.float32)[:, None]
     every = tl.maximum(n, 1).to(tl.float32)
     centre = divide(tl.sum(middle * rows, 0), every)
     off = tl.where(mask, middle - centre[None, :], 0)
@@ -358,8 +372,9 @@ def _sums_kernel(
     mean, scale, shift = _columns(moments, weight, bias, col, width)
     total = tl.zeros([ROWS, COLS], tl.float32)
     along = tl.zeros([ROWS, COLS], tl.float32)
-    for _ in range(_steps(n, share, shares, ROWS)):
-        mask = (row < n)[:, None] & inside[None, :]
+    steps, rest = _steps(n, share, shares, ROWS)
+    for _ in tl.range(steps, num_stages=LOADS):
+        mask = tl.broadcast_to(inside[None, :], (ROWS, COLS))
         at = row[:, None] * width + col[None, :]
         g = _gradient(grad, row, col, mask, apart, UNIT)
         value = tl.load(feats + at, mask=mask, other=0).to(tl.float32)
@@ -367,6 +382,14 @@ def _sums_kernel(
         total += g
         along += g * (value - mean[None, :])
         row += shares * ROWS
+    if rest > 0:
+        mask = (row < n)[:, None] & inside[None, :]
+        at = row[:, None] * width + col[None, :]
+        g = _gradient(grad, row, col, mask, apart, UNIT)
+        value = tl.load(feats + at, mask=mask, other=0).to(tl.float32)
+        g = _passed(g, value, out, at, mask, mean, scale, shift, slope, ACT)
+        total += g
+        along += g * (value - mean[None, :])
     at = share.to(tl.int64) * width + col
     tl.store(partial + at, tl.sum(total, 0), mask=inside)
     tl.store(partial + shares.to(tl.int64) * width + at, tl.sum(along, 0), mask=inside)

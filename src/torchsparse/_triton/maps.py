@@ -113,49 +113,35 @@ def _real_rows(record):
 def find_together_kernel(
     records, flags, tables, first, box_bit,
     D: tl.constexpr, K: tl.constexpr, WIDTH: tl.constexpr, TAPS: tl.constexpr, BR: tl.constexpr,
+    HALF: tl.constexpr,
 ):  # fmt: skip
-    """`find_kernel` for the tables from block ``first`` on."""
+    """`find_kernel` for the tables from block ``first`` on; ``HALF``: `find_half_block`."""
     each: tl.constexpr = BLOCK_ROWS // BR
     program = tl.program_id(0)
     record, row = _own(records, tables, first + program // each)
     row += program % each * BR
     M = tl.load(record + ROWS).to(tl.int32)
     if row < M:
+        rows = row + tl.arange(0, BR)
+        coords, layout = _place(COORDS, record, tl.int32), _place(LAYOUT, record, tl.int64)
+        taps_at, relation = _place(TAPS_AT, record, tl.int64), _place(RELATION, record, tl.int64)
+        slots, values = _place(SLOTS, record, tl.int64), _place(VALUES, record, tl.int32)
+        neighbors = _place(NEIGHBORS, record, tl.int32)
         shift = tl.load(record + SHIFT).to(tl.int32)
         slots_mask = (tl.full((), 1, tl.int64) << (66 - shift)) - 1
-        find_block(
-            row + tl.arange(0, BR),
-            _place(COORDS, record, tl.int32), _place(LAYOUT, record, tl.int64),
-            _place(TAPS_AT, record, tl.int64), _place(RELATION, record, tl.int64),
-            _place(BITS, record, tl.int32), _place(SLOTS, record, tl.int64),
-            _place(VALUES, record, tl.int32), _place(NEIGHBORS, record, tl.int32),
-            _place(KEYS, record, tl.int16), _place(COUNTS, record, tl.int32), flags,
-            M, shift, slots_mask, box_bit, D, K, WIDTH, TAPS, BR,
-        )  # fmt: skip
-
-
-@triton.jit(do_not_specialize=["tables", "first"])
-def find_half_together_kernel(
-    records, flags, tables, first, box_bit,
-    D: tl.constexpr, K: tl.constexpr, WIDTH: tl.constexpr, TAPS: tl.constexpr, BR: tl.constexpr,
-):  # fmt: skip
-    """`find_half_block` for the tables from block ``first`` on."""
-    each: tl.constexpr = BLOCK_ROWS // BR
-    program = tl.program_id(0)
-    record, row = _own(records, tables, first + program // each)
-    row += program % each * BR
-    M = tl.load(record + ROWS).to(tl.int32)
-    if row < M:
-        shift = tl.load(record + SHIFT).to(tl.int32)
-        slots_mask = (tl.full((), 1, tl.int64) << (66 - shift)) - 1
-        find_half_block(
-            row + tl.arange(0, BR),
-            _place(COORDS, record, tl.int32), _place(LAYOUT, record, tl.int64),
-            _place(TAPS_AT, record, tl.int64), _place(RELATION, record, tl.int64),
-            _place(SLOTS, record, tl.int64), _place(VALUES, record, tl.int32),
-            _place(NEIGHBORS, record, tl.int32), _place(WORDS, record, tl.int32), flags,
-            M, shift, slots_mask, box_bit, D, K, WIDTH, TAPS, BR,
-        )  # fmt: skip
+        if HALF:
+            find_half_block(
+                rows, coords, layout, taps_at, relation, slots, values, neighbors,
+                _place(WORDS, record, tl.int32), flags,
+                M, shift, slots_mask, box_bit, D, K, WIDTH, TAPS, BR,
+            )  # fmt: skip
+        else:
+            find_block(
+                rows, coords, layout, taps_at, relation, _place(BITS, record, tl.int32), slots,
+                values, neighbors, _place(KEYS, record, tl.int16),
+                _place(COUNTS, record, tl.int32), flags,
+                M, shift, slots_mask, box_bit, D, K, WIDTH, TAPS, BR,
+            )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["tables", "first"])
@@ -191,7 +177,7 @@ def key_together_kernel(
         count_keys(rows, live, word, keys, counts, K <= 8, BR)
     else:
         neighbors = _place(NEIGHBORS, record, tl.int32)
-        key_block(rows, neighbors, bits, keys, counts, M, WIDTH, 1, K, BR)
+        key_block(rows, neighbors, bits, keys, counts, M, WIDTH, 1, K, K <= 8, BR)
 
 
 @triton.jit(do_not_specialize=["table"])
@@ -260,11 +246,14 @@ def _group(ndim: int, volume: int, width: int, taps: int, rows: int, bins: int) 
     half_rows = min(SEARCHED // half, TILE_ROWS)
     return _Group(
         rows,
-        Step(find_together_kernel, D=ndim, K=volume, WIDTH=width, TAPS=taps, BR=rows, num_warps=1),
+        Step(
+            find_together_kernel, D=ndim, K=volume, WIDTH=width, TAPS=taps, BR=rows, HALF=False,
+            num_warps=1,
+        ),
         half_rows,
         Step(
-            find_half_together_kernel,
-            D=ndim, K=volume, WIDTH=width, TAPS=half, BR=half_rows, num_warps=1,
+            find_together_kernel, D=ndim, K=volume, WIDTH=width, TAPS=half, BR=half_rows,
+            HALF=True, num_warps=1,
         ),
         Step(invert_together_kernel, K=volume, WIDTH=width, BR=TILE_ROWS),
         Step(key_together_kernel, K=volume, WIDTH=width, BR=TILE_ROWS),

@@ -143,18 +143,20 @@ def sort_key(word):
 
 @triton.jit(do_not_specialize=["M", "n_row", "n_tap"])
 def row_key_kernel(
-    neighbors, bits, keys, counts, M, n_row, n_tap, K: tl.constexpr, BR: tl.constexpr
+    neighbors, bits, keys, counts, M, n_row, n_tap,
+    K: tl.constexpr, FEW: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     """keys[m] = the sort key of row m, from its taps."""
     rows = tl.program_id(0) * BR + tl.arange(0, BR)
-    key_block(rows, neighbors, bits, keys, counts, M, n_row, n_tap, K, BR)
+    key_block(rows, neighbors, bits, keys, counts, M, n_row, n_tap, K, FEW, BR)
 
 
 @triton.jit
 def key_block(
-    rows, neighbors, bits, keys, counts, M, n_row, n_tap, K: tl.constexpr, BR: tl.constexpr
+    rows, neighbors, bits, keys, counts, M, n_row, n_tap,
+    K: tl.constexpr, FEW: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
-    """The same for some rows."""
+    """The same for some rows; ``FEW`` as for `count_keys`."""
     live = rows < M
     word = tl.zeros((BR,), dtype=tl.int32)
     for first in range(0, K, 32):
@@ -163,7 +165,7 @@ def key_block(
         idx = tl.load(neighbors + at, mask=live[:, None] & (taps < K)[None, :], other=-1)
         bit = tl.load(bits + taps)
         word |= tl.reduce(tl.where(idx >= 0, bit[None, :], 0), 1, bit_or)
-    count_keys(rows, live, word, keys, counts, K <= 8, BR)
+    count_keys(rows, live, word, keys, counts, FEW, BR)
 
 
 @triton.jit
@@ -263,19 +265,29 @@ def tile_block(
     tl.store(mask_at, tl.sum(own << tl.arange(0, 32), axis=0))
 
 
-def row_sort_keys(neighbors: Tensor, bits: Tensor, counts: Tensor | None = None) -> SortKeys:
-    """The sort keys of the rows of a table [K, M] int32, any strides; bits of `key_bits`, counts
-    of `new_sort_keys`."""
+def row_sort_keys(
+    neighbors: Tensor, bits: Tensor, counts: Tensor | None = None, few: bool = False
+) -> SortKeys:
+    """The sort keys of the rows of a table [K, M] int32, any strides.
+
+    Args:
+        neighbors: The table.
+        bits: From `key_bits`.
+        counts: As for `new_sort_keys`.
+        few: Many rows have the same key. Over at most eight taps they always have.
+    """
     volume, m = neighbors.shape
     found = new_sort_keys(neighbors, m, volume, counts)
     n_tap, n_row = neighbors.stride()
-    _row_keys(volume)((cdiv(m, 64), 1), (neighbors, bits, *found), (m, n_row, n_tap))
+    _row_keys(volume, few or volume <= 8)(
+        (cdiv(m, 64), 1), (neighbors, bits, *found), (m, n_row, n_tap)
+    )
     return found
 
 
 @cache
-def _row_keys(volume: int) -> Step:
-    return Step(row_key_kernel, K=volume, BR=64)
+def _row_keys(volume: int, few: bool) -> Step:
+    return Step(row_key_kernel, K=volume, FEW=few, BR=64)
 
 
 def _sort(found: SortKeys, limit: Tensor | None) -> Tensor:

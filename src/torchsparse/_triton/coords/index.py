@@ -44,6 +44,7 @@ USUAL_MARGIN = 8
 SLOTS_PER_KEY = 3
 # Of a program, which is one warp: rows that it inserts, pairs of row and tap that it looks up.
 INSERTED, SEARCHED = 32, 128
+BLANKED = 4096  # words of a program
 INT32 = torch.iinfo(torch.int32)
 
 
@@ -231,7 +232,7 @@ def invert_taps(
     table = neighbors.new_empty(num_inputs, width)
     counts = neighbors.new_empty(bins)
     size = num_inputs * width
-    grid = (cdiv(max(size, bins), 1024), 1)
+    grid = (cdiv(max(size, bins), BLANKED), 1)
     if size <= INT32.max:
         blank(grid, (table, counts), (size, bins))
     else:
@@ -239,7 +240,9 @@ def invert_taps(
     n_tap, n_row = neighbors.stride()
     invert((cdiv(m, 64), cdiv(volume, 32)), (neighbors, table), (m, n_row, n_tap))
     inverse = table.as_strided((volume, num_inputs), (1, width))
-    return inverse, row_sort_keys(inverse, key_bits(geometry, neighbors.device), counts)
+    # Inputs of a strided map have taps by their place in a cell: there are few different keys.
+    bits = key_bits(geometry, neighbors.device)
+    return inverse, row_sort_keys(inverse, bits, counts, few=True)
 
 
 @cache
@@ -247,7 +250,7 @@ def _inversion(volume: int) -> tuple[Step, Step, int, int]:
     """Two launches for a table of so many taps, the width of its rows, and its sort keys."""
     width = row_width(volume)
     return (
-        Step(blank_kernel, BLOCK=1024),
+        Step(blank_kernel, BLOCK=BLANKED),
         Step(invert_kernel, K=volume, WIDTH=width, BR=64),
         width,
         sort_bins(volume),
