@@ -11,7 +11,8 @@ from torch import nn
 
 from tests.scans import Dense, again, assert_agree, network, scan
 from torchsparse import nn as spnn
-from torchsparse.training import UNSEEN, _bring, _copies, _lent, _Packed, graphed
+from torchsparse._graphs import UNSEEN
+from torchsparse.training import _bring, _copies, _lent, _Packed, graphed
 
 
 def test_what_runs_as_usual(device: torch.device) -> None:
@@ -109,24 +110,27 @@ def test_copies_are_of_the_same_values_in_other_memory() -> None:
     assert _copies([]) == []
 
 
-@pytest.mark.parametrize("arrives", ["early", "late", "without an event"])
+@pytest.mark.parametrize("arrives", ["at once", "in pieces", "at the end"])
 def test_the_host_waits_until_a_report_is_there(arrives: str, device: torch.device) -> None:
-    """For the event within the graph; if that told nothing, or there is none, for the end."""
+    """Until all of it has arrived, and not for what the graph does after that."""
     report = torch.full((5,), UNSEEN)
-    waited: list[str] = []
+    looks: list[str] = []
 
-    def event(name: str, *, delivers: bool) -> Any:
-        def synchronize() -> None:
-            waited.append(name)
-            if delivers:
-                report.zero_()
-
-        return SimpleNamespace(synchronize=synchronize)
+    def query() -> bool:
+        """Whether the graph has ended; a little more arrives meanwhile."""
+        looks.append(arrives)
+        if arrives == "in pieces":
+            report[: 2 * len(looks)] = 7
+            return False
+        if arrives == "at once":
+            report.fill_(7)
+            return False
+        if len(looks) == 4:
+            report.fill_(7)
+        return len(looks) == 4
 
     net = graphed(network(Dense, device))
-    net._replayed = event("end", delivers=arrives != "early")
-    early = None if arrives == "without an event" else event("event", delivers=arrives == "early")
-    bucket: Any = SimpleNamespace(report=report, more=SimpleNamespace(early=early))
-    net._await(bucket)
-    assert UNSEEN not in report.tolist()
-    assert waited == {"early": ["event"], "late": ["event", "end"]}.get(arrives, ["end"])
+    net._replayed = SimpleNamespace(query=query)
+    bucket: Any = SimpleNamespace(report=report)
+    assert net._complaints(bucket) == 7
+    assert len(looks) == {"at once": 1, "in pieces": 3}.get(arrives, 4)

@@ -9,11 +9,14 @@ import torch
 from torch import nn
 
 from torchsparse._capacity import Growth
+from torchsparse._flags import pending_word
 from torchsparse._graphs import (
     Bucket,
     Graphs,
+    OnHost,
     autocast_without_cache,
     capturable,
+    needs_counts,
     no_waiting,
     padded,
     placed,
@@ -112,23 +115,34 @@ class Graphed(Graphs):
     def _capture(self, x: SparseTensor, kind: Hashable, rows: int) -> Bucket:
         places = placed(x, rows)
         rooms, wishes = self._rooms(kind, rows), self._wishes[kind]
-        on_host: list[torch.Tensor] = []
+        report, late = OnHost(), OnHost()
 
-        def run() -> tuple[Any, Growth]:
+        def run(early: bool) -> tuple[Any, Growth]:
             # Autocast keeps casts of weights until its block ends; a graph must not read them.
             with autocast_without_cache():
-                output, growth, report = padded(self.model, x, *places, rooms, wishes)
-            if not on_host:  # the first run compiles, and fills what is made once per process
-                on_host.append(torch.empty(report.shape, dtype=report.dtype, pin_memory=True))
-            on_host[0].copy_(report, non_blocking=True)
+                deliver = report if early else None
+                output, growth, found = padded(self.model, x, *places, rooms, wishes, deliver)
+            if early:
+                late(pending_word(x.coords.device))
+            else:
+                report(found)
             return output, growth
 
-        run()
+        # Where the output has the rows of a level, its copies begin when these are known.
+        early = needs_counts(*run(False))
         with capturable():
             with no_waiting():
-                run()
-            graph, (output, growth) = self._record(run)
-        return self._bucket(places, rooms, graph, output, growth, on_host[0], x.coords.shape[0])
+                run(early)
+            graph, (output, growth) = self._record(lambda: run(early))
+        bucket = self._bucket(
+            places, rooms, graph, output, growth, report.memory, x.coords.shape[0], early
+        )
+        bucket.more = late.memory if early else None
+        return bucket
+
+    def _complaints(self, bucket: Bucket) -> int:
+        found = super()._complaints(bucket)
+        return found if bucket.more is None else int(bucket.more)
 
     def _holds(self, bucket: Bucket) -> bool:
         if not super()._holds(bucket):

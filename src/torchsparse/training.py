@@ -25,6 +25,7 @@ from torchsparse._graphs import (
     PARALLEL,
     Bucket,
     Graphs,
+    OnHost,
     Results,
     autocast_without_cache,
     capturable,
@@ -39,7 +40,6 @@ from torchsparse.tensor import SparseTensor, wrap
 
 __all__ = ["Graphed", "graphed"]
 
-UNSEEN = torch.iinfo(torch.int64).min  # in a report that has not arrived
 OWN = BatchNorm, InstanceNorm, SyncBatchNorm  # they know which rows are real, or refuse
 DENSE = nn.BatchNorm2d, nn.BatchNorm3d, nn.InstanceNorm2d, nn.InstanceNorm3d  # not over rows
 
@@ -164,7 +164,6 @@ class _Backward(NamedTuple):
         found: These gradients, written by the graph.
         buffers: Of the model; the forward pass changes them.
         before: What they held before it, packed.
-        early: Event of the forward pass, when the report is on the host; None: at its end.
     """
 
     modes: list[Any]
@@ -177,7 +176,6 @@ class _Backward(NamedTuple):
     found: list[Tensor]
     buffers: _Packed
     before: list[Tensor]
-    early: Any
 
 
 class Graphed(Graphs):
@@ -231,24 +229,16 @@ class Graphed(Graphs):
         # a captured one would have to wait.
         own = {name: p.detach().requires_grad_(p.requires_grad) for name, p in params.items()}
         inputs = [places.feats, *own.values()]
-        on_host: list[Tensor] = []
-        early = _event_of_graphs()
+        report = OnHost()
 
         def call(x: SparseTensor) -> Any:
             with _lent(self.model, {id(p): own[name] for name, p in params.items()}):
                 return self.model(x)
 
-        def deliver(report: Tensor) -> None:
-            if not on_host:  # the first run compiles, and fills what is made once per process
-                on_host.append(torch.empty(report.shape, dtype=report.dtype, pin_memory=True))
-            on_host[0].copy_(report, non_blocking=True)
-            if early is not None:
-                early.record()
-
         def forward() -> tuple[Any, Growth, list[Tensor]]:
             before = buffers.pack()
             with autocast_without_cache():
-                output, growth, _ = padded(call, x, *places, rooms, wishes, deliver)
+                output, growth, _ = padded(call, x, *places, rooms, wishes, report)
             return output, growth, before
 
         def backward(output: Any, grads: list[Tensor]) -> list[Tensor | None]:
@@ -277,12 +267,14 @@ class Graphed(Graphs):
             buffers.unpack(kept)
         outputs = {id(t): t.detach() for t in _learned(output)}
         output = mapped(output, lambda t: outputs.get(id(t), t), lambda y: _relieved(y, outputs))
-        bucket = self._bucket(places, rooms, graph, output, growth, on_host[0], x.coords.shape[0])
+        bucket = self._bucket(
+            places, rooms, graph, output, growth, report.memory, x.coords.shape[0], True
+        )
         bucket.more = _Backward(
             _modes(bucket), back, list(outputs.values()), grads, [0] * len(grads),
             list(params.values()),
             [place for place, t in enumerate(found) if t is not None],
-            [t for t in found if t is not None], buffers, before, early,
+            [t for t in found if t is not None], buffers, before,
         )  # fmt: skip
         return bucket
 
@@ -291,7 +283,6 @@ class Graphed(Graphs):
         self.turn += 1
         self.spent = False
         passes: _Backward = bucket.more
-        bucket.report.fill_(UNSEEN)
         served = False
         try:
             served, result = super()._replay(bucket, x)
@@ -301,12 +292,10 @@ class Graphed(Graphs):
                 torch.cuda.current_stream().synchronize()  # it may be gone before it has ended
         return served, result
 
-    def _await(self, bucket: Bucket) -> None:
-        early = bucket.more.early
-        if early is not None:
-            early.synchronize()
-        if early is None or UNSEEN in bucket.report.tolist():
-            super()._await(bucket)
+    def _complaints(self, bucket: Bucket) -> int:
+        # Those up to the last level: nothing waits for the rest of the pass.
+        self._watch(bucket)
+        return int(bucket.report[-1])
 
     def _results(self, bucket: Bucket, x: SparseTensor) -> Results:
         return _Differentiable(self, bucket, x)
@@ -373,16 +362,6 @@ class _Pass(torch.autograd.Function):
         if found[0] is not None:
             found[0] = found[0][: ctx.rows]
         return None, *found
-
-
-def _event_of_graphs() -> Any:
-    """An event that a graph records whenever it is replayed; None where PyTorch has none."""
-    if torch.version.hip:
-        return None
-    try:
-        return torch.cuda.Event(external=True)
-    except TypeError:  # before 2.9, about
-        return None
 
 
 def _bring(grads: Sequence[Tensor], passes: _Backward) -> None:

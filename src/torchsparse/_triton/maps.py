@@ -39,6 +39,7 @@ from torchsparse._triton.conv.plan import Plan, Share
 from torchsparse._triton.coords.index import SEARCHED, CoordIndex, Search, searching
 from torchsparse._triton.coords.neighbors import find_block, find_half_block, invert_block
 from torchsparse._triton.launch import Step, cdiv, launch, next_power, only_noted
+from torchsparse._triton.primitives import fours_below
 
 __all__ = ["build_together", "together"]
 
@@ -79,8 +80,8 @@ def describe_kernel(records, values, N: tl.constexpr, ADDED: tl.constexpr):
 def clear_kernel(zeros, absent, n_zeros, n_absent, BLOCK: tl.constexpr):
     """Counts of no rows, and tables without neighbours."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    tl.store(zeros + at, tl.zeros((BLOCK,), tl.int32), mask=at < n_zeros)
-    tl.store(absent + at, tl.full((BLOCK,), -1, tl.int32), mask=at < n_absent)
+    tl.store(zeros + at, tl.zeros((BLOCK,), tl.int32), mask=fours_below(at, n_zeros))
+    tl.store(absent + at, tl.full((BLOCK,), -1, tl.int32), mask=fours_below(at, n_absent))
 
 
 @triton.jit

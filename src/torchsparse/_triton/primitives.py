@@ -7,7 +7,16 @@ interpreter and other GPU makers need no special case.
 import triton
 import triton.language as tl
 
-__all__ = ["bit_count", "bit_or", "first_slot", "lowest_bit", "mix", "real_rows", "row_key"]
+__all__ = [
+    "bit_count",
+    "bit_or",
+    "first_slot",
+    "fours_below",
+    "lowest_bit",
+    "mix",
+    "real_rows",
+    "row_key",
+]
 
 
 @triton.jit
@@ -23,6 +32,13 @@ def bit_count(word):
 def bit_or(a, b):
     """For reductions."""
     return a | b
+
+
+@triton.jit
+def fours_below(at, size):
+    """``at < size`` where ``size`` is a multiple of four: the compiler sees that four neighbours
+    are alike, and writes them at once."""
+    return at // 4 < size // 4
 
 
 @triton.jit

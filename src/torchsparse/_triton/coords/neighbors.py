@@ -8,7 +8,7 @@ import triton.language as tl
 
 from torchsparse._triton.conv.order import sort_key
 from torchsparse._triton.coords.table import find_slots
-from torchsparse._triton.primitives import bit_or
+from torchsparse._triton.primitives import bit_or, fours_below
 
 __all__ = [
     "blank_kernel",
@@ -137,7 +137,7 @@ def _steps_of(taps, real, taps_at, layout, D: tl.constexpr, TAPS: tl.constexpr):
 def blank_kernel(inverse, counts, size, bins, BLOCK: tl.constexpr):
     """A table without neighbours, and counts of no rows."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    tl.store(inverse + at, tl.full((BLOCK,), -1, tl.int32), mask=at < size)
+    tl.store(inverse + at, tl.full((BLOCK,), -1, tl.int32), mask=fours_below(at, size))
     tl.store(counts + at, tl.zeros((BLOCK,), tl.int32), mask=at < bins)
 
 

@@ -9,7 +9,7 @@ import triton.language as tl
 from torchsparse._triton.coords.bins import bin_of, bin_shift
 from torchsparse._triton.coords.layout import reset_upper, write_layout, write_sites
 from torchsparse._triton.coords.table import FREE, find_slots, insert_keys
-from torchsparse._triton.primitives import bit_count, real_rows, row_key
+from torchsparse._triton.primitives import bit_count, fours_below, real_rows, row_key
 
 __all__ = [
     "assign_kernel",
@@ -29,9 +29,10 @@ INT_MIN = tl.constexpr(-2147483648)
 def _clear(table, values, zeros, slots, n_zeros, NONE: tl.constexpr, BLOCK: tl.constexpr):
     """An empty table with values NONE, and zeros."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    tl.store(table + at, tl.full((BLOCK,), FREE, tl.int64), mask=at < slots)
-    tl.store(values + at, tl.full((BLOCK,), NONE, tl.int32), mask=at < slots)
-    tl.store(zeros + at, tl.zeros((BLOCK,), tl.int32), mask=at < n_zeros)
+    inside = fours_below(at, slots)
+    tl.store(table + at, tl.full((BLOCK,), FREE, tl.int64), mask=inside)
+    tl.store(values + at, tl.full((BLOCK,), NONE, tl.int32), mask=inside)
+    tl.store(zeros + at, tl.zeros((BLOCK,), tl.int32), mask=fours_below(at, n_zeros))
 
 
 @triton.jit(do_not_specialize=["slots", "n_zeros"])
