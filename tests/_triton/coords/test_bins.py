@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests._triton.kit import NDIMS, cloud, rows_of, search, to
 from torchsparse._capacity import PAD, Growth, Room, growing, row_count
+from torchsparse._flags import pending_word
 from torchsparse._geometry import Geometry
 from torchsparse._reference import coords as reference
 from torchsparse._triton.coords import build_index, find_taps, generative_sites, strided_sites
@@ -275,6 +276,7 @@ def test_pytorch_launches_nothing(room: Room | None, device: torch.device) -> No
     """Two searches of a level are served with zeros that its own kernels made."""
     coords = CLOUDS["3 axes"]
     geometry, cube = halves(3), Geometry.submanifold((3, 3, 3), ONES)
+    pending_word(device)  # made once per process
     listen = _Listen()
     with listen, growing(Growth([room] if room else None, rows=-1)):
         index = build_index(to(device, coords), geometry.reach)
