@@ -11,8 +11,7 @@ from torch import nn
 
 from tests.scans import Dense, again, assert_agree, network, scan
 from torchsparse import nn as spnn
-from torchsparse._graphs import UNSEEN
-from torchsparse.training import _bring, _copies, _lent, _Packed, graphed
+from torchsparse.training import UNSEEN, _bring, _copies, _lent, _Packed, graphed
 
 
 def test_what_runs_as_usual(device: torch.device) -> None:
@@ -132,5 +131,6 @@ def test_the_host_waits_until_a_report_is_there(arrives: str, device: torch.devi
     net = graphed(network(Dense, device))
     net._replayed = SimpleNamespace(query=query)
     bucket: Any = SimpleNamespace(report=report)
-    assert net._complaints(bucket) == 7
+    net._await(bucket)
+    assert report.tolist() == [7] * 5
     assert len(looks) == {"at once": 1, "in pieces": 3}.get(arrives, 4)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import threading
-import time
 import warnings
 import weakref
 from collections.abc import Callable, Hashable, Iterator
@@ -44,7 +43,6 @@ __all__ = [
     "PARALLEL",
     "Bucket",
     "Graphs",
-    "OnHost",
     "Results",
     "Seen",
     "autocast_without_cache",
@@ -53,7 +51,6 @@ __all__ = [
     "fresh",
     "leaves",
     "mapped",
-    "needs_counts",
     "no_waiting",
     "padded",
     "placed",
@@ -66,7 +63,6 @@ SPARE = 1.15  # room in a level beyond the largest share of the input's rows see
 WIDEST = 2**31 - 1  # cells of a level with narrow keys
 NARROW = WIDEST // 2  # cells seen, below which keys are planned to be narrow
 SMALLEST = 1024  # rows of the smallest bucket
-UNSEEN = torch.iinfo(torch.int64).min  # in a report that has not arrived
 PARALLEL = nn.DataParallel, nn.parallel.DistributedDataParallel  # around the module that computes
 
 
@@ -94,7 +90,6 @@ class Bucket:
     output: Any
     growth: Growth
     report: Tensor  # [4 L + 1] int64 on the host: the levels' `Growth.infos`, and complaints
-    early: bool  # it comes when the last level is there, with the complaints up to then
     parts: Parts  # of the model, as captured
     unsure: bool  # levels may overflow, or the output needs their sizes
     sized: bool  # the output needs the sizes of levels
@@ -269,14 +264,13 @@ class Graphs:
 
     def _bucket(
         self, places: Places, rooms: list[Room], graph: Any, output: Any, growth: Growth,
-        report: Tensor, filled: int, early: bool,
+        report: Tensor, filled: int,
     ) -> Bucket:  # fmt: skip
         self.captures += 1
         self._clock += 1
-        sized = needs_counts(output, growth)
+        sized = _needs_counts(output, growth)
         return Bucket(
-            places.coords.shape[0], *places, graph, output, growth, report, early,
-            Parts.of(self.model),
+            places.coords.shape[0], *places, graph, output, growth, report, Parts.of(self.model),
             unsure=any(room.rows is not None for room in rooms) or sized, sized=sized,
             filled=filled, used=self._clock,
         )  # fmt: skip
@@ -288,8 +282,6 @@ class Graphs:
     # ------------------------------------------------------------------ replay
     def _replay(self, bucket: Bucket, x: SparseTensor) -> tuple[bool, Any]:
         """(True, result), or False if the graph does not suit any more."""
-        if bucket.early:
-            bucket.report.fill_(UNSEEN)
         self._fill(bucket, x)
         bucket.graph.replay()
         if bucket.unsure:
@@ -305,17 +297,11 @@ class Graphs:
         if not self._holds(bucket):
             return False, None
         if bucket.unsure:
-            made = not results.needs_counts
-            if bucket.early and not made:
-                self._watch(bucket)
-                counts = _fitting(bucket)
-                if counts is not None:
-                    result, made = results.knowing(counts).made(), True
             counts = self._checked(bucket)
             if counts is None:
                 self.overflows += 1
                 return False, None
-            if not made:
+            if results.needs_counts:
                 result = results.knowing(counts).made()
         self.replays += 1
         return True, result
@@ -332,56 +318,24 @@ class Graphs:
         """Whether the network still is what was captured."""
         return bucket.parts.hold()
 
-    def _watch(self, bucket: Bucket) -> None:
-        """Wait for an early report, at most until the graph has ended."""
-        # An event that the graph records could not be waited for: before, it is that of the
-        # replay before.
-        while UNSEEN in bucket.report.tolist() and not self._replayed.query():
-            time.sleep(0)
-
-    def _complaints(self, bucket: Bucket) -> int:
-        """What the graph noticed in the data. Waits for the device."""
+    def _await(self, bucket: Bucket) -> None:
+        """Wait for the report."""
         self._replayed.synchronize()
-        return int(bucket.report[-1])
 
     def _checked(self, bucket: Bucket) -> list[int] | None:
         """The sizes of the levels; None if one had no room. Waits for the device."""
-        found = self._complaints(bucket)
+        self._await(bucket)
+        *levels, found = bucket.report.tolist()
         if found:
             pending_word(bucket.coords.device).zero_()
             raise_found(found, bucket.coords.device)
-        return _fitting(bucket)
-
-
-def _fitting(bucket: Bucket) -> list[int] | None:
-    """The sizes of the levels, as reported; None if one had no room, or is not known yet."""
-    *levels, found = bucket.report.tolist()
-    if found == UNSEEN or UNSEEN in levels:
-        return None
-    counts, lost, cells = levels[0::4], levels[1::4], levels[3::4]
-    growth = bucket.growth
-    if any(lost) or any(c > room for c, room in zip(counts, growth.given)):
-        return None
-    if any(room.narrow and c > WIDEST for room, c in zip(growth.rooms or (), cells)):
-        return None
-    return counts
-
-
-class OnHost:
-    """Memory of the host that a graph writes to."""
-
-    def __init__(self) -> None:
-        self._made: list[Tensor] = []
-
-    def __call__(self, value: Tensor) -> None:
-        """Copy a tensor there, which always has the same shape."""
-        if not self._made:  # not while something is captured, but in the run before
-            self._made.append(torch.empty(value.shape, dtype=value.dtype, pin_memory=True))
-        self.memory.copy_(value, non_blocking=True)
-
-    @property
-    def memory(self) -> Tensor:
-        return self._made[0]
+        counts, lost, cells = levels[0::4], levels[1::4], levels[3::4]
+        growth = bucket.growth
+        if any(lost) or any(c > room for c, room in zip(counts, growth.given)):
+            return None
+        if any(room.narrow and c > WIDEST for room, c in zip(growth.rooms or (), cells)):
+            return None
+        return counts
 
 
 @contextmanager
@@ -586,7 +540,7 @@ class Parts(NamedTuple):
         return True
 
 
-def needs_counts(output: Any, growth: Growth) -> bool:
+def _needs_counts(output: Any, growth: Growth) -> bool:
     """Whether an output has rows of a level that a layer created."""
     rooms = set(growth.given)
     return any(t.dim() > 0 and t.shape[0] in rooms for t in leaves(output))

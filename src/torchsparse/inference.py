@@ -9,14 +9,11 @@ import torch
 from torch import nn
 
 from torchsparse._capacity import Growth
-from torchsparse._flags import pending_word
 from torchsparse._graphs import (
     Bucket,
     Graphs,
-    OnHost,
     autocast_without_cache,
     capturable,
-    needs_counts,
     no_waiting,
     padded,
     placed,
@@ -115,34 +112,23 @@ class Graphed(Graphs):
     def _capture(self, x: SparseTensor, kind: Hashable, rows: int) -> Bucket:
         places = placed(x, rows)
         rooms, wishes = self._rooms(kind, rows), self._wishes[kind]
-        report, late = OnHost(), OnHost()
+        on_host: list[torch.Tensor] = []
 
-        def run(early: bool) -> tuple[Any, Growth]:
+        def run() -> tuple[Any, Growth]:
             # Autocast keeps casts of weights until its block ends; a graph must not read them.
             with autocast_without_cache():
-                deliver = report if early else None
-                output, growth, found = padded(self.model, x, *places, rooms, wishes, deliver)
-            if early:
-                late(pending_word(x.coords.device))
-            else:
-                report(found)
+                output, growth, report = padded(self.model, x, *places, rooms, wishes)
+            if not on_host:  # the first run compiles, and fills what is made once per process
+                on_host.append(torch.empty(report.shape, dtype=report.dtype, pin_memory=True))
+            on_host[0].copy_(report, non_blocking=True)
             return output, growth
 
-        # Where the output has the rows of a level, its copies begin when these are known.
-        early = needs_counts(*run(False))
+        run()
         with capturable():
             with no_waiting():
-                run(early)
-            graph, (output, growth) = self._record(lambda: run(early))
-        bucket = self._bucket(
-            places, rooms, graph, output, growth, report.memory, x.coords.shape[0], early
-        )
-        bucket.more = late.memory if early else None
-        return bucket
-
-    def _complaints(self, bucket: Bucket) -> int:
-        found = super()._complaints(bucket)
-        return found if bucket.more is None else int(bucket.more)
+                run()
+            graph, (output, growth) = self._record(run)
+        return self._bucket(places, rooms, graph, output, growth, on_host[0], x.coords.shape[0])
 
     def _holds(self, bucket: Bucket) -> bool:
         if not super()._holds(bucket):

@@ -9,6 +9,7 @@ inputs whose sizes change.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -25,7 +26,6 @@ from torchsparse._graphs import (
     PARALLEL,
     Bucket,
     Graphs,
-    OnHost,
     Results,
     autocast_without_cache,
     capturable,
@@ -40,6 +40,7 @@ from torchsparse.tensor import SparseTensor, wrap
 
 __all__ = ["Graphed", "graphed"]
 
+UNSEEN = torch.iinfo(torch.int64).min  # in a report that has not arrived
 OWN = BatchNorm, InstanceNorm, SyncBatchNorm  # they know which rows are real, or refuse
 DENSE = nn.BatchNorm2d, nn.BatchNorm3d, nn.InstanceNorm2d, nn.InstanceNorm3d  # not over rows
 
@@ -229,16 +230,21 @@ class Graphed(Graphs):
         # a captured one would have to wait.
         own = {name: p.detach().requires_grad_(p.requires_grad) for name, p in params.items()}
         inputs = [places.feats, *own.values()]
-        report = OnHost()
+        on_host: list[Tensor] = []
 
         def call(x: SparseTensor) -> Any:
             with _lent(self.model, {id(p): own[name] for name, p in params.items()}):
                 return self.model(x)
 
+        def deliver(report: Tensor) -> None:
+            if not on_host:  # the first run compiles, and fills what is made once per process
+                on_host.append(torch.empty(report.shape, dtype=report.dtype, pin_memory=True))
+            on_host[0].copy_(report, non_blocking=True)
+
         def forward() -> tuple[Any, Growth, list[Tensor]]:
             before = buffers.pack()
             with autocast_without_cache():
-                output, growth, _ = padded(call, x, *places, rooms, wishes, report)
+                output, growth, _ = padded(call, x, *places, rooms, wishes, deliver)
             return output, growth, before
 
         def backward(output: Any, grads: list[Tensor]) -> list[Tensor | None]:
@@ -267,9 +273,7 @@ class Graphed(Graphs):
             buffers.unpack(kept)
         outputs = {id(t): t.detach() for t in _learned(output)}
         output = mapped(output, lambda t: outputs.get(id(t), t), lambda y: _relieved(y, outputs))
-        bucket = self._bucket(
-            places, rooms, graph, output, growth, report.memory, x.coords.shape[0], True
-        )
+        bucket = self._bucket(places, rooms, graph, output, growth, on_host[0], x.coords.shape[0])
         bucket.more = _Backward(
             _modes(bucket), back, list(outputs.values()), grads, [0] * len(grads),
             list(params.values()),
@@ -283,6 +287,7 @@ class Graphed(Graphs):
         self.turn += 1
         self.spent = False
         passes: _Backward = bucket.more
+        bucket.report.fill_(UNSEEN)
         served = False
         try:
             served, result = super()._replay(bucket, x)
@@ -292,10 +297,11 @@ class Graphed(Graphs):
                 torch.cuda.current_stream().synchronize()  # it may be gone before it has ended
         return served, result
 
-    def _complaints(self, bucket: Bucket) -> int:
-        # Those up to the last level: nothing waits for the rest of the pass.
-        self._watch(bucket)
-        return int(bucket.report[-1])
+    def _await(self, bucket: Bucket) -> None:
+        # Looked for where it arrives. An event that the graph records could not be waited for
+        # before it is: it would be that of the last replay.
+        while UNSEEN in bucket.report.tolist() and not self._replayed.query():
+            time.sleep(0)
 
     def _results(self, bucket: Bucket, x: SparseTensor) -> Results:
         return _Differentiable(self, bucket, x)
