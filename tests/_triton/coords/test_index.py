@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,11 @@ import torch
 from tests import clouds
 from tests._triton.kit import NDIMS, cloud, rows_of, to
 from tests.cases import raises_on_data
+from torchsparse._geometry import Geometry
+from torchsparse._triton.conv.order import key_bits
 from torchsparse._triton.coords import build_index
+from torchsparse._triton.coords.create import _backwards
+from torchsparse._triton.coords.index import relation_of
 
 
 @pytest.mark.parametrize("name", ["empty", "single", "many"])
@@ -47,3 +53,16 @@ def test_equal_rows_far_apart_are_duplicates(device: torch.device) -> None:
     coords[399] = coords[3]
     with raises_on_data(ValueError, "must be unique rows"):
         build_index(to(device, coords), (0, 0))
+
+
+@pytest.mark.parametrize("make", [relation_of, key_bits, _backwards])
+def test_what_graphs_read_is_never_freed(
+    make: Callable[..., object], device: torch.device
+) -> None:
+    """However many geometries come after: a captured kernel has the address."""
+    one = (1, 1, 1)
+    many = [Geometry.submanifold((3, 3, 3), (step, 1, 1)) for step in range(1, 1101)]
+    first = make(many[0], device)
+    for geometry in many:
+        make(geometry, device)
+    assert make(Geometry.submanifold((3, 3, 3), one), device) is first

@@ -15,7 +15,7 @@ ascending order, and a tap that it lacks adds an exact zero.
 
 from __future__ import annotations
 
-from functools import cache, lru_cache
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -120,11 +120,14 @@ def bit_of_taps(geometry: Geometry, first: int, last: int) -> list[int]:
     return bits
 
 
-@lru_cache(maxsize=256)
+@cache
 def key_bits(
     geometry: Geometry, device: torch.device, first: int = 0, last: int | None = None
 ) -> Tensor:
-    """[32 ceil(K / 32)] int32 on the device: the key bit of each tap as a number, 0 for none."""
+    """[32 ceil(K / 32)] int32 on the device: the key bit of each tap as a number, 0 for none.
+
+    Kept for good: captured graphs read it where it lies.
+    """
     last = geometry.volume if last is None else last
     bits = [0 if bit < 0 else 1 << bit for bit in bit_of_taps(geometry, first, last)]
     bits += [0] * (-len(bits) % 32)

@@ -48,9 +48,12 @@ INT32 = torch.iinfo(torch.int32)
 Bounds = tuple[int | None, ...]
 
 
-@lru_cache(maxsize=256)
+@cache
 def _backwards(geometry: Geometry, device: torch.device) -> Tensor:
-    """How far the sites of an input may lie below the last of them, per axis: [sites, D] int64."""
+    """How far the sites of an input may lie below the last of them, per axis: [sites, D] int64.
+
+    Kept for good, as `relation_of`.
+    """
     counts = [-(-k // s) for k, s in zip(geometry.kernel_size, geometry.stride)]
     with torch.inference_mode(False):
         return torch.tensor(

@@ -65,9 +65,12 @@ class CoordIndex(NamedTuple):
         return 64 - (slots.bit_length() - 1 - 2), slots - 1
 
 
-@lru_cache(maxsize=256)
+@cache
 def relation_of(geometry: Geometry, device: torch.device) -> tuple[Tensor, Tensor]:
-    """dilation * tap [K, D], and stride, offset, reach [3, D], int64 on the device."""
+    """dilation * tap [K, D], and stride, offset, reach [3, D], int64 on the device.
+
+    Kept for good: captured graphs read them where they lie.
+    """
     taps = [[d * t for d, t in zip(geometry.dilation, tap)] for tap in
             tap_list(geometry.kernel_size)]  # fmt: skip
     rows = [geometry.stride, geometry.offset, geometry.reach]
