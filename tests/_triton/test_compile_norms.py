@@ -31,5 +31,8 @@ def test_rows_move_16_bytes_at_a_time_and_nothing_spills(arch: int) -> None:
         assert report["load"] == 16, report
         if report["kernel"] in ("_normalise_kernel", "_rows_kernel"):
             assert report["store"] == 16, report
+        if report["kernel"] in ("_moments_kernel", "_sums_kernel"):
+            assert report["copies"] == report["wide_copies"] > 0, report
+            assert report["in_flight"] >= 1, report  # while a tile is summed
         assert (report["stack"], report["local"], report["float_atomics"]) == (0, 0, 0), report
         assert report["registers"] <= 128, report

@@ -358,6 +358,19 @@ def _passed(grad, value, out, at, mask, mean, scale, shift, slope, ACT: tl.const
     return grad
 
 
+@triton.jit
+def _terms(
+    grad, feats, out, row, col, mask, mean, scale, shift, slope, width, apart,
+    ACT: tl.constexpr, UNIT: tl.constexpr,
+):  # fmt: skip
+    """g and x - mean."""
+    at = row[:, None] * width + col[None, :]
+    value = tl.load(feats + at, mask=mask, other=0).to(tl.float32)
+    g = _gradient(grad, row, col, mask, apart, UNIT)
+    g = _passed(g, value, out, at, mask, mean, scale, shift, slope, ACT)
+    return g, value - mean[None, :]
+
+
 @triton.jit(do_not_specialize=["n", "units", "apart"])
 def _sums_kernel(
     grad, feats, moments, weight, bias, out, partial, limit, slope, n, units, apart,
@@ -375,21 +388,19 @@ def _sums_kernel(
     steps, rest = _steps(n, share, shares, ROWS)
     for _ in tl.range(steps, num_stages=LOADS):
         mask = tl.broadcast_to(inside[None, :], (ROWS, COLS))
-        at = row[:, None] * width + col[None, :]
-        g = _gradient(grad, row, col, mask, apart, UNIT)
-        value = tl.load(feats + at, mask=mask, other=0).to(tl.float32)
-        g = _passed(g, value, out, at, mask, mean, scale, shift, slope, ACT)
+        g, x = _terms(
+            grad, feats, out, row, col, mask, mean, scale, shift, slope, width, apart, ACT, UNIT
+        )
         total += g
-        along += g * (value - mean[None, :])
+        along += g * x
         row += shares * ROWS
     if rest > 0:
         mask = (row < n)[:, None] & inside[None, :]
-        at = row[:, None] * width + col[None, :]
-        g = _gradient(grad, row, col, mask, apart, UNIT)
-        value = tl.load(feats + at, mask=mask, other=0).to(tl.float32)
-        g = _passed(g, value, out, at, mask, mean, scale, shift, slope, ACT)
+        g, x = _terms(
+            grad, feats, out, row, col, mask, mean, scale, shift, slope, width, apart, ACT, UNIT
+        )
         total += g
-        along += g * (value - mean[None, :])
+        along += g * x
     at = share.to(tl.int64) * width + col
     tl.store(partial + at, tl.sum(total, 0), mask=inside)
     tl.store(partial + shares.to(tl.int64) * width + at, tl.sum(along, 0), mask=inside)
