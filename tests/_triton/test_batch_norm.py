@@ -58,12 +58,12 @@ def test_moments_do_not_cancel(device):
 
 @pytest.mark.parametrize("far", [1e2, 1e4, 1e7])
 def test_distances_may_begin_at_a_row_far_away(far, device):
-    """Which is a row of its share, so that the spread there is as large."""
+    """Which is one of the 64 rows of its share, so that the spread there is nearly as large."""
     feats = randn(1000, 20, dtype=torch.float32, device=device)
     feats[0], feats[64] = far, -far
     want = reference.batch_moments_(feats.double(), 1e-5, None, None, None, 0.1)
     got = batch_norm.batch_moments_(feats, 1e-5, None, None, None, 0.1)
-    torch.testing.assert_close(got[1].double(), want[1], rtol=2e-6, atol=0)
+    torch.testing.assert_close(got[1].double(), want[1], rtol=64 * 2**-20, atol=0)
     spread = 1 / want[1]
     assert bool(((got[0].double() - want[0]).abs() < 1e-6 * spread).all())
 

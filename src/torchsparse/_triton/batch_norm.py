@@ -145,8 +145,8 @@ def _moments_kernel(
 
     Distances are first taken from the share's first row (Chan, Golub, LeVeque: shifted data). As
     that row is one of the R rows of the share, it lies at most sqrt(R) standard deviations from
-    their mean: what cancels costs at most R roundings, however far the mean is from 0. Shares may
-    be empty.
+    their mean: what cancels costs at most R times the roundings of a sum, and that only if the row
+    is the outlier of its share, however far the mean is from 0. Shares may be empty.
     """
     n = real_rows(n, limit)
     width = units * UNIT
