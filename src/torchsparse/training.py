@@ -105,20 +105,26 @@ def _check_modules(model: nn.Module) -> None:
             )
 
 
+def _by_dtype(tensors: Sequence[Tensor]) -> list[list[int]]:
+    """Places of the tensors of each dtype."""
+    groups: dict[torch.dtype, list[int]] = {}
+    for place, tensor in enumerate(tensors):
+        groups.setdefault(tensor.dtype, []).append(place)
+    return list(groups.values())
+
+
 class _Packed:
     """Tensors side by side, so that they are copied at once: one by one takes too long."""
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self.tensors = tensors
-        self._groups: dict[torch.dtype, list[int]] = {}
-        for place, tensor in enumerate(tensors):
-            self._groups.setdefault(tensor.dtype, []).append(place)
+        self._groups = _by_dtype(tensors)
 
     def pack(self) -> list[Tensor]:
         """Their values, flat, one tensor for each dtype."""
         return [
             torch.cat([self.tensors[place].reshape(-1) for place in places])
-            for places in self._groups.values()
+            for places in self._groups
         ]
 
     def unpack(self, packed: list[Tensor]) -> None:
@@ -130,7 +136,7 @@ class _Packed:
     def parts(self, packed: list[Tensor]) -> list[Tensor]:
         """Views of what `pack` gave, in the shapes and the order of the tensors."""
         found: list[Tensor] = list(self.tensors)
-        for flat, places in zip(packed, self._groups.values()):
+        for flat, places in zip(packed, self._groups):
             sizes = [self.tensors[place].numel() for place in places]
             for place, part in zip(places, flat.split(sizes)):
                 found[place] = part.view(self.tensors[place].shape)
@@ -139,11 +145,8 @@ class _Packed:
 
 def _copies(tensors: list[Tensor]) -> list[Tensor]:
     """A copy of each, in one launch for each dtype: of mixed ones PyTorch copies one by one."""
-    groups: dict[torch.dtype, list[int]] = {}
-    for place, tensor in enumerate(tensors):
-        groups.setdefault(tensor.dtype, []).append(place)
     copies = list(tensors)
-    for places in groups.values():
+    for places in _by_dtype(tensors):
         group = [tensors[place] for place in places]
         found = torch._foreach_mul(group, 1.0)  # pyright: ignore[reportPrivateImportUsage]
         for place, copy in zip(places, found):
