@@ -63,6 +63,7 @@ def test_distances_may_begin_at_a_row_far_away(far, device):
     feats[0], feats[64] = far, -far
     want = reference.batch_moments_(feats.double(), 1e-5, None, None, None, 0.1)
     got = batch_norm.batch_moments_(feats, 1e-5, None, None, None, 0.1)
+    # The roundings of a sum of 64, up to 2^-20, count 64 times where all but one row cancel.
     torch.testing.assert_close(got[1].double(), want[1], rtol=64 * 2**-20, atol=0)
     spread = 1 / want[1]
     assert bool(((got[0].double() - want[0]).abs() < 1e-6 * spread).all())

@@ -29,7 +29,7 @@ __all__ = ["batch_moments_", "grad_rows", "grad_sums", "normalise"]
 
 SHARES = 512  # at most: one program puts them together, all at once
 # Of a reduction, three on each multiprocessor of an H100: to begin and to end costs one as much as
-# four of its tiles.
+# several of its tiles.
 PROGRAMS = 396
 LOADS = tl.constexpr(3)  # tiles of a reduction that are on their way at once
 FEW = 8  # channels of a program that puts shares together: 32 bytes of each

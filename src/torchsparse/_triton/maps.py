@@ -78,7 +78,7 @@ def describe_kernel(records, values, N: tl.constexpr, ADDED: tl.constexpr):
 
 @triton.jit(do_not_specialize=["n_zeros", "n_absent"])
 def clear_kernel(zeros, absent, n_zeros, n_absent, BLOCK: tl.constexpr):
-    """Counts of no rows, and tables without neighbours."""
+    """Counts of no rows, and tables without neighbours; sizes are multiples of four."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     tl.store(zeros + at, tl.zeros((BLOCK,), tl.int32), mask=fours_below(at, n_zeros))
     tl.store(absent + at, tl.full((BLOCK,), -1, tl.int32), mask=fours_below(at, n_absent))

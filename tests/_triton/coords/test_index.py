@@ -15,7 +15,7 @@ from torchsparse._geometry import Geometry
 from torchsparse._triton.conv.order import key_bits
 from torchsparse._triton.coords import build_index
 from torchsparse._triton.coords.create import _backwards
-from torchsparse._triton.coords.index import relation_of
+from torchsparse._triton.coords.index import new_table, relation_of
 
 
 @pytest.mark.parametrize("name", ["empty", "single", "many"])
@@ -60,9 +60,17 @@ def test_what_graphs_read_is_never_freed(
     make: Callable[..., object], device: torch.device
 ) -> None:
     """However many geometries come after: a captured kernel has the address."""
-    one = (1, 1, 1)
     many = [Geometry.submanifold((3, 3, 3), (step, 1, 1)) for step in range(1, 1101)]
     first = make(many[0], device)
     for geometry in many:
         make(geometry, device)
-    assert make(Geometry.submanifold((3, 3, 3), one), device) is first
+    assert make(many[0], device) is first
+
+
+@pytest.mark.parametrize("ndim", NDIMS)
+@pytest.mark.parametrize("room", [0, 1, 17, 1000])
+def test_what_is_cleared_comes_in_fours(room: int, ndim: int, device: torch.device) -> None:
+    """Kernels clear four words at a time, and would leave the rest of others as they are."""
+    like = torch.zeros((1, 1 + ndim), dtype=torch.int32, device=device)
+    sizes = [len(part) for part in new_table(room, ndim, like)]
+    assert all(size > 0 and size % 4 == 0 for size in sizes), sizes

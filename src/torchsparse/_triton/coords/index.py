@@ -84,7 +84,7 @@ def relation_of(geometry: Geometry, device: torch.device) -> tuple[Tensor, Tenso
 def new_table(room: int, ndim: int, coords: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Keys and values of a table of at least so many slots, and zeros for the sort keys of two
     searches, with 3^D and with 2^D taps; on the device of ``coords`` (int32). All is still to be
-    cleared."""
+    cleared; the sizes are multiples of four."""
     slots = next_power(max(room, 16))
     zeros = sort_bins(3**ndim) + sort_bins(2**ndim)
     return (

@@ -135,7 +135,7 @@ def _steps_of(taps, real, taps_at, layout, D: tl.constexpr, TAPS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["size", "bins"])
 def blank_kernel(inverse, counts, size, bins, BLOCK: tl.constexpr):
-    """A table without neighbours, and counts of no rows."""
+    """A table without neighbours, its size a multiple of four, and counts of no rows."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     tl.store(inverse + at, tl.full((BLOCK,), -1, tl.int32), mask=fours_below(at, size))
     tl.store(counts + at, tl.zeros((BLOCK,), tl.int32), mask=at < bins)

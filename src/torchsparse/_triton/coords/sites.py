@@ -27,7 +27,7 @@ INT_MIN = tl.constexpr(-2147483648)
 
 @triton.jit
 def _clear(table, values, zeros, slots, n_zeros, NONE: tl.constexpr, BLOCK: tl.constexpr):
-    """An empty table with values NONE, and zeros."""
+    """An empty table with values NONE, and zeros; numbers of both are multiples of four."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = fours_below(at, slots)
     tl.store(table + at, tl.full((BLOCK,), FREE, tl.int64), mask=inside)
