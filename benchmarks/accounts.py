@@ -20,8 +20,7 @@ OURS = {
         "row_key_kernel", "start_kernel", "place_kernel", "tile_kernel", "untile_kernel",
         "count_kernel", "list_kernel",
         # maps: several at once
-        "clear_kernel", "describe_kernel",
-        "find_together_kernel", "invert_together_kernel",
+        "clear_kernel", "describe_kernel", "find_together_kernel", "invert_together_kernel",
         "key_together_kernel", "place_together_kernel", "start_together_kernel",
         "tile_together_kernel",
         # table
