@@ -5,8 +5,8 @@
 
 Submanifold 3x3x3 layers, given as halvings:C_in:C_out, on the levels that halvings of a scene
 make. All candidates are compiled at once; each is compared with a float64 product before it is
-timed, together with the sum of its shares if its taps are split. Microseconds, of replays of a
-CUDA graph.
+timed, together with the sum of its shares if its taps are split. "own": each share has its own
+order of the rows. Microseconds, of replays of a CUDA graph.
 """
 
 from __future__ import annotations
@@ -81,22 +81,27 @@ def tables(scene: scenes.Scene, levels: int, device: torch.device) -> list[tuple
     return found
 
 
-def candidates(layer: Layer, half: bool, splits: list[int]) -> Iterator[Tile]:
-    """Tiles and the numbers of shares of their taps."""
+def candidates(
+    layer: Layer, half: bool, splits: list[int], own: list[int]
+) -> Iterator[tuple[Tile, bool]]:
+    """Tiles with the numbers of shares of their taps, and whether these have their own orders."""
     from torchsparse._triton.launch import next_power
 
     columns = {min(max(next_power(layer.c_out), 16), 128), 256 if layer.c_out == 256 else 0} - {0}
-    for (bm, bk, stages, warps), bn, shares in itertools.product(
-        HALF if half else FULL, columns, splits
+    orders = [*zip(splits, itertools.repeat(False)), *zip(own, itertools.repeat(True))]
+    for (bm, bk, stages, warps), bn, (shares, apart) in itertools.product(
+        HALF if half else FULL, columns, orders
     ):
         if bk <= max(2 * next_power(layer.c_in), 16) and bm * bn <= 128 * 32 * warps:
-            yield bm, bn, bk, stages, warps, shares
+            yield (bm, bn, bk, stages, warps, shares), apart
 
 
 def sweep(
-    layer: Layer, table: Tensor, keys: Any, dtype: str, splits: list[int], seconds: float
-) -> list[tuple[float, Tile, bool]]:
-    """Microseconds and tile of each candidate, fastest first; True for the shipped one.
+    layer: Layer, table: Tensor, keys: Any, dtype: str, splits: list[int], own: list[int],
+    seconds: float,
+) -> list[tuple[float, Tile, bool, bool]]:  # fmt: skip
+    """Microseconds and tile of each candidate, fastest first; whether its shares have orders of
+    their own, and whether it is the shipped one.
 
     Raises:
         oracle.WrongResult: The shipped one is wrong. Others that are, or do not compile, are left
@@ -104,6 +109,7 @@ def sweep(
     """
     from torchsparse._triton import conv, tiles
     from torchsparse._triton.conv import product
+    from torchsparse._triton.conv.plan import FEW_ROWS
 
     device, floating = table.device, floors.DTYPES[dtype]
     precision = "tf32" if dtype == "tf32" else "ieee"
@@ -118,16 +124,24 @@ def sweep(
         reference.make_plan(table, None, reference.choose_layout(layer.c_out)),
         "ieee",
     )  # fmt: skip
-    plan = conv.make_plan(table, keys, CUBE, ("gemm", True, 1))
-    blocks = product._form(weight, precision).blocks > 0 and tiles.has_blocks(device)
+    ours = tiles.shares_of(rows, CUBE.volume) if rows > FEW_ROWS else 1
+    plans = {
+        shares: conv.make_plan(table, keys, CUBE, ("gemm", True, shares))
+        for shares in {1, ours, *own}
+    }
+    blocks = product._form(weight, precision, True).blocks > 0 and tiles.has_blocks(device)
     shipped = tuple(
         tiles.shipped_gemm_tile(
-            rows, layer.c_in, layer.c_out, CUBE.volume, floating, precision, blocks
+            rows, layer.c_in, layer.c_out, CUBE.volume, floating, precision, blocks, ours
         )
     )
-    wanted = dict.fromkeys([shipped, *candidates(layer, floating != torch.float32, splits)])
+    half = floating != torch.float32
+    first = shipped, ours > 1
+    wanted = dict.fromkeys([first, *candidates(layer, half, splits, own)])
 
-    def step_of(tile: Tile) -> Callable[[], Tensor]:
+    def step_of(tile: Tile, apart: bool) -> Callable[[], Tensor]:
+        plan = plans[tile[5] if apart else 1]
+
         def step() -> Tensor:
             return conv.gather_gemm(feats, weight, None, plan, precision)
 
@@ -137,22 +151,24 @@ def sweep(
             step
         )
 
-    def rehearse(tile: Tile) -> Callable[[], Any]:
-        return lambda: step_of(tile)()
+    def rehearse(tile: Tile, apart: bool) -> Callable[[], Any]:
+        return lambda: step_of(tile, apart)()
 
-    conv.compile_ahead(map(rehearse, wanted))
+    conv.compile_ahead(itertools.starmap(rehearse, wanted))
     found = []
-    for tile in wanted:
+    for tile, apart in wanted:
+        is_first = (tile, apart) == first
         try:
-            step = step_of(tile)
+            step = step_of(tile, apart)
             error = ((step().double() - exact).abs().max() / exact.abs().max()).item()
             if not error <= AGREE[dtype]:
                 raise oracle.WrongResult(f"{layer} {tile} {dtype}: off by {error:.1e}")
             if device.type == "cuda":
                 step = timing.captured(step)
-            found.append((1e3 * timing.fastest(step, device, seconds), tile, tile == shipped))
+            time = 1e3 * timing.fastest(step, device, seconds)
+            found.append((time, tile, apart, is_first))
         except Exception as error:
-            if tile == shipped:
+            if is_first:
                 raise
             print(f"  {tile}: {type(error).__name__}: {str(error)[:80]}")
     return sorted(found)
@@ -177,7 +193,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--scenes", type=Path, default=scenes.FOLDER, help="folder of the files")
     parser.add_argument("--layers", nargs="+", default=list(LAYERS), help="halvings:C_in:C_out")
     parser.add_argument("--dtypes", nargs="+", default=["fp16", "tf32"], choices=list(AGREE))
-    parser.add_argument("--splits", nargs="+", type=int, default=[1, 2, 4])
+    parser.add_argument("--splits", nargs="*", type=int, default=[1, 2, 4])
+    parser.add_argument(
+        "--own", nargs="*", type=int, default=[2, 4], help="shares with own orders"
+    )
     parser.add_argument(
         "--addresses", action="store_true", help="read no weight in blocks: see product._blocks"
     )
@@ -196,13 +215,19 @@ def main(argv: list[str] | None = None) -> int:
             dtypes: list[str] = options.dtypes
             for layer, dtype in ((layer, dtype) for layer in layers for dtype in dtypes):
                 table, keys = found[layer.level]
-                rows = sweep(layer, table, keys, dtype, options.splits, options.seconds)
-                own = next(time for time, _, shipped in rows if shipped)
+                rows = sweep(
+                    layer, table, keys, dtype, options.splits, options.own, options.seconds
+                )
+                own = next(time for time, _, _, shipped in rows if shipped)
                 print(
                     f"{Path(name).stem} {':'.join(map(str, layer))} {dtype}, "
                     f"{table.shape[1]} rows: shipped {own:.1f} us, "
                     f"{own / rows[0][0]:.2f} of the best;",
-                    *(f"{time:.1f} {tile}" for time, tile, _ in rows[: options.top]), flush=True,
+                    *(
+                        f"{time:.1f} {tile}{' own' if apart else ''}"
+                        for time, tile, apart, _ in rows[: options.top]
+                    ),
+                    flush=True,
                 )  # fmt: skip
     return 0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -373,6 +374,39 @@ def test_wide_tiles_of_weights_in_blocks_share_out_no_taps() -> None:
     assert [rows for rows in wide if wide[rows]] == [38_401, 60_000, 94_444]
 
 
+def test_small_maps_share_out_their_taps() -> None:
+    """Where shares have orders of their own, a tile has as many splits, whatever was measured."""
+    rows = (1, 5888, 5889, 8960, 8961, 12_288, 12_289, 1 << 20)
+    assert [tiles.shares_of(m, 27) for m in rows] == [4, 4, 3, 3, 2, 2, 1, 1]
+    assert [tiles.shares_of(m, 9) for m in rows] == [1] * len(rows)
+    for dtype, precision in ((HALF, "ieee"), (FULL, "tf32"), (FULL, "ieee")):
+        for channels in ((32, 32), (96, 96), (384, 256)):
+            arguments = (4490, *channels, 27, dtype, precision, False)
+            assert tiles.gemm_tile(*arguments, shares=3).splits == 3
+            name = _tuned.key(
+                "fwd", 4490, *channels, 27, str(dtype).removeprefix("torch."), precision, "cpu"
+            )
+            other = tiles.gemm_tile(*arguments)._replace(BM=128, splits=8)
+            with _tuned.trying({name: tuple(other)}, CPU):
+                found = tiles.gemm_tile(*arguments, CPU, shares=3)
+            assert found == other._replace(splits=3)
+
+
+@pytest.mark.parametrize("shares", [1, 2, 4])
+@pytest.mark.parametrize("blocks", [False, True])
+def test_shipped_tiles_fit_into_shared_memory(shares: int, blocks: bool) -> None:
+    for rows, c_in, c_out in itertools.product(
+        (2_000, 9_000, 40_000), (8, 32, 64, 96, 128, 192, 384), (16, 96, 128, 192, 256, 512)
+    ):
+        for dtype, precision in ((HALF, "ieee"), (FULL, "tf32"), (FULL, "tf32x3")):
+            tile = tiles.shipped_gemm_tile(
+                rows, c_in, c_out, 27, dtype, precision, blocks and dtype == HALF, shares
+            )
+            held = tile.stages * (tile.BM + tile.BN) * tile.BK * dtype.itemsize
+            assert held <= H100.shared, (rows, c_in, c_out, dtype, tile)
+            assert tile.splits == shares or shares == 1
+
+
 def test_a_measured_gradient_tile_goes_before_the_shipped_one() -> None:
     arguments = (1_300_000, 64, 96, FULL, "tf32", 27)
     shipped = tiles.grad_tile(*arguments)
@@ -404,6 +438,10 @@ def test_candidates_fit_a_gpu_and_begin_with_the_shipped_tile(
         shipped = tiles.shipped_gemm_tile(*sizes, dtype, precision)
         found = tiles.gemm_tiles(shipped, *sizes, dtype, precision, H100)
         assert found[0] == shipped and len(set(found)) == len(found) <= 8
+        shared = tiles.gemm_tiles(
+            shipped._replace(splits=3), *sizes, dtype, precision, H100, 3
+        )  # fmt: skip
+        assert all(tile.splits == 3 for tile in shared) and len(set(shared)) == len(shared)
         for tile in found[1:]:
             held = tile.stages * (tile.BM + tile.BN) * tile.BK * dtype.itemsize
             assert held <= H100.shared and tile.BM % 64 == 0 and tile.BN >= 16

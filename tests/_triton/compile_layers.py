@@ -57,6 +57,13 @@ BACKWARD = [
 ]
 
 
+SHARED = (
+    (CUBE, 128, 128, HALF, "ieee"),
+    (CUBE, 256, 256, HALF, "ieee"),
+    (CUBE, 256, 256, FULL, "tf32"),
+)
+
+
 def operands(geometry: Geometry, c_in: int, c_out: int, dtype: torch.dtype) -> tuple[Any, ...]:
     return (
         torch.zeros((geometry.volume, ROWS), dtype=torch.int32),
@@ -70,6 +77,12 @@ def forward(geometry: Geometry, c_in: int, c_out: int, dtype: torch.dtype, preci
     table, feats, weight, _ = operands(geometry, c_in, c_out, dtype)
     keys = new_sort_keys(table, ROWS, geometry.volume)
     plan = make_plan(table, keys, geometry, ("gemm", True, 1))
+    gather_gemm(feats, weight, None, plan, precision)
+
+
+def shared(geometry: Geometry, c_in: int, c_out: int, dtype: torch.dtype, precision: str) -> None:
+    table, feats, weight, _ = operands(geometry, c_in, c_out, dtype)
+    plan = make_plan(table, None, geometry, ("gemm", True, 4))
     gather_gemm(feats, weight, None, plan, precision)
 
 
@@ -134,7 +147,8 @@ def the_rest() -> None:
     stats = torch.zeros(64)
     epilogue = Epilogue(Norm(stats, stats, stats, stats, 1e-5), residual, 0.0)
     plan = make_plan(table, None, CUBE, ("gemm", True, 1))
-    untile(plan.shares[0].tiles)
+    assert plan.tiles is not None
+    untile(plan.tiles)
     gather_gemm(feats, weight, stats.half(), plan, "ieee", epilogue)
     finish(feats, epilogue)
     for rows, c_in, c_out in ((ROWS, 64, 64), (ROWS, 128, 96), (9000, 384, 256)):
@@ -172,6 +186,7 @@ def main(arch: int) -> None:
 
     for kind, call, wanted, layers in (
         ("forward", forward, "gemm_kernel", FORWARD),
+        ("shared", shared, "gemm_kernel", SHARED),
         ("backward", backward, "wgrad_kernel", BACKWARD),
     ):
         for layer in layers:

@@ -14,7 +14,9 @@ from torchsparse import SparseTensor
 from torchsparse import nn as spnn
 from torchsparse._capacity import Growth, growing
 from torchsparse._kernel_map import KernelMap, KernelMapKey
+from torchsparse._ops.conv import Planned
 from torchsparse._triton import maps
+from torchsparse._triton.conv import plan
 from torchsparse.nn.functional.conv import ahead
 from torchsparse.operators import cat
 
@@ -108,8 +110,22 @@ def lazily(net: nn.Module, x: SparseTensor) -> SparseTensor:
     return y
 
 
+@pytest.fixture(params=[False, True], ids=["unsorted", "shared"])
+def shares(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> set[int]:
+    """Maps of a few rows as they are; or sorted, apart for each of four shares of 27 taps."""
+    if request.param:
+        monkeypatch.setattr(plan, "FEW_ROWS", 0)
+    return {1, 4} if request.param else {1}
+
+
+def shares_of(y: SparseTensor) -> set[int]:
+    views = [view for kmap in maps_of(y).values() for view in kmap._views.values()]
+    return {view.plan.tiles.shares for view in views if isinstance(view, Planned)}
+
+
+@pytest.mark.usefixtures("rows_alike")
 @pytest.mark.parametrize("grad", [False, True])
-def test_the_second_scan_finds_all_maps_ready(device, built, grad):
+def test_the_second_scan_finds_all_maps_ready(device, built, grad, shares):
     net = Net().to(device)
     with torch.set_grad_enabled(grad):
         net(scan(device, 1)).feats  # noqa: B018
@@ -120,11 +136,13 @@ def test_the_second_scan_finds_all_maps_ready(device, built, grad):
         assert built == [5]
         shelf: Any = y._caches.kmaps["ahead"].shelf
         assert shelf == {}, "everything was taken"
+        assert shares_of(y) == shares
         want = lazily(net, x)
         assert torch.equal(got, want.feats)
         assert_same_maps(y, want)
 
 
+@pytest.mark.usefixtures("shares", "rows_alike")
 def test_gradients_are_those_of_maps_built_one_by_one(device, built):
     """And no table is kept: lists of pairs are made from plans, by what is let go again."""
     net = Net().to(device)

@@ -105,7 +105,7 @@ def test_many_taps_on_sorted_rows() -> None:
     recipe = resolve({"ifsort": True}, feats, weight, None)
     with forced("_triton"):
         out = grouped_conv(feats, weight, None, kmap, False, recipe, 1)
-        tiles = kmap.plan(_plain(recipe), 1).plan.shares[0].tiles
+        tiles = kmap.plan(_plain(recipe), 1).plan.tiles
     assert tiles.order is not None and not torch.equal(tiles.order, tiles.order.sort().values)
     assert torch.equal(out[:, 0], (kmap.neighbors >= 0).sum(0).float())
 

@@ -20,7 +20,19 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:overflow encountered"),
 ]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-ARGUMENTS = ["--layers", "1:16:16", "--dtypes", "fp16", "--seconds", "0", "--splits", "1", "2"]
+ARGUMENTS = [
+    "--layers",
+    "1:16:16",
+    "--dtypes",
+    "fp16",
+    "--seconds",
+    "0",
+    "--splits",
+    "1",
+    "2",
+    "--own",
+    "2",
+]
 
 
 def run(folder: Path, *more: str) -> int:
@@ -36,7 +48,9 @@ def test_every_candidate_is_timed(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert run(tmp_path) == 0
     line = capsys.readouterr().out
     assert "grid 1:16:16 fp16" in line and "of the best" in line
-    assert line.count("(64, 16, 32, 3, 4, 1)") == line.count("(128, 16, 16, 3, 8, 2)") == 1
+    assert line.count("(64, 16, 32, 3, 4, 1)") == 1
+    assert line.count("(128, 16, 16, 3, 8, 2)") == 2
+    assert line.count("(128, 16, 16, 3, 8, 2) own") == line.count("(64, 16, 32, 3, 4, 2) own") == 1
 
 
 def test_a_wrong_tile_is_not_timed(tmp_path: Path) -> None:

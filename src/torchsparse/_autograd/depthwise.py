@@ -122,7 +122,7 @@ def _plain(recipe: ConvRecipe) -> ConvRecipe:
     if recipe.dataflow is Dataflow.GatherScatter:
         return recipe
     dataflow = Dataflow.ImplicitGEMM
-    return replace(recipe, dataflow=dataflow, sort=True, splits=1, splits_bwd=1, literal=False)
+    return replace(recipe, dataflow=dataflow, sort=True, splits=1, splits_bwd=1, literal=True)
 
 
 def _forward(

@@ -30,12 +30,13 @@ from torchsparse._triton.conv.order import (
     TILE_ROWS,
     Tiles,
     count_keys,
+    key_bits,
     key_block,
     place_block,
     tile_block,
     untile,
 )
-from torchsparse._triton.conv.plan import Plan, Share
+from torchsparse._triton.conv.plan import Plan
 from torchsparse._triton.coords.index import SEARCHED, CoordIndex, Search, searching
 from torchsparse._triton.coords.neighbors import find_block, find_half_block, invert_block
 from torchsparse._triton.launch import Step, cdiv, launch, next_power, only_noted
@@ -50,13 +51,14 @@ MOST_ENTRIES = 1 << 31  # of a table
 # goes, each of which takes seven or eight launches and gives its tables up before the next.
 MOST_FOUND = 10 << 20
 # Where a record has what. Addresses are 0 for what there is not.
-FIELDS = 20
+FIELDS = 23
 FIRST, ROWS, LIMIT, NEIGHBORS, KEYS, COUNTS, STARTS, ORDER, TABLE, MASKS = map(
     tl.constexpr, range(10)
 )
 COORDS, LAYOUT, SLOTS, VALUES, SHIFT, TAPS_AT, RELATION, BITS, INVERSE, WORDS = map(
-    tl.constexpr, range(10, FIELDS)
+    tl.constexpr, range(10, 20)
 )
+FIRST_SHARED, SHARES, BINS = map(tl.constexpr, range(20, FIELDS))
 RECORD = tl.constexpr(FIELDS)
 TABLES = tl.constexpr(MOST_TABLES)
 BLOCK_ROWS = tl.constexpr(TILE_ROWS)
@@ -91,13 +93,41 @@ def _place(field, record, dtype: tl.constexpr):
 
 
 @triton.jit
-def _own(records, tables, block):
-    """The record of the table that a block of 64 rows belongs to, and the block's first row."""
+def _found(records, tables, block, FIELD: tl.constexpr):
+    """The record of the table that a block belongs to, and the place of the block in there."""
     at = tl.arange(0, TABLES)
-    first = tl.load(records + at * RECORD, mask=at < tables, other=1 << 62)
+    first = tl.load(records + at * RECORD + FIELD, mask=at < tables, other=1 << 62)
     table = tl.sum((first <= block).to(tl.int32), axis=0) - 1
     record = records + table * RECORD
-    return record, ((block - tl.load(record)) * BLOCK_ROWS).to(tl.int32)
+    return record, (block - tl.load(record + FIELD)).to(tl.int32)
+
+
+@triton.jit
+def _own(records, tables, block):
+    """The record of the table that a block of 64 rows belongs to, and the block's first row."""
+    record, place = _found(records, tables, block, FIRST)
+    return record, place * BLOCK_ROWS
+
+
+@triton.jit
+def _own_share(records, tables, block):
+    """The same where the blocks of a table come once for each of its shares; and the share, and
+    how many blocks there are in one."""
+    record, place = _found(records, tables, block, FIRST_SHARED)
+    blocks = (tl.load(record + ROWS).to(tl.int32) + BLOCK_ROWS - 1) // BLOCK_ROWS
+    return record, place % blocks * BLOCK_ROWS, place // blocks, blocks
+
+
+@triton.jit
+def _keys_of(record, share, blocks):
+    """Where a share has its sort keys."""
+    return _place(KEYS, record, tl.int16) + share * blocks * BLOCK_ROWS
+
+
+@triton.jit
+def _bins_of(field, record, share):
+    """Where it has a number for each of its sort keys."""
+    return _place(field, record, tl.int32) + share * tl.load(record + BINS).to(tl.int32)
 
 
 @triton.jit
@@ -163,12 +193,12 @@ def invert_together_kernel(
 def key_together_kernel(
     records, tables, first, K: tl.constexpr, WIDTH: tl.constexpr, BR: tl.constexpr
 ):
-    """`row_key_kernel` for the tables from block ``first`` on."""
-    record, row = _own(records, tables, first + tl.program_id(0))
+    """`row_key_kernel` for the tables and shares from block ``first`` on."""
+    record, row, share, blocks = _own_share(records, tables, first + tl.program_id(0))
     M = tl.load(record + ROWS).to(tl.int32)
     rows = row + tl.arange(0, BR)
-    bits, keys = _place(BITS, record, tl.int32), _place(KEYS, record, tl.int16)
-    counts = _place(COUNTS, record, tl.int32)
+    bits = _place(BITS, record, tl.int32) + share * 32
+    keys, counts = _keys_of(record, share, blocks), _bins_of(COUNTS, record, share)
     if tl.load(record + WORDS) != 0:
         live = rows < M
         found = tl.load(_place(WORDS, record, tl.int32) + rows, mask=live, other=0)
@@ -182,14 +212,15 @@ def key_together_kernel(
 
 
 @triton.jit(do_not_specialize=["table"])
-def start_together_kernel(records, table, BINS: tl.constexpr):
-    """`start_kernel` for the tables from ``table`` on."""
+def start_together_kernel(records, table, SIZE: tl.constexpr):
+    """`start_kernel` for the tables from ``table`` on, and their shares."""
     record = records + (table + tl.program_id(0)) * RECORD
-    keys = tl.arange(0, BINS)
-    count = tl.load(_place(COUNTS, record, tl.int32) + keys)
-    tl.store(
-        _place(STARTS, record, tl.int32) + keys, tl.sum(count, axis=0) - tl.cumsum(count, axis=0)
-    )
+    share = tl.program_id(1)
+    if share < tl.load(record + SHARES):
+        at = share * SIZE + tl.arange(0, SIZE)
+        count = tl.load(_place(COUNTS, record, tl.int32) + at)
+        starts = tl.sum(count, axis=0) - tl.cumsum(count, axis=0)
+        tl.store(_place(STARTS, record, tl.int32) + at, starts)
 
 
 @triton.jit(do_not_specialize=["tables"])
@@ -197,12 +228,13 @@ def place_together_kernel(records, tables, BR: tl.constexpr):
     """`place_kernel` for all tables that are sorted."""
     each: tl.constexpr = BLOCK_ROWS // BR
     program = tl.program_id(0)
-    record, row = _own(records, tables, program // each)
+    record, row, share, blocks = _own_share(records, tables, program // each)
     if tl.load(record + ORDER) != 0:
         rows = row + program % each * BR + tl.arange(0, BR)
+        order = _place(ORDER, record, tl.int32) + share * blocks * BLOCK_ROWS
         place_block(
-            rows, rows < _real_rows(record), _place(KEYS, record, tl.int16),
-            _place(STARTS, record, tl.int32), _place(ORDER, record, tl.int32), BR,
+            rows, rows < _real_rows(record), _keys_of(record, share, blocks),
+            _bins_of(STARTS, record, share), order, BR,
         )  # fmt: skip
 
 
@@ -210,20 +242,23 @@ def place_together_kernel(records, tables, BR: tl.constexpr):
 def tile_together_kernel(
     records, tables, first, K: tl.constexpr, WIDTH: tl.constexpr, BR: tl.constexpr
 ):
-    """`tile_kernel` for the tables from block ``first`` on."""
-    record, row = _own(records, tables, first + tl.program_id(0))
+    """`tile_kernel` for the tables and shares from block ``first`` on."""
+    record, row, share, blocks = _own_share(records, tables, first + tl.program_id(0))
     places = row + tl.arange(0, BR)
     live = places < _real_rows(record)
     rows = places
     if tl.load(record + ORDER) != 0:
-        rows = tl.load(_place(ORDER, record, tl.int32) + places, mask=live, other=0)
+        order = _place(ORDER, record, tl.int32) + share * blocks * BLOCK_ROWS
+        rows = tl.load(order + places, mask=live, other=0)
+    shares = tl.load(record + SHARES).to(tl.int32)
     word = tl.full((BR,), -1, tl.int32)
     if tl.load(record + WORDS) != 0:
         word = tl.load(_place(WORDS, record, tl.int32) + rows, mask=live, other=0)
     tile_block(
-        places, rows.to(tl.int64), live, 0, word, _place(NEIGHBORS, record, tl.int32),
-        _place(TABLE, record, tl.int32), _place(MASKS, record, tl.int32) + row // BLOCK_ROWS,
-        tl.load(record + ROWS).to(tl.int32), WIDTH, 1, K, BR,
+        places, rows.to(tl.int64), live, 0, K * share // shares, K * (share + 1) // shares, word,
+        _place(NEIGHBORS, record, tl.int32), _place(TABLE, record, tl.int32),
+        _place(MASKS, record, tl.int32) + share * blocks + row // BLOCK_ROWS,
+        tl.load(record + ROWS).to(tl.int32), WIDTH, 1, BR,
     )  # fmt: skip
 
 
@@ -258,7 +293,7 @@ def _group(ndim: int, volume: int, width: int, taps: int, rows: int, bins: int) 
         ),
         Step(invert_together_kernel, K=volume, WIDTH=width, BR=TILE_ROWS),
         Step(key_together_kernel, K=volume, WIDTH=width, BR=TILE_ROWS),
-        Step(start_together_kernel, BINS=bins, num_warps=16 if bins >= 4096 else 4),
+        Step(start_together_kernel, SIZE=bins, num_warps=16 if bins >= 4096 else 4),
         Step(tile_together_kernel, K=volume, WIDTH=width, BR=TILE_ROWS),
     )  # fmt: skip
 
@@ -268,10 +303,11 @@ _put = Step(place_together_kernel, BR=PLACED, num_warps=1)
 
 
 def together(geometry: Geometry, layout: Any, rows: int) -> bool:
-    """Whether a map can be built together with others: one word of taps, one share of them."""
-    kind, _, splits = layout
+    """Whether a map can be built together with others: one word of taps; several shares of them
+    where half of the taps are searched for, as keys are counted apart from the search then."""
+    kind, _, shares = layout
     few = geometry.volume <= MOST_TAPS and rows * geometry.volume < MOST_ENTRIES
-    return few and kind == "gemm" and splits == 1
+    return few and kind == "gemm" and (shares == 1 or geometry.is_symmetric)
 
 
 @dataclass
@@ -285,7 +321,9 @@ class _Table:
     index: CoordIndex
     search: Search
     coords: Tensor  # of its rows
+    bits: Tensor  # of `key_bits`
     sort: bool
+    shares: int  # of the taps, each sorted apart
     counts: int = 0
     starts: int = 0
     keys: int = 0
@@ -298,6 +336,11 @@ class _Table:
     @property
     def rows(self) -> int:
         return self.coords.shape[0]
+
+    @property
+    def blocks(self) -> int:
+        """Of 64 rows."""
+        return cdiv(self.rows, TILE_ROWS)
 
 
 class _Pieces:
@@ -366,23 +409,27 @@ def _tables(number: int, asked: Asked) -> Iterator[_Table]:
     search = searching(geometry, index.layout.device)
     coords = index.coords if coarse is None else coarse.contiguous()
     half = coarse is back is None and geometry.is_symmetric
-    yield _Table(number, False, half, index, search, coords, layout[1])
-    if back is not None:
-        yield _Table(number, True, False, index, search, index.coords, back[1])
+    for inverse, rows, plan in ((False, coords, layout), (True, index.coords, back)):
+        if plan is not None:
+            _, sort, shares = plan
+            bits = key_bits(geometry, rows.device, shares)
+            own = half and not inverse
+            yield _Table(number, inverse, own, index, search, rows, bits, sort, shares)
 
 
 def _buffers(tables: list[_Table]) -> _Buffers:
     """Room for all tables; says where each has its pieces."""
     small, found, kept = _Pieces(), _Pieces(), _Pieces()
     for table in tables:
-        table.counts = small.take(table.search.bins)
+        table.counts = small.take(table.search.bins * table.shares)
         table.words = small.take(table.rows) if table.half else 0
     zeros = small.size
     for table in tables:
-        table.starts = small.take(table.search.bins)
-        table.keys = small.take(cdiv(table.rows, 2))
-        table.order = kept.take(table.rows)
-        table.masks = kept.take(cdiv(table.rows, TILE_ROWS))
+        places = table.shares * table.blocks * TILE_ROWS
+        table.starts = small.take(table.search.bins * table.shares)
+        table.keys = small.take(places // 2)
+        table.order = kept.take(places)
+        table.masks = kept.take(table.shares * table.blocks)
         table.tiles = kept.take(table.rows * table.search.volume)
     absent = 0
     for table in sorted(tables, key=lambda table: not table.inverse):
@@ -395,13 +442,14 @@ def _buffers(tables: list[_Table]) -> _Buffers:
 
 def _launch_all(tables: list[_Table], buffers: _Buffers) -> None:
     device, ndim = buffers.small.device, tables[0].coords.shape[1] - 1
-    blocks = [cdiv(table.rows, TILE_ROWS) for table in tables]
-    firsts = [0, *itertools.accumulate(blocks)]
-    records = _described(tables, buffers, firsts)
+    firsts = [0, *itertools.accumulate(table.blocks for table in tables)]
+    shared = [0, *itertools.accumulate(table.blocks * table.shares for table in tables)]
+    records = _described(tables, buffers, firsts, shared)
     count, flags = len(tables), pending_word(device)
     most = max(buffers.zeros, buffers.absent)
     _clear((cdiv(most, 2048), 1), (buffers.small, buffers.found), (buffers.zeros, buffers.absent))
-    groups: list[tuple[_Group, int, int, int, int]] = []  # and where its parts begin, and it ends
+    # And where its parts begin, and it ends.
+    groups: list[tuple[_Group, int, int, int, int]] = []
     begin = 0
     for volume, members in itertools.groupby(tables, lambda table: table.search.volume):
         own = list(members)
@@ -413,7 +461,7 @@ def _launch_all(tables: list[_Table], buffers: _Buffers) -> None:
         groups.append((group, begin, halved, end - inverted, end))
         begin = end
     for group, begin, halved, inverted, end in groups:
-        first, middle, behind, last = (firsts[at] for at in (begin, halved, inverted, end))
+        first, middle, behind = (firsts[at] for at in (begin, halved, inverted))
         box = Complaint.BOX.bit
         if begin < halved:
             grid = (middle - first) * (TILE_ROWS // group.find_rows)
@@ -424,20 +472,23 @@ def _launch_all(tables: list[_Table], buffers: _Buffers) -> None:
         if inverted < end:
             group.invert((middle - first, 1), (records,), (count, first))
         if halved < end:
-            group.key((last - middle, 1), (records,), (count, middle))
-        group.start((end - begin, 1), (records,), (begin,))
-    _put((firsts[-1] * (TILE_ROWS // PLACED), 1), (records,), (count,))
+            group.key((shared[end] - shared[halved], 1), (records,), (count, shared[halved]))
+        most = max(table.shares for table in tables[begin:end])
+        group.start((end - begin, most), (records,), (begin,))
+    _put((shared[-1] * (TILE_ROWS // PLACED), 1), (records,), (count,))
     for group, begin, _, _, end in groups:
-        first, last = firsts[begin], firsts[end]
+        first, last = shared[begin], shared[end]
         group.tile((last - first, 1), (records,), (count, first))
 
 
-def _described(tables: list[_Table], buffers: _Buffers, firsts: list[int]) -> Tensor:
+def _described(
+    tables: list[_Table], buffers: _Buffers, firsts: list[int], shared: list[int]
+) -> Tensor:
     """The records of all tables, on the device."""
     small, found, kept = (buffer.data_ptr() for buffer in buffers[:3])
     inverses = {table.number: found + 4 * table.neighbors for table in tables if table.inverse}
     values: list[int] = []
-    for table, first in zip(tables, firsts):
+    for table, first, first_shared in zip(tables, firsts, shared):
         index, search = table.index, table.search
         limit = row_count(table.coords)
         values += (
@@ -458,9 +509,12 @@ def _described(tables: list[_Table], buffers: _Buffers, firsts: list[int]) -> Te
             index.probe[0],
             search.taps.data_ptr(),
             search.relation.data_ptr(),
-            search.bits.data_ptr(),
+            table.bits.data_ptr(),
             0 if table.inverse else inverses.get(table.number, 0),
             small + 4 * table.words if table.half else 0,
+            first_shared,
+            table.shares,
+            search.bins,
         )
     values += [0] * (-len(tables) % FEWER * FIELDS)
     records = buffers.small.new_empty(len(values), dtype=torch.int64)
@@ -474,11 +528,12 @@ def _described(tables: list[_Table], buffers: _Buffers, firsts: list[int]) -> Te
 def _handed_out(table: _Table, buffers: _Buffers) -> tuple[Tensor | None, Plan]:
     """The plan; and the table, where nothing was written to the plan."""
     volume, m, limit = table.search.volume, table.rows, row_count(table.coords)
-    words = cdiv(m, TILE_ROWS)
+    shares, blocks, kept = table.shares, table.blocks, buffers.kept
+    places = blocks * TILE_ROWS
     tiles = Tiles(
-        buffers.kept.as_strided((m,), (1,), table.order) if table.sort else None,
-        buffers.kept.as_strided((volume, m), (m, 1), table.tiles),
-        buffers.kept.as_strided((1, words), (words, 1), table.masks),
+        kept.as_strided((shares, places), (places, 1), table.order) if table.sort else None,
+        kept.as_strided((volume, m), (m, 1), table.tiles),
+        kept.as_strided((shares, 1, blocks), (blocks, blocks, 1), table.masks),
         limit,
     )
     neighbors = None
@@ -487,4 +542,4 @@ def _handed_out(table: _Table, buffers: _Buffers) -> tuple[Tensor | None, Plan]:
         neighbors = buffers.found.as_strided((volume, m), (1, width), table.neighbors)
         if torch.is_grad_enabled() and not table.inverse:
             untile(tiles)  # as lists of pairs will ask for
-    return neighbors, Plan(m, (Share(0, volume, tiles),), {}, limit=limit)
+    return neighbors, Plan(m, tiles, {}, limit=limit)

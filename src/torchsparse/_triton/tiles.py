@@ -32,6 +32,7 @@ __all__ = [
     "has_blocks",
     "loop_step",
     "narrow_tile",
+    "shares_of",
     "shipped_gemm_tile",
     "shipped_grad_tile",
 ]
@@ -106,6 +107,23 @@ FEW_PADDED, FEW_WHOLE = 300, 200
 LONG_LOOP, MOST_SHARES = 54, 600
 
 
+# Blocks of 64 rows up to which the taps of a map come in 4, 3 and 2 shares with an order of the
+# rows for each, and taps from which they do.
+SHARED_BLOCKS, SHARED_TAPS = ((92, 4), (140, 3), (192, 2)), 16
+
+
+def shares_of(rows: int, volume: int) -> int:
+    """Shares of the taps of a sorted map. Each is sorted apart, so that its tiles waste little.
+
+    Small maps fill a GPU by sharing out the taps anyway. On others, to write parts and add them up
+    costs more than what is wasted.
+    """
+    blocks = cdiv(rows, 64)
+    if volume < SHARED_TAPS:
+        return 1
+    return next((shares for most, shares in SHARED_BLOCKS if blocks <= most), 1)
+
+
 def _splits(rows: int, tile_rows: int, cols: int, volume: int, turns: int) -> int:
     """Shares of the taps, so that small maps fill the GPU.
 
@@ -135,6 +153,7 @@ def gemm_tile(
     swapped: bool = False,
     device: torch.device | None = None,
     blocks: bool = False,
+    shares: int = 1,
 ) -> GemmTile:
     """The tile for an implicit GEMM. ``rows`` may be rounded: it matters only for small maps.
 
@@ -144,12 +163,14 @@ def gemm_tile(
         swapped: The weight lies with its input channels innermost, as in an input gradient.
         device: Whose measurements may count; None: the shipped rows alone.
         blocks: The weight is read in blocks: see `has_blocks`.
+        shares: Of the taps, if each has its own order of the rows: then they are the splits.
     """
     rows = alike(rows)
     # The last argument makes remembered answers go out of date.
     return _gemm_tile(
-        rows, c_in, c_out, volume, dtype, precision, swapped, device, blocks, _tuned.generation()
-    )
+        rows, c_in, c_out, volume, dtype, precision, swapped, device, blocks, shares,
+        _tuned.generation(),
+    )  # fmt: skip
 
 
 def alike(rows: int, plenty: int = 1 << 16) -> int:
@@ -164,9 +185,9 @@ def alike(rows: int, plenty: int = 1 << 16) -> int:
 @lru_cache(maxsize=4096)
 def _gemm_tile(
     rows: int, c_in: int, c_out: int, volume: int, dtype: torch.dtype, precision: str,
-    swapped: bool, device: torch.device | None, blocks: bool, generation: int,
+    swapped: bool, device: torch.device | None, blocks: bool, shares: int, generation: int,
 ) -> GemmTile:  # fmt: skip
-    shipped = shipped_gemm_tile(rows, c_in, c_out, volume, dtype, precision, blocks)
+    shipped = shipped_gemm_tile(rows, c_in, c_out, volume, dtype, precision, blocks, shares)
     if device is None:
         return shipped
     op, bits = "dgrad" if swapped else "fwd", rows.bit_length()
@@ -176,10 +197,11 @@ def _gemm_tile(
 
     def others() -> list[_tuned.Entry]:
         limits = Limits.of(device)
-        found = gemm_tiles(shipped, rows, c_in, c_out, volume, dtype, precision, limits)
+        found = gemm_tiles(shipped, rows, c_in, c_out, volume, dtype, precision, limits, shares)
         return [tuple(tile) for tile in found]
 
-    return GemmTile(*_tuned.choose(name, device, shipped, others))
+    tile = GemmTile(*_tuned.choose(name, device, shipped, others))
+    return tile if shares == 1 else tile._replace(splits=shares)
 
 
 @lru_cache(maxsize=4096)
@@ -195,9 +217,9 @@ def _measured(
 
 def shipped_gemm_tile(
     rows: int, c_in: int, c_out: int, volume: int, dtype: torch.dtype, precision: str,
-    blocks: bool = False,
+    blocks: bool = False, shares: int = 1,
 ) -> GemmTile:  # fmt: skip
-    """The tile without measurements of this machine."""
+    """The tile without measurements of this machine; arguments as for `gemm_tile`."""
     bn, work = min(max(next_power(c_out), 16), 128), 1
     if dtype != torch.float32:
         bm, bk, stages, warps = 64, _block_k(c_in, 64), 3, 4
@@ -208,18 +230,24 @@ def shipped_gemm_tile(
             bk, stages = 128, 3
         elif c_in == 128 and programs <= FEW_WHOLE:
             bk, stages, work = 128, 2, 2
-        if c_out > 128 and cdiv(rows, 128) * cdiv(c_out, 128) >= 2 * PROCESSORS:
+        if shares > 1 and blocks and c_out % 256 == 0:
+            bn, bk, stages = 256, _block_k(c_in, 64), 4
+        elif c_out > 128 and cdiv(rows, 128) * cdiv(c_out, 128) >= 2 * PROCESSORS:
             bm, warps = 128, 8 if rows >= 1 << 15 else 4
             programs = cdiv(rows, 128) * c_out // 256
             if blocks and c_out % 256 == 0 and 2 * programs > MOST_SHARES:
                 bn, warps = 256, 8  # each row is gathered once, and no taps are shared out
     elif precision == "tf32":
         bm, bk, stages, warps = 64, _block_k(c_in, 32), 3, 4
-        if c_out > 128 and cdiv(rows, 128) * cdiv(c_out, 128) >= PROCESSORS:
+        if shares > 1:
+            stages = 4
+        elif c_out > 128 and cdiv(rows, 128) * cdiv(c_out, 128) >= PROCESSORS:
             bm = 128
     else:
         bm, bn, bk, warps = 64, min(bn, 64), _block_k(c_in, 32), 4
         stages = 2 if precision == "ieee" else 3
+    if shares > 1:
+        return GemmTile(bm, bn, bk, stages, warps, shares)
     turns = volume * cdiv(c_in, bk) * work  # a turn of 128 channels takes as long as two of 64
     splits = _splits(rows, bm, cdiv(c_out, bn), volume, turns)
     return GemmTile(bm, bn, bk, stages, warps, splits)
@@ -399,7 +427,7 @@ def _filled(programs: int, limits: Limits) -> float:
 
 def gemm_tiles(
     shipped: GemmTile, rows: int, c_in: int, c_out: int, volume: int, dtype: torch.dtype,
-    precision: str, limits: Limits,
+    precision: str, limits: Limits, shares: int = 1,
 ) -> list[GemmTile]:  # fmt: skip
     """Tiles worth timing, the shipped one first, then by the estimate of a cost model."""
     half = dtype != torch.float32
@@ -423,9 +451,9 @@ def gemm_tiles(
         bn = min(bn, max(next_power(c_out), 16))
         bk = min(bk, _block_k(c_in, widest))
         splits = _splits(rows, bm, cdiv(c_out, bn), volume, volume * cdiv(c_in, bk))
-        add(bm, bn, bk, stages, warps, splits)
+        add(bm, bn, bk, stages, warps, splits if shares == 1 else shares)
     for splits in (shipped.splits * 2, shipped.splits // 2):
-        if 1 <= splits <= max(min(8, volume // 2), 1):
+        if shares == 1 and 1 <= splits <= max(min(8, volume // 2), 1):
             add(*shipped[:5], splits)
     found.pop(shipped, None)
     return [shipped, *sorted(found, key=found.__getitem__)[:MOST_TRIED]]

@@ -139,20 +139,21 @@ def test_tiles(volume: int, rows: int, sort: bool, device: torch.device) -> None
     """Every row once, the table in that order, masks the taps of 64 rows."""
     table = random_table(device, volume, rows, rows, 0.1)
     keys = random_keys(rows, device) if sort else None
-    found = make_tiles(table.t().contiguous().t(), keys)
+    found = make_tiles(table.t().contiguous().t(), None if keys is None else [keys])
     placed = table
     if keys is None:
         assert found.order is None
     else:
         assert found.order is not None
-        assert sorted(found.order.tolist()) == list(range(rows))
-        ordered = keys.keys[found.order.long()].tolist()
+        order = found.order[0, :rows].long()
+        assert sorted(order.tolist()) == list(range(rows))
+        ordered = keys.keys[order].tolist()
         assert ordered == sorted(ordered, reverse=True)
-        placed = table[:, found.order.long()]
+        placed = table[:, order]
     assert torch.equal(found.table, placed)
     tiles = -(-rows // TILE_ROWS)
-    assert found.masks.shape == (-(-volume // 32), tiles)
-    words = rows_of(found.masks) & 0xFFFFFFFF
+    assert found.masks.shape == (1, -(-volume // 32), tiles)
+    words = rows_of(found.masks[0]) & 0xFFFFFFFF
     for tile in range(tiles):
         union = sum(int(word) << (32 * n) for n, word in enumerate(words[:, tile]))
         present = (placed[:, tile * TILE_ROWS : (tile + 1) * TILE_ROWS] >= 0).any(1)
@@ -161,8 +162,10 @@ def test_tiles(volume: int, rows: int, sort: bool, device: torch.device) -> None
 
 def test_rows_of_many_programs_are_sorted(device: torch.device) -> None:
     keys = random_keys(3000, device)
-    order = make_tiles(random_table(device, 3, 3000, 3000, 0.1), keys).order
-    assert order is not None and sorted(order.tolist()) == list(range(3000))
+    order = make_tiles(random_table(device, 3, 3000, 3000, 0.1), [keys]).order
+    assert order is not None
+    order = order[0, :3000]
+    assert sorted(order.tolist()) == list(range(3000))
     ordered = keys.keys[order.long()].tolist()
     assert ordered == sorted(ordered, reverse=True)
 
@@ -173,7 +176,7 @@ def test_sorting_makes_tiles_pure(device: torch.device) -> None:
     table[:5, ::2] = 1
     table[20:, 1::2] = 2
     keys = row_sort_keys(table, key_bits(CUBE, device))
-    mixed, pure = make_tiles(table, None).masks, make_tiles(table, keys).masks
+    mixed, pure = make_tiles(table, None).masks[0], make_tiles(table, [keys]).masks[0]
     one, other = sum(1 << k for k in range(5)), sum(1 << k for k in range(20, 27))
     assert mixed.tolist() == [[one | other] * 2]
     assert sorted(pure.tolist()[0]) == sorted([one, other])

@@ -20,7 +20,7 @@ from torchsparse._triton import tiles
 from torchsparse._triton.conv import product
 from torchsparse._triton.conv.order import make_tiles
 from torchsparse._triton.conv.plan import make_pairs
-from torchsparse._triton.conv.product import Plan, Share
+from torchsparse._triton.conv.product import Plan
 
 pytestmark = pytest.mark.skipif(not module.INTERPRETED, reason="makes its maps on the CPU")
 ROWS = 40
@@ -86,7 +86,7 @@ def plan(volume: int = 3) -> Plan:
     table = some_table(volume)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "INTERPRETED", True)
-        return Plan(ROWS, (Share(0, volume, make_tiles(table, None)),), {})
+        return Plan(ROWS, make_tiles(table, None), {})
 
 
 def operands(c_in: int, c_out: int) -> tuple[Tensor, Tensor, Tensor, Epilogue]:
@@ -111,10 +111,11 @@ def test_gemm(fakes: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
     kernel = fakes.gemm_kernel
     assert (len(kernel.public), len(kernel.direct)) == (1, 4)
     kernel.agrees("out", "table", "order", "masks")
-    shares = one.shares[0].tiles, other.shares[0].tiles
+    assert one.tiles is not None and other.tiles is not None
+    tables = one.tiles.table.data_ptr(), other.tiles.table.data_ptr()
     place = 1 + kernel.arg_names.index("table")
     used = [given[place] for given in kernel.direct]
-    assert used == [shares[0].table.data_ptr()] * 3 + [shares[1].table.data_ptr()]
+    assert used == [tables[0]] * 3 + [tables[1]]
     # Other dtypes, epilogues and directions are other kernels.
     product.gather_gemm(x, w, None, one, "ieee", epilogue)
     product.gather_gemm(x.half(), w.half(), bias, one, "ieee", epilogue)

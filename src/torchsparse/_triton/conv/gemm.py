@@ -113,7 +113,8 @@ def gemm_kernel(
     M, T, w_tap, w_in, w_out,
     K: tl.constexpr, CI: tl.constexpr, CO: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLITS: tl.constexpr,
-    SORTED: tl.constexpr, REVERSE: tl.constexpr, PRECISION: tl.constexpr, BLOCKS: tl.constexpr,
+    OWN: tl.constexpr, SORTED: tl.constexpr, REVERSE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCKS: tl.constexpr,
     BIAS: tl.constexpr, NORM: tl.constexpr, RESIDUAL: tl.constexpr, ACT: tl.constexpr,
 ):  # fmt: skip
     """out[order[m]] = epilogue(sum over taps k of x[table[k, m]] @ w[k]).
@@ -122,8 +123,8 @@ def gemm_kernel(
     1 = [K CI, CO], 2 = [K CO, CI]; CI is a multiple of BK. 0 = it is given by its address.
 
     With SPLITS > 1, program (., s) adds share s of the taps, as far as its tile has them, and out
-    is [SPLITS, M, CO] float32 without epilogue: `sum_kernel` finishes. Rows from ``limit`` on are
-    padding, have no place in the order, and get zeros.
+    is [SPLITS, M, CO] float32 without epilogue: `sum_kernel` finishes. OWN: each share has its own
+    order of the rows. Rows from ``limit`` on are padding, have no place, and get zeros.
     """
     COLS: tl.constexpr = (CO + BN - 1) // BN
     WORDS: tl.constexpr = (K + 31) // 32
@@ -134,17 +135,21 @@ def gemm_kernel(
     cols = first_col + tl.arange(0, BN)
     rm = tile * BM + tl.arange(0, BM)
     live = rm < real_rows(M, limit)
+    split = tl.program_id(1)
+    if OWN:
+        masks += split.to(tl.int64) * WORDS * T
+        if SORTED:
+            order += split.to(tl.int64) * T * 64
     rows = _rows_of(rm, live, order, limit, SORTED)
     table += rm
     acc = tl.zeros((BM, BN), dtype=tl.float32)
-    split = tl.program_id(1)
     for word in range(WORDS):
         m = tl.load(masks + word * T + tile * PARTS).to(tl.uint32, bitcast=True)
         for part in tl.static_range(1, PARTS):
             inside = tile * PARTS + part < T
             more = tl.load(masks + word * T + tile * PARTS + part, mask=inside, other=0)
             m |= more.to(tl.uint32, bitcast=True)
-        if SPLITS > 1:
+        if SPLITS > 1 and not OWN:
             # Not a share of the tile's own taps: these depend on the order of rows of equal keys,
             # and a row must always add the same products.
             begin = tl.minimum(tl.maximum(K * split // SPLITS - word * 32, 0), 32)

@@ -15,6 +15,7 @@ ascending order, and a tap that it lacks adds an exact zero.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from typing import NamedTuple
 
@@ -77,16 +78,21 @@ def new_sort_keys(like: Tensor, rows: int, volume: int, counts: Tensor | None = 
 
 
 class Tiles(NamedTuple):
-    """A neighbour table in tile order.
+    """A neighbour table in tile order; with S shares of its taps, each in an order of its own.
 
-    1-D, kernel 3, rows at [4, 5, 9], tiles of 2:  order = [1, 0, 2],
-        table = [[0, -1, -1], [1, 0, 2], [-1, 1, -1]],  masks = [[0b111, 0b010]]
+    1-D, kernel 3, rows at [4, 5, 9], tiles of 2, one share:  order = [[1, 0, 2, .]],
+        table = [[0, -1, -1], [1, 0, 2], [-1, 1, -1]],  masks = [[[0b111, 0b010]]]
     """
 
-    order: Tensor | None  # [M] int32, the output row at each place; None: they are equal
+    order: Tensor | None  # [S, 64 T] int32, the output row at each place; None: they are equal
     table: Tensor  # [K, M] int32, input row under tap k at place m, -1 = none
-    masks: Tensor  # [ceil(K / 32), ceil(M / 64)] int32, bit k: some row of the tile has the tap
+    masks: Tensor  # [S, ceil(K / 32), T] int32, T = ceil(M / 64), bit k: a row of it has the tap
     limit: Tensor | None = None  # [1] int64, how many places are real; None: all (`_capacity`)
+
+    @property
+    def shares(self) -> int:
+        """S; share s has the taps from K s // S to K (s + 1) // S - 1."""
+        return self.masks.shape[0]
 
 
 def bit_of_taps(geometry: Geometry, first: int, last: int) -> list[int]:
@@ -121,18 +127,20 @@ def bit_of_taps(geometry: Geometry, first: int, last: int) -> list[int]:
 
 
 @cache
-def key_bits(
-    geometry: Geometry, device: torch.device, first: int = 0, last: int | None = None
-) -> Tensor:
-    """[32 ceil(K / 32)] int32 on the device: the key bit of each tap as a number, 0 for none.
+def key_bits(geometry: Geometry, device: torch.device, shares: int = 1) -> Tensor:
+    """[S, 32 ceil(K / 32)] int32 on the device: the key bit of each tap as a number, 0 for none
+    and for taps of other shares.
 
     Kept for good: captured graphs read it where it lies.
     """
-    last = geometry.volume if last is None else last
-    bits = [0 if bit < 0 else 1 << bit for bit in bit_of_taps(geometry, first, last)]
-    bits += [0] * (-len(bits) % 32)
+    volume = geometry.volume
+    table: list[list[int]] = []
+    for share in range(shares):
+        first, last = volume * share // shares, volume * (share + 1) // shares
+        own = [0 if bit < 0 else 1 << bit for bit in bit_of_taps(geometry, first, last)]
+        table.append([0] * first + own + [0] * (cdiv(volume, 32) * 32 - last))
     with torch.inference_mode(False):
-        return torch.tensor(bits, dtype=torch.int32, device=device)
+        return torch.tensor(table, dtype=torch.int32, device=device)
 
 
 @triton.jit
@@ -230,36 +238,40 @@ def place_block(rows, live, keys, starts, order, BR: tl.constexpr):
 @triton.jit(do_not_specialize=["M", "T", "n_row", "n_tap"])
 def tile_kernel(
     neighbors, order, table, masks, limit, M, T, n_row, n_tap,
-    K: tl.constexpr, BR: tl.constexpr, SORTED: tl.constexpr,
+    K: tl.constexpr, SHARES: tl.constexpr, BR: tl.constexpr, SORTED: tl.constexpr,
 ):  # fmt: skip
-    """Bring 64 rows into tile order and collect their taps."""
+    """Bring 64 rows into the order of a share and collect their taps."""
+    WORDS: tl.constexpr = (K + 31) // 32
     tile = tl.program_id(0)
+    part = tl.program_id(1) % WORDS
+    share = tl.program_id(1) // WORDS
     places = tile * BR + tl.arange(0, BR)
     live = places < real_rows(M, limit)
     if SORTED:
-        rows = tl.load(order + places, mask=live, other=0).to(tl.int64)
+        own = order + share.to(tl.int64) * T * BR
+        rows = tl.load(own + places, mask=live, other=0).to(tl.int64)
     else:
         rows = places.to(tl.int64)
-    part = tl.program_id(1)
     every = tl.full((BR,), -1, tl.int32)
     tile_block(
-        places, rows, live, part, every, neighbors, table, masks + part * T + tile,
-        M, n_row, n_tap, K, BR,
+        places, rows, live, part, K * share // SHARES, K * (share + 1) // SHARES, every,
+        neighbors, table, masks + tl.program_id(1).to(tl.int64) * T + tile, M, n_row, n_tap, BR,
     )  # fmt: skip
 
 
 @triton.jit
 def tile_block(
-    places, rows, live, part, word, neighbors, table, mask_at, M, n_row, n_tap,
-    K: tl.constexpr, BR: tl.constexpr,
+    places, rows, live, part, first, last, word, neighbors, table, mask_at, M, n_row, n_tap,
+    BR: tl.constexpr,
 ):  # fmt: skip
-    """32 taps of the rows that come to ``places``, and which of these taps there are.
+    """32 taps of the rows that come to ``places``, as far as they are ``first`` to last - 1, and
+    which of these taps there are.
 
     ``word`` [BR]: bit k tells whether a row may have tap k; if not, nothing is read.
     """
     taps = part * 32 + tl.arange(0, 32)
     at = rows[:, None] * n_row + taps.to(tl.int64)[None, :] * n_tap
-    there = live[:, None] & (taps < K)[None, :]
+    there = live[:, None] & ((taps >= first) & (taps < last))[None, :]
     known = ((word[:, None] >> tl.arange(0, 32)[None, :]) & 1) > 0
     idx = tl.load(neighbors + at, mask=there & known, other=-1)
     target = table + taps.to(tl.int64)[None, :] * M + places[:, None]
@@ -275,7 +287,7 @@ def row_sort_keys(
 
     Args:
         neighbors: The table.
-        bits: From `key_bits`.
+        bits: From `key_bits`, of one share.
         counts: As for `new_sort_keys`.
         few: Many rows have the same key. Over at most eight taps they always have.
     """
@@ -293,15 +305,14 @@ def _row_keys(volume: int, few: bool) -> Step:
     return Step(row_key_kernel, K=volume, FEW=few, BR=64)
 
 
-def _sort(found: SortKeys, limit: Tensor | None) -> Tensor:
-    """[M] int32, rows by key, largest first: a counting sort. None behind ``limit``."""
+def _sort(found: SortKeys, order: Tensor, limit: Tensor | None) -> None:
+    """Write rows to ``order``, by key, largest first: a counting sort. None behind ``limit``."""
     keys, counts = found
     m, bins = keys.shape[0], counts.shape[0]
-    starts, order = counts.new_empty(bins), counts.new_empty(m)
+    starts = counts.new_empty(bins)
     start, place = _sorting(bins, limit is None)
     start((1, 1), (counts, starts), ())
     place((cdiv(m, 32), 1), (keys, starts, order, limit), (m,))
-    return order
 
 
 @cache
@@ -313,48 +324,65 @@ def _sorting(bins: int, whole: bool) -> tuple[Step, Step]:
     )
 
 
-def make_tiles(neighbors: Tensor, keys: SortKeys | None, limit: Tensor | None = None) -> Tiles:
-    """Sort the rows of a table by ``keys`` (largest first; None: leave them) and tile them.
+def make_tiles(
+    neighbors: Tensor,
+    keys: Sequence[SortKeys] | None,
+    limit: Tensor | None = None,
+    shares: int = 1,
+) -> Tiles:
+    """Sort the rows of a table by keys (largest first; None: leave them) and tile them.
 
     Args:
         neighbors: [K, M] int32, -1 = none; any strides.
-        keys: Of its rows, or None.
+        keys: Of its rows, for each share of the taps, or None.
         limit: [1] int64, how many of its rows are real; the others have no neighbours.
+        shares: S of `Tiles`.
     """
     volume, m = neighbors.shape
     tiles, words = cdiv(m, TILE_ROWS), cdiv(volume, 32)
-    order = None if keys is None else _sort(keys, limit)
-    table, masks = neighbors.new_empty(volume, m), neighbors.new_empty(words, tiles)
+    order = None
+    if keys is not None:
+        order = neighbors.new_empty(shares, tiles * TILE_ROWS)
+        for own, found in zip(order, keys):
+            _sort(found, own, limit)
+    table, masks = neighbors.new_empty(volume, m), neighbors.new_empty(shares, words, tiles)
     n_tap, n_row = neighbors.stride()
-    tile = _tiling(volume, order is not None, limit is None)
-    tile((tiles, words), (neighbors, order, table, masks, limit), (m, tiles, n_row, n_tap))
+    tile = _tiling(volume, shares, order is not None, limit is None)
+    grid = tiles, words * shares
+    tile(grid, (neighbors, order, table, masks, limit), (m, tiles, n_row, n_tap))
     return Tiles(order, table, masks, limit)
 
 
 @cache
-def _tiling(volume: int, ordered: bool, whole: bool) -> Step:
-    return Step(tile_kernel, K=volume, BR=TILE_ROWS, SORTED=ordered)
+def _tiling(volume: int, shares: int, ordered: bool, whole: bool) -> Step:
+    return Step(tile_kernel, K=volume, SHARES=shares, BR=TILE_ROWS, SORTED=ordered)
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["M", "T"])
 def untile_kernel(
-    table, order, neighbors, limit, M,
-    K: tl.constexpr, WIDTH: tl.constexpr, BR: tl.constexpr, SORTED: tl.constexpr,
+    table, order, neighbors, limit, M, T,
+    K: tl.constexpr, WIDTH: tl.constexpr, SHARES: tl.constexpr, BR: tl.constexpr,
+    SORTED: tl.constexpr,
 ):  # fmt: skip
-    """Write 32 taps of 64 places back to their rows; no neighbours for what is no real row."""
+    """Write 32 taps of 64 places of a share back to their rows; no neighbours for what is no real
+    row."""
+    WORDS: tl.constexpr = (K + 31) // 32
     places = tl.program_id(0) * BR + tl.arange(0, BR)
     inside = places < M
     live = inside & (places < real_rows(M, limit))
+    share = tl.program_id(1) // WORDS
     rows = places
     if SORTED:
-        rows = tl.load(order + places, mask=live, other=0)
+        own = order + share.to(tl.int64) * T * BR
+        rows = tl.load(own + places, mask=live, other=0)
         rows = tl.where(live, rows, places)
-    taps = tl.program_id(1) * 32 + tl.arange(0, 32)
-    there = live[:, None] & (taps < K)[None, :]
+    taps = tl.program_id(1) % WORDS * 32 + tl.arange(0, 32)
+    last = tl.where(share == SHARES - 1, WIDTH, K * (share + 1) // SHARES)
+    mine = (taps >= K * share // SHARES) & (taps < last)
     source = table + taps.to(tl.int64)[None, :] * M + places[:, None]
-    idx = tl.load(source, mask=there, other=-1)
+    idx = tl.load(source, mask=live[:, None] & (mine & (taps < K))[None, :], other=-1)
     at = rows.to(tl.int64)[:, None] * WIDTH + taps[None, :]
-    tl.store(neighbors + at, idx, mask=inside[:, None] & (taps < WIDTH)[None, :])
+    tl.store(neighbors + at, idx, mask=inside[:, None] & mine[None, :])
 
 
 def untile(tiles: Tiles) -> Tensor:
@@ -365,11 +393,15 @@ def untile(tiles: Tiles) -> Tensor:
     volume, m = table.shape
     width = row_width(volume)
     neighbors = table.new_empty(m, width)
-    back = _untiling(volume, width, order is not None, limit is None)
-    back((cdiv(m, TILE_ROWS), cdiv(volume, 32)), (table, order, neighbors, limit), (m,))
+    back = _untiling(volume, width, tiles.shares, order is not None, limit is None)
+    blocks = cdiv(m, TILE_ROWS)
+    grid = blocks, cdiv(volume, 32) * tiles.shares
+    back(grid, (table, order, neighbors, limit), (m, blocks))
     return neighbors.as_strided((volume, m), (1, width))
 
 
 @cache
-def _untiling(volume: int, width: int, ordered: bool, whole: bool) -> Step:
-    return Step(untile_kernel, K=volume, WIDTH=width, BR=TILE_ROWS, SORTED=ordered)
+def _untiling(volume: int, width: int, shares: int, ordered: bool, whole: bool) -> Step:
+    return Step(
+        untile_kernel, K=volume, WIDTH=width, SHARES=shares, BR=TILE_ROWS, SORTED=ordered
+    )  # fmt: skip

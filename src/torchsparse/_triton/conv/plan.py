@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable
 from functools import partial
@@ -13,8 +12,9 @@ from torchsparse._geometry import Geometry
 from torchsparse._recipe import ConvRecipe, Dataflow
 from torchsparse._triton.conv.order import SortKeys, key_bits, make_tiles, row_sort_keys, untile
 from torchsparse._triton.conv.pairs import Pairs, list_pairs
-from torchsparse._triton.conv.product import Plan, Share
+from torchsparse._triton.conv.product import Plan
 from torchsparse._triton.launch import only_noted
+from torchsparse._triton.tiles import shares_of
 
 __all__ = ["choose_layout", "make_pairs", "make_plan", "table_of"]
 
@@ -25,7 +25,7 @@ FEW_ROWS = 1024
 def choose_layout(
     rows: int, geometry: Geometry, recipe: ConvRecipe, backward: bool
 ) -> tuple[str, bool, int]:
-    """(kind, sorted, splits): equal layouts mean equal plans of one map.
+    """(kind, sorted, shares): equal layouts mean equal plans of one map.
 
     With ``recipe.literal`` every field is an order; otherwise an order is only what asks for a
     sort or for several splits of the forward pass.
@@ -38,7 +38,9 @@ def choose_layout(
         return "gemm", recipe.sort, splits
     if not backward and (recipe.sort or splits > 1):
         return "gemm", True, splits
-    return "gemm", rows > FEW_ROWS and geometry.volume > 1, 1
+    if rows <= FEW_ROWS or geometry.volume == 1:
+        return "gemm", False, 1
+    return "gemm", True, shares_of(rows, geometry.volume) if geometry.is_symmetric else 1
 
 
 def make_plan(
@@ -60,29 +62,22 @@ def make_plan(
     kind, sort, splits = layout
     rows = neighbors.shape[1]
     if kind == "fetch":
-        return Plan(rows, (), {}, make_pairs(neighbors, geometry))
-    if splits == 1:
-        if sort and keys is None:
-            keys = row_sort_keys(neighbors, key_bits(geometry, neighbors.device))
-        tiles = make_tiles(neighbors, keys if sort else None, limit)
-        return Plan(rows, (Share(0, geometry.volume, tiles),), {}, limit=limit)
-    bounds = [geometry.volume * part // splits for part in range(splits + 1)]
-    shares = []
-    for first, last in itertools.pairwise(bounds):
-        part = neighbors[first:last]
-        part_keys = None
-        if sort:
-            bits = key_bits(geometry, neighbors.device, first, last)
-            part_keys = row_sort_keys(part, bits)
-        shares.append(Share(first, last, make_tiles(part, part_keys, limit)))
-    return Plan(rows, tuple(shares), {}, limit=limit)
+        return Plan(rows, None, {}, make_pairs(neighbors, geometry))
+    if not sort:
+        own = None
+    elif splits == 1 and keys is not None:
+        own = [keys]
+    else:
+        bits = key_bits(geometry, neighbors.device, splits)
+        own = [row_sort_keys(neighbors, of_share) for of_share in bits]
+    return Plan(rows, make_tiles(neighbors, own, limit, splits), {}, limit=limit)
 
 
 def table_of(plan: Plan) -> Callable[[], Tensor] | None:
     """What makes the table again that a plan was made from; None if it is not all there."""
-    if len(plan.shares) != 1 or only_noted():  # nothing was written to the tiles then
+    if plan.tiles is None or only_noted():  # nothing was written to the tiles then
         return None
-    return partial(untile, plan.shares[0].tiles)
+    return partial(untile, plan.tiles)
 
 
 def make_pairs(neighbors: Tensor, geometry: Geometry) -> Pairs:

@@ -35,24 +35,16 @@ from torchsparse._triton.tiles import (
 )
 from torchsparse._tuned import generation
 
-__all__ = ["Plan", "Share", "dense", "finish", "gather_gemm", "weight_grad"]
-
-
-class Share(NamedTuple):
-    """Tiles of the taps from first to last - 1: rows are sorted by these taps alone."""
-
-    first: int
-    last: int
-    tiles: Tiles
+__all__ = ["Plan", "dense", "finish", "gather_gemm", "weight_grad"]
 
 
 class Plan(NamedTuple):
     """A neighbour table, laid out for the kernels."""
 
     rows: int  # of the result
-    shares: tuple[Share, ...]  # for the implicit GEMM
+    tiles: Tiles | None  # for the implicit GEMM
     memo: dict[Any, Any]  # how products over this table are launched, and where it lies
-    pairs: Pairs | None = None  # for the fetch-on-demand dataflow, in place of shares
+    pairs: Pairs | None = None  # for the fetch-on-demand dataflow, in place of tiles
     reverse: bool = False  # tap k of the table multiplies weight K - 1 - k
     limit: Tensor | None = None  # [1] int64, how many rows are real; None: all (`_capacity`)
 
@@ -303,8 +295,10 @@ def gather_gemm(
     empty = not (m and c_out and c_in and feats.shape[0])
     feats = feats.contiguous()
     precision = precision if feats.dtype == torch.float32 else "ieee"
-    if len(plan.shares) == 1 and not empty:
-        known = plan.memo[key] = _plan_product(feats, weight, end, plan, precision, key)
+    if plan.tiles is not None and not empty:
+        known = plan.memo[key] = _plan_product(
+            feats, weight, end, plan, plan.tiles, precision, key
+        )
         return _multiply(known, feats, weight, end)
     out = feats.new_empty((m, c_out))
     if out.numel() == 0:
@@ -312,11 +306,9 @@ def gather_gemm(
     if empty:
         out.zero_() if bias is None else out.copy_(bias.expand_as(out))
         return out if epilogue is None else finish(out, epilogue)
-    if plan.pairs is not None:
-        feats, weight = _aligned(feats, weight)
-        _fetch(feats, weight, end, plan.pairs, plan.reverse, precision, out)
-    else:
-        _by_shares(feats, weight, end, plan, precision, out)
+    assert plan.pairs is not None
+    feats, weight = _aligned(feats, weight)
+    _fetch(feats, weight, end, plan.pairs, plan.reverse, precision, out)
     return out
 
 
@@ -397,11 +389,11 @@ class _Chosen(NamedTuple):
 _forms: dict[Any, _Form] = {}  # by the keys of `Plan.memo`: another cloud finds them here
 
 
-def _form(weight: Tensor, precision: str) -> _Form:
-    """``precision`` as for `gather_gemm`."""
+def _form(weight: Tensor, precision: str, one: bool) -> _Form:
+    """``precision`` as for `gather_gemm`; ``one``: all taps are in one order."""
     volume, c_in, c_out = weight.shape
     dtype, strides = weight.dtype, weight.stride()
-    narrow = narrow_tile(c_in, c_out, volume, dtype, precision)
+    narrow = narrow_tile(c_in, c_out, volume, dtype, precision) if one else None
     if narrow is not None:
         return _Form({}, {}, narrow, False, None, (volume, c_in, c_out), strides, False, 0)
     missing = -c_in % (16 // dtype.itemsize)
@@ -429,22 +421,21 @@ def _blocks(c_in: int, c_out: int, strides: tuple[int, ...], dtype: torch.dtype)
 
 
 def _plan_product(
-    feats: Tensor, weight: Tensor, end: _End, plan: Plan, precision: str, key: Any
+    feats: Tensor, weight: Tensor, end: _End, plan: Plan, tiles: Tiles, precision: str, key: Any
 ) -> _Product:
-    """Choose tiles for a plan of one share. ``key`` is that of `Plan.memo`."""
-    m = plan.rows
-    form = _forms.get(key)
+    """Choose tiles for a plan. ``key`` is that of `Plan.memo`."""
+    m, one = plan.rows, tiles.shares == 1
+    form = _forms.get((key, one))
     if form is None:
-        form = _forms[key] = _form(weight, precision)
+        form = _forms[key, one] = _form(weight, precision, one)
     _, _, c_out = form.shape
-    tiles = plan.shares[0].tiles
     if form.narrow is not None:
         call = _narrow(form, form.narrow, end, tiles, plan, precision)
         return _Product(m, c_out, False, None, 1, call)
-    kind = (alike(m), feats.get_device(), tiles.order is None, tiles.limit is None)
+    kind = (alike(m), feats.get_device(), tiles.order is None, tiles.limit is None, tiles.shares)
     chosen = form.chosen.get(kind)
     if chosen is None:
-        chosen = form.chosen[kind] = _choose(form, feats, end, plan, precision)
+        chosen = form.chosen[kind] = _choose(form, feats, end, plan, tiles, precision)
     tile, step, matrix, add = chosen
     where = plan.memo.get("places")
     if where is None:
@@ -454,47 +445,27 @@ def _plan_product(
     return _Product(m, c_out, form.pad, form.turn, tile.splits, gemm, total)
 
 
-def _choose(form: _Form, feats: Tensor, end: _End, plan: Plan, precision: str) -> _Chosen:
-    """Tile and kernels for a plan of one share."""
+def _choose(
+    form: _Form, feats: Tensor, end: _End, plan: Plan, tiles: Tiles, precision: str
+) -> _Chosen:
+    """Tile and kernels for a plan."""
     (volume, c_in, c_out), dtype, device = form.shape, feats.dtype, feats.device
     blocks = form.blocks if form.blocks and has_blocks(device) else 0
     tile = gemm_tile(
-        plan.rows, c_in, c_out, volume, dtype, precision, form.swapped, device, blocks > 0
-    )
+        plan.rows, c_in, c_out, volume, dtype, precision, form.swapped, device, blocks > 0,
+        tiles.shares,
+    )  # fmt: skip
     own, add = end, None
     if tile.splits > 1:
         own = NO_END
         add = _adding(torch.float32, dtype, c_out, tile.splits, plan.limit is None, end)
-    step = _gemm_step(form, tile, own, plan.shares[0].tiles, plan.reverse, precision, blocks)
+    step = _gemm_step(form, tile, own, tiles, plan.reverse, precision, blocks)
     matrix = None
     if blocks == 1:
         matrix = _Matrix((volume * c_in, c_out), (tile.BK, tile.BN))
     elif blocks == 2:
         matrix = _Matrix((volume * c_out, c_in), (tile.BN, tile.BK))
     return _Chosen(tile, step, matrix, add)
-
-
-def _by_shares(
-    feats: Tensor, weight: Tensor, end: _End, plan: Plan, precision: str, out: Tensor
-) -> None:
-    """Shares of the taps one after another, then their sum."""
-    feats, weight = _aligned(feats, weight)
-    if _must_turn(weight.dtype, weight.stride(), precision):
-        weight = _turn(weight.shape, weight.stride(), weight.dtype).of(weight).transpose(1, 2)
-    volume, (m, c_out) = weight.shape[0], out.shape
-    form = _form(weight, precision)
-    tile = gemm_tile(
-        m, form.shape[1], c_out, volume, feats.dtype, precision, form.swapped, feats.device
-    )._replace(splits=1)
-    parts = feats.new_empty((len(plan.shares), m, c_out), dtype=torch.float32)
-    for part, (first, last, tiles) in zip(parts, plan.shares):
-        taps = slice(volume - last, volume - first) if plan.reverse else slice(first, last)
-        own = weight[taps]
-        form = _form(own, precision)
-        step = _gemm_step(form, tile, NO_END, tiles, plan.reverse, precision, 0)
-        call = _gemm(form, tile, step, tiles, _places(_masked(tiles)))
-        _run(call, feats, own, part, NO_END)
-    _run(_sum(parts.dtype, out, len(plan.shares), end, plan.limit), parts, None, out, end)
 
 
 def _masked(tiles: Tiles) -> tuple[Tensor | None, ...]:
@@ -511,7 +482,7 @@ def _gemm(
     places, bits = where
     m, c_out = tiles.table.shape[1], form.shape[2]
     grid = (cdiv(m, tile.BM) * cdiv(c_out, tile.BN), tile.splits)
-    last = (m, tiles.masks.shape[1], *form.strides)
+    last = (m, tiles.masks.shape[2], *form.strides)
     return _Call(step, grid, _masked(tiles), places, bits, last, matrix)
 
 
@@ -520,14 +491,14 @@ def _gemm_step(
     blocks: int,
 ) -> Step:  # fmt: skip
     """The kernel of a masked product."""
-    ordered, whole = tiles.order is not None, tiles.limit is None
-    name = (tile, ordered, whole, blocks)
+    ordered, whole, own = tiles.order is not None, tiles.limit is None, tiles.shares > 1
+    name = (tile, ordered, whole, own, blocks)
     step = form.steps.get(name)
     if step is None:
         volume, c_in, c_out = form.shape
         step = form.steps[name] = Step(
             gemm_kernel, K=volume, CI=c_in, CO=c_out,
-            BM=tile.BM, BN=tile.BN, BK=tile.BK, SPLITS=tile.splits,
+            BM=tile.BM, BN=tile.BN, BK=tile.BK, SPLITS=tile.splits, OWN=own,
             SORTED=ordered, REVERSE=reverse, PRECISION=precision, BLOCKS=blocks,
             **end.flags, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip

@@ -39,13 +39,14 @@ def depthwise(
         return out
     if feats.shape[0] == 0:
         return out.zero_() if bias is None else out.copy_(bias.expand_as(out))
-    tiles = plan.shares[0].tiles
+    tiles = plan.tiles
+    assert tiles is not None and tiles.shares == 1
     tile = depthwise_tile(c_out)
     launch(
         depthwise_kernel, (cdiv(m, tile.BM) * cdiv(c_out, tile.BC),), feats,
         feats.contiguous(), weight, out, tiles.table, tiles.order, tiles.masks, tiles.limit,
         None if bias is None else bias.contiguous(),
-        m, tiles.masks.shape[1], *weight.stride(),
+        m, tiles.masks.shape[2], *weight.stride(),
         K=volume, CI=c_in, CO=c_out, REPEAT=channels // c_in, FOLD=fold,
         BM=tile.BM, BC=tile.BC, STAGES=tile.stages, SORTED=tiles.order is not None,
         REVERSE=plan.reverse, BIAS=bias is not None, num_warps=tile.warps,
