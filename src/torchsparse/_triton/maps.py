@@ -115,7 +115,11 @@ def _own_share(records, tables, block):
     how many blocks there are in one."""
     record, place = _found(records, tables, block, FIRST_SHARED)
     blocks = (tl.load(record + ROWS).to(tl.int32) + BLOCK_ROWS - 1) // BLOCK_ROWS
-    return record, place % blocks * BLOCK_ROWS, place // blocks, blocks
+    share = place * 0
+    if place >= blocks:  # a division takes as long as the rest, and most tables have one share
+        share = place // blocks
+        place -= share * blocks
+    return record, place * BLOCK_ROWS, share, blocks
 
 
 @triton.jit
@@ -250,15 +254,18 @@ def tile_together_kernel(
     if tl.load(record + ORDER) != 0:
         order = _place(ORDER, record, tl.int32) + share * blocks * BLOCK_ROWS
         rows = tl.load(order + places, mask=live, other=0)
+    first_tap, last_tap = row * 0, row * 0 + K
     shares = tl.load(record + SHARES).to(tl.int32)
+    if shares > 1:
+        first_tap, last_tap = K * share // shares, K * (share + 1) // shares
     word = tl.full((BR,), -1, tl.int32)
     if tl.load(record + WORDS) != 0:
         word = tl.load(_place(WORDS, record, tl.int32) + rows, mask=live, other=0)
     tile_block(
-        places, rows.to(tl.int64), live, 0, K * share // shares, K * (share + 1) // shares, word,
+        places, rows.to(tl.int64), live, 0, first_tap, last_tap, word,
         _place(NEIGHBORS, record, tl.int32), _place(TABLE, record, tl.int32),
         _place(MASKS, record, tl.int32) + share * blocks + row // BLOCK_ROWS,
-        tl.load(record + ROWS).to(tl.int32), WIDTH, 1, BR,
+        tl.load(record + ROWS).to(tl.int32), WIDTH, 1, K, BR,
     )  # fmt: skip
 
 

@@ -255,14 +255,14 @@ def tile_kernel(
     every = tl.full((BR,), -1, tl.int32)
     tile_block(
         places, rows, live, part, K * share // SHARES, K * (share + 1) // SHARES, every,
-        neighbors, table, masks + tl.program_id(1).to(tl.int64) * T + tile, M, n_row, n_tap, BR,
+        neighbors, table, masks + tl.program_id(1).to(tl.int64) * T + tile, M, n_row, n_tap, K, BR,
     )  # fmt: skip
 
 
 @triton.jit
 def tile_block(
     places, rows, live, part, first, last, word, neighbors, table, mask_at, M, n_row, n_tap,
-    BR: tl.constexpr,
+    K: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     """32 taps of the rows that come to ``places``, as far as they are ``first`` to last - 1, and
     which of these taps there are.
@@ -271,7 +271,8 @@ def tile_block(
     """
     taps = part * 32 + tl.arange(0, 32)
     at = rows[:, None] * n_row + taps.to(tl.int64)[None, :] * n_tap
-    there = live[:, None] & ((taps >= first) & (taps < last))[None, :]
+    # K on its own, though last is K or less: the compiler then drops the columns behind it.
+    there = live[:, None] & (taps < K)[None, :] & ((taps >= first) & (taps < last))[None, :]
     known = ((word[:, None] >> tl.arange(0, 32)[None, :]) & 1) > 0
     idx = tl.load(neighbors + at, mask=there & known, other=-1)
     target = table + taps.to(tl.int64)[None, :] * M + places[:, None]
@@ -377,8 +378,11 @@ def untile_kernel(
         rows = tl.load(own + places, mask=live, other=0)
         rows = tl.where(live, rows, places)
     taps = tl.program_id(1) % WORDS * 32 + tl.arange(0, 32)
-    last = tl.where(share == SHARES - 1, WIDTH, K * (share + 1) // SHARES)
-    mine = (taps >= K * share // SHARES) & (taps < last)
+    if SHARES == 1:
+        mine = taps < WIDTH  # whole 16 bytes
+    else:
+        last = tl.where(share == SHARES - 1, WIDTH, K * (share + 1) // SHARES)
+        mine = (taps >= K * share // SHARES) & (taps < last)
     source = table + taps.to(tl.int64)[None, :] * M + places[:, None]
     idx = tl.load(source, mask=live[:, None] & (mine & (taps < K))[None, :], other=-1)
     at = rows.to(tl.int64)[:, None] * WIDTH + taps[None, :]
