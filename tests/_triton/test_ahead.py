@@ -12,12 +12,15 @@ from torch import Tensor, nn
 from tests import clouds
 from torchsparse import SparseTensor
 from torchsparse import nn as spnn
-from torchsparse._capacity import Growth, growing
+from torchsparse._capacity import Growth, growing, mark_rows, row_count
+from torchsparse._geometry import Geometry
 from torchsparse._kernel_map import KernelMap, KernelMapKey
-from torchsparse._ops.conv import Planned
+from torchsparse._ops.conv import Planned, plan_key
+from torchsparse._ops.maps import layout_together
 from torchsparse._triton import maps
 from torchsparse._triton.conv import plan
 from torchsparse.nn.functional.conv import ahead
+from torchsparse.nn.functional.conv.choices import resolve
 from torchsparse.operators import cat
 
 pytestmark = pytest.mark.usefixtures("kernels")
@@ -140,6 +143,21 @@ def test_the_second_scan_finds_all_maps_ready(device, built, grad, shares):
         want = lazily(net, x)
         assert torch.equal(got, want.feats)
         assert_same_maps(y, want)
+
+
+def test_layouts_follow_the_rows_that_are_expected(device):
+    """Of padded coordinates, four fifths; in a plan for itself and in one among others."""
+    rows = 11_000
+    coords = torch.zeros(rows, 4, dtype=torch.int32, device=device)
+    cube, feats = Geometry.submanifold((3, 3, 3), (1, 1, 1)), torch.ones(1, 4, device=device)
+    recipe = resolve(None, feats, torch.ones(27, 4, 4, device=device), None)
+    table = torch.full((27, 0), -1, dtype=torch.int32, device=device)
+    for shares in (2, 3):
+        layout, _ = plan_key(
+            lambda: table, coords, None, cube, None, recipe, 4, False, row_count(coords)
+        )
+        assert layout == layout_together(coords, cube, recipe, False) == ("gemm", True, shares)
+        mark_rows(coords, torch.tensor([rows], device=device))
 
 
 @pytest.mark.usefixtures("shares", "rows_alike")

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from torchsparse._capacity import expected_rows
 from torchsparse._geometry import Geometry
 from torchsparse._ops.dispatch import reference, twin
 from torchsparse._recipe import ConvRecipe, Dataflow, Epilogue
@@ -91,7 +92,8 @@ def plan_key(
         return ("reference", layout), lambda: Planned(
             chosen, chosen.make_plan(neighbors(), identity, layout)
         )
-    layout = chosen.choose_layout(coords.shape[0], geometry, recipe, backward)
+    rows = expected_rows(coords.shape[0], limit)
+    layout = chosen.choose_layout(rows, geometry, recipe, backward)
     return layout, lambda: Planned(
         chosen, chosen.make_plan(neighbors(), keys, geometry, layout, limit), True
     )

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from torchsparse._asked import Asked, Made
+from torchsparse._capacity import expected_rows, row_count
 from torchsparse._geometry import Geometry
 from torchsparse._ops.conv import Planned, choose
 from torchsparse._ops.dispatch import reference, twin
@@ -30,7 +31,8 @@ def layout_together(
     if chosen is reference("conv"):
         return None
     rows = coords.shape[0]
-    layout = chosen.choose_layout(rows, geometry, recipe, backward)
+    expected = expected_rows(rows, row_count(coords))
+    layout = chosen.choose_layout(expected, geometry, recipe, backward)
     return layout if twin("maps", coords).together(geometry, layout, rows) else None
 
 

@@ -109,7 +109,7 @@ LONG_LOOP, MOST_SHARES = 54, 600
 
 # Blocks of 64 rows up to which the taps of a map come in 4, 3 and 2 shares with an order of the
 # rows for each, and taps from which they do.
-SHARED_BLOCKS, SHARED_TAPS = ((92, 4), (140, 3), (192, 2)), 16
+SHARED_BLOCKS, SHARED_TAPS = ((48, 4), (140, 3), (192, 2)), 16
 
 
 def shares_of(rows: int, volume: int) -> int:

@@ -25,7 +25,7 @@ FEW_ROWS = 1024
 def choose_layout(
     rows: int, geometry: Geometry, recipe: ConvRecipe, backward: bool
 ) -> tuple[str, bool, int]:
-    """(kind, sorted, shares): equal layouts mean equal plans of one map.
+    """(kind, sorted, shares): equal layouts mean equal plans of one map of about so many rows.
 
     With ``recipe.literal`` every field is an order; otherwise an order is only what asks for a
     sort or for several splits of the forward pass.
