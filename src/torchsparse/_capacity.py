@@ -34,8 +34,8 @@ __all__ = [
 
 PAD = -(2**31)  # in all columns of a padding row
 STEP = 128  # rows of capacities are a multiple of it
-# The share of a padded level that is usually real: there is room for 1.15 times what was seen, of an
-# input that fills 0.8 to all of its bucket (`_graphs`).
+# The share of a padded level that is usually real: there is room for 1.15 times what was seen, of
+# an input that fills 0.8 to all of its bucket (`_graphs`).
 FILLED = 0.8
 
 
