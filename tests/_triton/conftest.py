@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from torchsparse._ops.dispatch import forced
+from torchsparse.nn.functional.conv import ahead
 
 
 class _WithoutTriton(pytest.Module):
@@ -40,6 +41,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def device() -> torch.device:
     return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+
+
+@pytest.fixture
+def forgetful() -> Iterator[None]:
+    """No notes of what networks of other tests asked for: a weight may lie where theirs lay."""
+    ahead._notes.clear()
+    yield
+    ahead._notes.clear()
 
 
 @pytest.fixture

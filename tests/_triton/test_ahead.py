@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -23,7 +22,7 @@ from torchsparse.nn.functional.conv import ahead
 from torchsparse.nn.functional.conv.choices import resolve
 from torchsparse.operators import cat
 
-pytestmark = pytest.mark.usefixtures("kernels")
+pytestmark = pytest.mark.usefixtures("kernels", "forgetful")
 
 
 class Net(nn.Module):
@@ -46,14 +45,6 @@ class Net(nn.Module):
         third = self.mid[1](self.down[1](second))
         back = self.up[1](self.up[0](third))
         return self.join(cat([back, first]))
-
-
-@pytest.fixture(autouse=True)
-def forgetful() -> Iterator[None]:
-    """No notes of other tests."""
-    ahead._notes.clear()
-    yield
-    ahead._notes.clear()
 
 
 @pytest.fixture

@@ -20,19 +20,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:overflow encountered"),
 ]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-ARGUMENTS = [
-    "--layers",
-    "1:16:16",
-    "--dtypes",
-    "fp16",
-    "--seconds",
-    "0",
-    "--splits",
-    "1",
-    "2",
-    "--own",
-    "2",
-]
+ARGUMENTS = "--layers 1:16:16 --dtypes fp16 --seconds 0 --splits 1 2 --own 2 --top 9".split()
 
 
 def run(folder: Path, *more: str) -> int:
