@@ -50,7 +50,10 @@ FULL = (
     (64, 32, 3, 4), (64, 32, 4, 4), (64, 64, 2, 4), (64, 64, 3, 4), (128, 32, 3, 4),
     (128, 32, 3, 8),
 )  # fmt: skip
-AGREE = {"fp16": 2e-3, "bf16": 2e-2, "tf32": 4e-3, "fp32": 1e-5}  # shares of the largest entry
+# Shares of the largest entry. fp32 is what float32 means without TF32: three products of it.
+AGREE = {"fp16": 2e-3, "bf16": 2e-2, "tf32": 4e-3, "fp32": 1e-5, "ieee": 1e-5}
+PRECISION = {"tf32": "tf32", "fp32": "tf32x3"}
+FLOATING = {**floors.DTYPES, "ieee": torch.float32}
 Tile = tuple[int, ...]
 
 
@@ -82,12 +85,17 @@ def tables(scene: scenes.Scene, levels: int, device: torch.device) -> list[tuple
 
 
 def candidates(
-    layer: Layer, half: bool, splits: list[int], own: list[int]
+    layer: Layer, dtype: str, splits: list[int], own: list[int]
 ) -> Iterator[tuple[Tile, bool]]:
     """Tiles with the numbers of shares of their taps, and whether these have their own orders."""
     from torchsparse._triton.launch import next_power
 
-    columns = {min(max(next_power(layer.c_out), 16), 128), 256 if layer.c_out == 256 else 0} - {0}
+    half = FLOATING[dtype] != torch.float32
+    columns = {min(max(next_power(layer.c_out), 16), 128)}
+    if dtype in ("fp32", "ieee"):  # registers are what these run short of
+        columns.add(64)
+    elif layer.c_out == 256:
+        columns.add(256)
     orders = [*zip(splits, itertools.repeat(False)), *zip(own, itertools.repeat(True))]
     for (bm, bk, stages, warps), bn, (shares, apart) in itertools.product(
         HALF if half else FULL, columns, orders
@@ -109,10 +117,10 @@ def sweep(
     """
     from torchsparse._triton import conv, tiles
     from torchsparse._triton.conv import product
-    from torchsparse._triton.conv.plan import FEW_ROWS
+    from torchsparse._triton.conv.plan import own_layout
 
-    device, floating = table.device, floors.DTYPES[dtype]
-    precision = "tf32" if dtype == "tf32" else "ieee"
+    device, floating = table.device, FLOATING[dtype]
+    precision = PRECISION.get(dtype, "ieee")
     rows = table.shape[1]
     torch.manual_seed(0)
     feats = torch.randn(rows, layer.c_in, device=device).to(floating)
@@ -124,7 +132,7 @@ def sweep(
         reference.make_plan(table, None, reference.choose_layout(layer.c_out)),
         "ieee",
     )  # fmt: skip
-    ours = tiles.shares_of(rows, CUBE.volume) if rows > FEW_ROWS else 1
+    _, _, ours = own_layout(rows, CUBE, floating, precision)
     plans = {
         shares: conv.make_plan(table, keys, CUBE, ("gemm", True, shares))
         for shares in {1, ours, *own}
@@ -135,9 +143,8 @@ def sweep(
             rows, layer.c_in, layer.c_out, CUBE.volume, floating, precision, blocks, ours
         )
     )
-    half = floating != torch.float32
     first = shipped, ours > 1
-    wanted = dict.fromkeys([first, *candidates(layer, half, splits, own)])
+    wanted = dict.fromkeys([first, *candidates(layer, dtype, splits, own)])
 
     def step_of(tile: Tile, apart: bool) -> Callable[[], Tensor]:
         plan = plans[tile[5] if apart else 1]

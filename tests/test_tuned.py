@@ -335,6 +335,7 @@ def test_a_layout_on_a_cpu_follows_the_table() -> None:
 # ------------------------------------------------------------------ the tiles of kernels
 tiles = pytest.importorskip("torchsparse._triton.tiles")
 HALF, FULL = torch.float16, torch.float32
+KINDS = ((HALF, "ieee"), (FULL, "tf32"), (FULL, "tf32x3"), (FULL, "ieee"))
 H100 = tiles.Limits(132, 227 << 10)
 SIZES = [
     (rows, c_in, c_out, volume)
@@ -376,10 +377,14 @@ def test_wide_tiles_of_weights_in_blocks_share_out_no_taps() -> None:
 
 def test_small_maps_share_out_their_taps() -> None:
     """Where shares have orders of their own, a tile has as many splits, whatever was measured."""
-    rows = (1, 3072, 3073, 8960, 8961, 12_288, 12_289, 1 << 20)
-    assert [tiles.shares_of(m, 27) for m in rows] == [4, 4, 3, 3, 2, 2, 1, 1]
-    assert [tiles.shares_of(m, 9) for m in rows] == [1] * len(rows)
-    for dtype, precision in ((HALF, "ieee"), (FULL, "tf32"), (FULL, "ieee")):
+    for dtype, precision in KINDS:
+        name = "half" if dtype is HALF else precision
+        for blocks, shares in tiles.SHARED_BLOCKS[name]:
+            assert tiles.shares_of(64 * blocks, 27, dtype, precision) == shares
+            assert tiles.shares_of(64 * blocks + 1, 27, dtype, precision) < shares
+            assert tiles.shares_of(64 * blocks, 9, dtype, precision) == 1
+        assert tiles.shares_of(1, 27, dtype, precision) == 4
+        assert tiles.shares_of(1 << 20, 27, dtype, precision) == 1
         for channels in ((32, 32), (96, 96), (384, 256)):
             arguments = (4490, *channels, 27, dtype, precision, False)
             assert tiles.gemm_tile(*arguments, shares=3).splits == 3
@@ -398,7 +403,7 @@ def test_shipped_tiles_fit_into_shared_memory(shares: int, blocks: bool) -> None
     for rows, c_in, c_out in itertools.product(
         (2_000, 9_000, 40_000), (8, 32, 64, 96, 128, 192, 384), (16, 96, 128, 192, 256, 512)
     ):
-        for dtype, precision in ((HALF, "ieee"), (FULL, "tf32"), (FULL, "tf32x3")):
+        for dtype, precision in KINDS:
             tile = tiles.shipped_gemm_tile(
                 rows, c_in, c_out, 27, dtype, precision, blocks and dtype == HALF, shares
             )

@@ -44,7 +44,7 @@ HALF, FULL = torch.float16, torch.float32
 FORWARD = [
     *((CUBE, c, c, HALF, "ieee") for c in (32, 64, 128, 256)),
     *((CUBE, c, c, FULL, "tf32") for c in (64, 128, 256)),
-    (CUBE, 64, 64, FULL, "tf32x3"),
+    *((CUBE, c, c, FULL, "tf32x3") for c in (64, 128)),
     (CUBE, 64, 64, torch.bfloat16, "ieee"),
     (DOWN, 32, 64, HALF, "ieee"),
     (DOWN, 64, 32, HALF, "ieee"),
@@ -61,6 +61,7 @@ SHARED = (
     (CUBE, 128, 128, HALF, "ieee"),
     (CUBE, 256, 256, HALF, "ieee"),
     (CUBE, 256, 256, FULL, "tf32"),
+    (CUBE, 128, 128, FULL, "tf32x3"),
 )
 
 
@@ -124,14 +125,16 @@ def the_rest() -> None:
         (CUBE, ("gemm", True, 1), 96, HALF, "ieee"),
         (CUBE, ("gemm", True, 1), 128, HALF, "ieee"),
         (CUBE, ("gemm", True, 1), 64, FULL, "ieee"),
+        (CUBE, ("gemm", True, 4), 128, FULL, "ieee"),
         (CUBE, ("fetch", False, 1), 20, FULL, "ieee"),
+        (CUBE, ("fetch", False, 1), 128, FULL, "ieee"),
         (CUBE, ("fetch", False, 1), 64, HALF, "ieee"),
     ):
         table = torch.zeros((geometry.volume, 1000), dtype=torch.int32)
         feats = torch.zeros((1000, channels), dtype=dtype)
-        weight = torch.zeros((geometry.volume, channels, 64), dtype=dtype)
+        weight = torch.zeros((geometry.volume, channels, max(channels, 64)), dtype=dtype)
         plan = make_plan(table, None, geometry, layout)._replace(reverse=True)
-        gather_gemm(feats, weight, feats.new_zeros(64), plan, precision)
+        gather_gemm(feats, weight, weight.new_zeros(weight.shape[2]), plan, precision)
     coords.check_sites(index, (1, 2, 3, 4), False)
     layout = ("gemm", True, 1)
     asked = [Asked(index, None, CUBE, layout), Asked(index, sites, DOWN, layout, layout)]

@@ -140,8 +140,9 @@ def test_layouts_follow_the_rows_that_are_expected(device):
     """Of padded coordinates, four fifths; in a plan for itself and in one among others."""
     rows = 11_000
     coords = torch.zeros(rows, 4, dtype=torch.int32, device=device)
-    cube, feats = Geometry.submanifold((3, 3, 3), (1, 1, 1)), torch.ones(1, 4, device=device)
-    recipe = resolve(None, feats, torch.ones(27, 4, 4, device=device), None)
+    cube = Geometry.submanifold((3, 3, 3), (1, 1, 1))
+    feats = torch.ones(1, 4, device=device, dtype=torch.half)
+    recipe = resolve(None, feats, feats.new_ones(27, 4, 4), None)
     table = torch.full((27, 0), -1, dtype=torch.int32, device=device)
     for shares in (2, 3):
         layout, _ = plan_key(

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from functools import partial
 
+import torch
 from torch import Tensor
 
 from torchsparse._geometry import Geometry
@@ -38,9 +39,18 @@ def choose_layout(
         return "gemm", recipe.sort, splits
     if not backward and (recipe.sort or splits > 1):
         return "gemm", True, splits
+    return own_layout(rows, geometry, recipe.compute, recipe.precision)
+
+
+def own_layout(
+    rows: int, geometry: Geometry, dtype: torch.dtype, precision: str
+) -> tuple[str, bool, int]:
+    """`choose_layout` where nothing is ordered, for operands of a type and precision."""
     if rows <= FEW_ROWS or geometry.volume == 1:
         return "gemm", False, 1
-    return "gemm", True, shares_of(rows, geometry.volume) if geometry.is_symmetric else 1
+    if not geometry.is_symmetric:
+        return "gemm", True, 1
+    return "gemm", True, shares_of(rows, geometry.volume, dtype, precision)
 
 
 def make_plan(
