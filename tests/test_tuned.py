@@ -407,9 +407,27 @@ def test_shipped_tiles_fit_into_shared_memory(shares: int, blocks: bool) -> None
             tile = tiles.shipped_gemm_tile(
                 rows, c_in, c_out, 27, dtype, precision, blocks and dtype == HALF, shares
             )
-            held = tile.stages * (tile.BM + tile.BN) * tile.BK * dtype.itemsize
-            assert held <= H100.shared, (rows, c_in, c_out, dtype, tile)
+            assert tiles.fitting(tile, dtype, H100) == tile, (rows, c_in, c_out, dtype)
             assert tile.splits == shares or shares == 1
+
+
+@pytest.mark.parametrize("kilobytes", [64, 99, 163])
+def test_tiles_are_cut_to_smaller_gpus(kilobytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What an H100 holds, a GeForce does not: it would refuse the launch."""
+    limits = tiles.Limits(80, kilobytes << 10)
+    monkeypatch.setattr(tiles.Limits, "of", staticmethod(lambda device: limits))
+    for kept in ("_gemm_tile", "_grad_tile", "_dense_tile"):  # forget no answer of other tests
+        monkeypatch.setattr(tiles, kept, getattr(tiles, kept).__wrapped__)
+    for c_in, c_out in itertools.product((16, 64, 96, 128, 384), (16, 96, 256)):
+        for dtype, precision in KINDS:
+            for rows, shares in itertools.product((2_000, 40_000), (1, 3)):
+                tile = tiles.gemm_tile(
+                    rows, c_in, c_out, 27, dtype, precision, device=CPU, shares=shares
+                )
+                assert tiles._fits(*tile[:5], dtype.itemsize, limits), tile
+            tile = tiles.grad_tile(1 << 20, c_in, c_out, dtype, precision, 27, CPU)
+            assert tiles._fits(*tile[:5], dtype.itemsize, limits), tile
+        assert tiles._fits(*tiles.dense_tile(40_000, c_in, c_out, CPU)[:5], 2, limits)
 
 
 def test_a_measured_gradient_tile_goes_before_the_shipped_one() -> None:

@@ -175,6 +175,9 @@ def report(name: str, kernel: Compiled) -> dict[str, Any]:
         "hgmma": kernel.count(r"\bHGMMA"),
         "hmma": kernel.count(r"\bHMMA"),
         "stack": kernel.stack,
+        "shared": kernel.kernel.metadata.shared,
+        "tile": [kernel.constants.get(size, 0) for size in ("BM", "BN", "BK")],
+        "stages": kernel.kernel.metadata.num_stages,
         "float_atomics": kernel.count(r"(?:RED|ATOMG?)\.[A-Z.]*(?:F16|F32|F64|BF16)"),
     }
 

@@ -15,6 +15,8 @@ from typing import Any
 
 import pytest
 
+from torchsparse._triton import tiles
+
 ROOT = Path(__file__).resolve().parents[2]
 Report = dict[str, Any]
 ARCHS = (80, 90)
@@ -66,6 +68,19 @@ def test_products_have_copies_in_flight_and_use_tensor_cores(reports, arch: int)
         assert report["in_flight"] >= (1 if report["blocks"] else 2), report
         assert report["copies"] == report["wide_copies"] > 0, report  # 16 bytes each
         assert tensor_cores(report, arch) > 0, report
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_shared_memory_is_what_tiles_are_fitted_by(reports, arch: int) -> None:
+    """`tiles.fitting` asks how much a tile holds; a GPU that has less refuses the launch."""
+    for kind in ("forward", "shared", "backward"):
+        found = [r for r in reports[arch] if r["layer"].startswith(kind)]
+        assert found
+        for report in found:
+            size = 2 if report["layer"].endswith("float16") else 4
+            rows, columns, step = report["tile"]
+            held = tiles._held(rows, columns, step, report["stages"], size)
+            assert report["shared"] <= held, report
 
 
 def test_wide_half_weights_are_read_in_blocks(reports) -> None:

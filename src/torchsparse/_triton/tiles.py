@@ -7,7 +7,7 @@ The rows are measurements on an H100 (benchmarks/README.md); other GPUs start fr
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 
@@ -25,6 +25,7 @@ __all__ = [
     "dense_tile",
     "depthwise_grad_tile",
     "depthwise_tile",
+    "fitting",
     "gemm_tile",
     "gemm_tiles",
     "grad_tile",
@@ -66,6 +67,9 @@ class GradTile(NamedTuple):
     target: int  # chunks of pairs over all taps, about
 
 
+_Tile = TypeVar("_Tile", GemmTile, GradTile)
+
+
 class NarrowTile(NamedTuple):
     """One program for few input channels."""
 
@@ -100,9 +104,10 @@ def _block_k(channels: int, widest: int) -> int:
     return min(max(next_power(channels), 16), widest)
 
 
-# Up to so many, programs wait for each turn's loads longer than they multiply, and take 128
-# channels in one turn: of 65 to 127 channels, padded, and of 128.
-FEW_PADDED, FEW_WHOLE = 300, 200
+# Up to FEW, programs wait for each turn's loads longer than they multiply, and take up to 128
+# channels in one turn, with three turns on their way. Up to SOME, 128 channels still go in one
+# turn, but with two on their way, so that a multiprocessor holds two programs.
+FEW, SOME = 300, 400
 # Turns of a program's loop from which its shares pay for their sum, and programs at most then.
 LONG_LOOP, MOST_SHARES = 54, 600
 
@@ -110,7 +115,7 @@ LONG_LOOP, MOST_SHARES = 54, 600
 # Blocks of 64 rows up to which the taps of a map come in 4, 3 and 2 shares with an order of the
 # rows for each. The slower the products are, the longer it pays to waste few of them.
 SHARED_BLOCKS: dict[str, tuple[tuple[int, int], ...]] = {
-    "half": ((48, 4), (140, 3), (192, 2)),
+    "half": ((48, 4), (140, 3), (220, 2)),
     "tf32": ((132, 4), (220, 3), (400, 2)),
     "tf32x3": ((340, 4), (1200, 2)),
     "ieee": ((700, 4), (1600, 2)),
@@ -200,6 +205,7 @@ def _gemm_tile(
     shipped = shipped_gemm_tile(rows, c_in, c_out, volume, dtype, precision, blocks, shares)
     if device is None:
         return shipped
+    shipped = fitting(shipped, dtype, Limits.of(device))
     op, bits = "dgrad" if swapped else "fwd", rows.bit_length()
     name, measured = _measured(op, bits, c_in, c_out, volume, dtype, precision, device, generation)
     if measured is None and not _tuned.heard():
@@ -230,16 +236,20 @@ def shipped_gemm_tile(
     blocks: bool = False, shares: int = 1,
 ) -> GemmTile:  # fmt: skip
     """The tile without measurements of this machine; arguments as for `gemm_tile`."""
-    bn, work = min(max(next_power(c_out), 16), 128), 1
+    bn = min(max(next_power(c_out), 16), 128)
     if dtype != torch.float32:
         bm, bk, stages, warps = 64, _block_k(c_in, 64), 3, 4
         if bk < 64:
             stages = 4
         programs = cdiv(rows, bm) * cdiv(c_out, bn)
-        if 64 < c_in < 128 and bk < 64 and programs <= FEW_PADDED:
+        if 64 < c_in < 128 and bk < 64 and programs <= FEW and shares == 1:
             bk, stages = 128, 3
-        elif c_in == 128 and programs <= FEW_WHOLE:
-            bk, stages, work = 128, 2, 2
+        elif c_in == 128 and programs * shares <= FEW:
+            bk, stages = 128, 3
+        elif c_in == 128 and programs <= SOME:
+            bk, stages = 128, 2
+        elif shares > 1:
+            stages = 4
         if shares > 1 and blocks and c_out % 256 == 0:
             bn, bk, stages = 256, _block_k(c_in, 64), 4
         elif c_out > 128 and cdiv(rows, 128) * cdiv(c_out, 128) >= 2 * PROCESSORS:
@@ -258,7 +268,7 @@ def shipped_gemm_tile(
         bm, bk, stages, warps = 64 if bn > 64 else 128, _block_k(c_in, 32), 2, 4
     if shares > 1:
         return GemmTile(bm, bn, bk, stages, warps, shares)
-    turns = volume * cdiv(c_in, bk) * work  # a turn of 128 channels takes as long as two of 64
+    turns = volume * cdiv(c_in, bk)
     splits = _splits(rows, bm, cdiv(c_out, bn), volume, turns)
     return GemmTile(bm, bn, bk, stages, warps, splits)
 
@@ -276,11 +286,16 @@ def narrow_tile(
     return NarrowTile(64, bn, 128, 2)
 
 
-def dense_tile(rows: int, c_in: int, c_out: int) -> GemmTile:
+def dense_tile(rows: int, c_in: int, c_out: int, device: torch.device) -> GemmTile:
     """The tile for a product of rows with one matrix of a half type: bytes decide, not FLOPs."""
     bn = min(max(next_power(c_out), 16), 128)
     bm = 128 if cdiv(rows, 128) * cdiv(c_out, bn) >= 2 * PROCESSORS else 64
-    return GemmTile(bm, bn, _block_k(c_in, 64), 3, bm // 16, 1)
+    return _dense_tile(bm, bn, _block_k(c_in, 64), device)
+
+
+@lru_cache(maxsize=256)
+def _dense_tile(bm: int, bn: int, bk: int, device: torch.device) -> GemmTile:
+    return fitting(GemmTile(bm, bn, bk, 3, bm // 16, 1), torch.float16, Limits.of(device))
 
 
 def loop_step(block: int, dtype: torch.dtype, precision: str) -> int:
@@ -315,6 +330,7 @@ def _grad_tile(
     shipped = shipped_grad_tile(pairs, c_in, c_out, dtype, precision)
     if device is None:
         return shipped
+    shipped = fitting(shipped, dtype, Limits.of(device))
     bits = pairs.bit_length()
     name, measured = _measured(
         "wgrad", bits, c_in, c_out, volume, dtype, precision, device, generation
@@ -419,15 +435,39 @@ class Limits(NamedTuple):
             return Limits(PROCESSORS, 227 << 10)
         about = torch.cuda.get_device_properties(device)
         known = {(8, 0): 163, (8, 7): 163, (9, 0): 227, (10, 0): 227}
-        usual = known.get((about.major, about.minor), 99) << 10
-        shared = getattr(about, "shared_memory_per_block_optin", usual)
+        usual = 64 if torch.version.hip else known.get((about.major, about.minor), 99)
+        shared = getattr(about, "shared_memory_per_block_optin", usual << 10)
         return Limits(about.multi_processor_count, shared)
+
+
+BESIDE = 1024  # bytes of shared memory that a kernel may need besides its operands, at most
+
+
+def _held(bm: int, bn: int, bk: int, stages: int, size: int) -> int:
+    """Bytes of shared memory for operands of so many bytes a number."""
+    return stages * (bm + bn) * bk * size + BESIDE
 
 
 def _fits(bm: int, bn: int, bk: int, stages: int, warps: int, size: int, limits: Limits) -> bool:
     """Whether the buffers fit into shared memory and the sums into registers."""
     # A thread has 255 registers; beyond 128 for sums, addresses spill.
-    return stages * (bm + bn) * bk * size <= limits.shared and bm * bn <= 128 * 32 * warps
+    return _held(bm, bn, bk, stages, size) <= limits.shared and bm * bn <= 128 * 32 * warps
+
+
+def fitting(tile: _Tile, dtype: torch.dtype, limits: Limits) -> _Tile:
+    """The tile, with fewer or shorter turns on their way where a GPU cannot hold these.
+
+    Shipped tiles are those of an H100; most GPUs have less than half of its shared memory.
+    """
+    size = dtype.itemsize
+    while _held(tile.BM, tile.BN, tile.BK, tile.stages, size) > limits.shared:
+        if tile.stages > 2:
+            tile = tile._replace(stages=tile.stages - 1)
+        elif tile.BK > 16:
+            tile = tile._replace(BK=tile.BK // 2)
+        else:
+            break
+    return tile
 
 
 def _filled(programs: int, limits: Limits) -> float:

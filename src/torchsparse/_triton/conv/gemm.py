@@ -128,7 +128,8 @@ def gemm_kernel(
     """
     COLS: tl.constexpr = (CO + BN - 1) // BN
     WORDS: tl.constexpr = (K + 31) // 32
-    PARTS: tl.constexpr = BM // 64  # masks describe 64 rows
+    tl.static_assert(BM % 64 == 0, "masks describe 64 rows")
+    PARTS: tl.constexpr = BM // 64
     pid = tl.program_id(0)
     tile = pid // COLS
     first_col = (pid % COLS) * BN

@@ -24,9 +24,11 @@ from torchsparse._triton.tiles import (
     WIDE_TURN,
     GemmTile,
     GradTile,
+    Limits,
     NarrowTile,
     alike,
     dense_tile,
+    fitting,
     gemm_tile,
     grad_tile,
     has_blocks,
@@ -136,7 +138,7 @@ def dense(feats: Tensor, weight: Tensor, bias: Tensor | None, epilogue: Epilogue
     out = feats.new_empty(m, c_out)
     if m and c_out:
         end = _end(bias, epilogue)
-        tile = dense_tile(m, c_in, c_out)
+        tile = dense_tile(m, c_in, c_out, feats.device)
         strides = weight.stride()
         name = ("dense", feats.dtype, tile, weight.shape, strides, end.kind)
         step = _steps.get(name)
@@ -533,6 +535,7 @@ def _fetch(
     m = out.shape[0]
     total = torch.zeros_like(out, dtype=torch.float32)
     tile = gemm_tile(m, c_in, c_out, 1, feats.dtype, precision)
+    tile = fitting(tile, feats.dtype, Limits.of(feats.device))
     longest = min(m, pairs.inputs.shape[0])
     for tap in range(volume):
         listed = tap if tap < pairs.lists else volume - 1 - tap
