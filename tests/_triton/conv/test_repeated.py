@@ -13,6 +13,7 @@ import triton
 from torch import Tensor
 
 from tests._triton.kit import random_table
+from torchsparse._capacity import expected_rows
 from torchsparse._geometry import Geometry
 from torchsparse._recipe import Epilogue, Norm
 from torchsparse._triton import launch as module
@@ -159,3 +160,29 @@ def test_weight_gradients(fakes: SimpleNamespace) -> None:
     fakes.sum_chunks_kernel.agrees("partial", "out")
     product.weight_grad(x, g, pairs._replace(swap=True))
     assert len(fakes.wgrad_kernel.public) == 2
+
+
+def test_tiles_are_those_of_the_rows_that_are_expected(
+    fakes: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a level with room to spare; all rows are launched, as any may be real."""
+    chosen: list[int] = []
+    choose = product.gemm_tile
+
+    def spy(rows: int, *sizes: Any) -> tiles.GemmTile:
+        chosen.append(rows)
+        return choose(rows, *sizes)
+
+    monkeypatch.setattr(product, "gemm_tile", spy)
+    x, w, bias, epilogue = operands(16, 64)
+    whole, padded = plan(), plan()
+    assert padded.tiles is not None
+    limit = torch.tensor([30])
+    padded = padded._replace(tiles=padded.tiles._replace(limit=limit), limit=limit)
+    for one in (whole, padded):
+        product.gather_gemm(x, w, bias, one, "ieee", epilogue)
+    assert chosen == [ROWS, expected_rows(ROWS, limit)]
+    assert chosen[1] < ROWS
+    kernel = fakes.gemm_kernel
+    assert [given[0] for given in kernel.public] == [(1, 1, 1)] * 2
+    assert [given[1 + kernel.arg_names.index("M")] for given in kernel.public] == [ROWS] * 2

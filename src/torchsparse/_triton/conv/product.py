@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from torchsparse._capacity import expected_rows
 from torchsparse._recipe import Epilogue
 from torchsparse._triton.conv.fetch import fetch_kernel
 from torchsparse._triton.conv.gemm import (
@@ -434,10 +435,17 @@ def _plan_product(
     if form.narrow is not None:
         call = _narrow(form, form.narrow, end, tiles, plan, precision)
         return _Product(m, c_out, False, None, 1, call)
-    kind = (alike(m), feats.get_device(), tiles.order is None, tiles.limit is None, tiles.shares)
+    rows = expected_rows(m, tiles.limit)
+    kind = (
+        alike(rows),
+        feats.get_device(),
+        tiles.order is None,
+        tiles.limit is None,
+        tiles.shares,
+    )
     chosen = form.chosen.get(kind)
     if chosen is None:
-        chosen = form.chosen[kind] = _choose(form, feats, end, plan, tiles, precision)
+        chosen = form.chosen[kind] = _choose(form, rows, feats, end, plan, tiles, precision)
     tile, step, matrix, add = chosen
     where = plan.memo.get("places")
     if where is None:
@@ -448,13 +456,13 @@ def _plan_product(
 
 
 def _choose(
-    form: _Form, feats: Tensor, end: _End, plan: Plan, tiles: Tiles, precision: str
+    form: _Form, rows: int, feats: Tensor, end: _End, plan: Plan, tiles: Tiles, precision: str
 ) -> _Chosen:
-    """Tile and kernels for a plan."""
+    """Tile and kernels for a plan of which so many rows may be real."""
     (volume, c_in, c_out), dtype, device = form.shape, feats.dtype, feats.device
     blocks = form.blocks if form.blocks and has_blocks(device) else 0
     tile = gemm_tile(
-        plan.rows, c_in, c_out, volume, dtype, precision, form.swapped, device, blocks > 0,
+        rows, c_in, c_out, volume, dtype, precision, form.swapped, device, blocks > 0,
         tiles.shares,
     )  # fmt: skip
     own, add = end, None
