@@ -37,7 +37,7 @@ OWN_NAMES = {
     "coords": {
         # The index is an opaque record to `_ops`; the rest serves other files.
         "_reference": {
-            "CoordIndex", "bounds", "flat_nonzero", "sorted_values", "stable_order"
+            "CoordIndex", "bounds", "flat_nonzero", "sorted_values"
         },
         "_triton": set(),
     },

@@ -28,7 +28,6 @@ __all__ = [
     "generative_sites",
     "invert_taps",
     "sorted_values",
-    "stable_order",
     "strided_sites",
 ]
 
@@ -153,13 +152,6 @@ def flat_nonzero(mask: Tensor) -> Tensor:
     if mask.device.type == "cpu":  # NumPy's search is three times as fast
         return torch.from_numpy(np.flatnonzero(mask.numpy()))
     return mask.view(-1).nonzero().squeeze(1)
-
-
-def stable_order(values: Tensor) -> Tensor:
-    """[N] int64, the permutation that sorts [N] numbers and keeps the order of equal ones."""
-    if values.device.type == "cpu":  # NumPy sorts 30 000 numbers of 16 bits five times as fast
-        return torch.from_numpy(np.argsort(values.numpy(), kind="stable"))
-    return torch.sort(values, stable=True).indices
 
 
 def sorted_values(values: Tensor) -> Tensor:
