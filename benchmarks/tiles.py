@@ -125,7 +125,7 @@ def sweep(
     torch.manual_seed(0)
     feats = torch.randn(rows, layer.c_in, device=device).to(floating)
     weight = torch.randn(CUBE.volume, layer.c_in, layer.c_out, device=device).to(floating)
-    if floating == torch.float32:  # as the tensor cores want it: see `product._must_turn`
+    if product._must_turn(floating, weight.stride(), precision):  # once, as layers do
         weight = weight.transpose(1, 2).contiguous().transpose(1, 2)
     exact = reference.gather_gemm(
         feats.double(), weight.double(), None,
