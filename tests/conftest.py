@@ -18,6 +18,7 @@ if not torch.cuda.is_available():
 from hypothesis import HealthCheck, settings
 
 import torchsparse
+from tests import interpreter
 from torchsparse import _tuned
 from torchsparse.nn import functional as F
 from torchsparse.utils.tensor_cache import (
@@ -31,6 +32,9 @@ ASKED = os.environ.get("TORCHSPARSE_TEST_DEVICE", "")
 SHARD = os.environ.get("TORCHSPARSE_TEST_SHARD", "1/1")  # "2/3": the second third of the tests
 DEVICES = [ASKED] if ASKED else ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 ON_A_DEVICE = {"device", "gpu"}  # fixtures; a test with neither never leaves the CPU
+
+if not torch.cuda.is_available():
+    interpreter.hasten()
 
 settings.register_profile(
     "repeatable",
