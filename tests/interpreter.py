@@ -8,6 +8,7 @@ for every intermediate result it builds its type anew. Nothing here changes what
 from __future__ import annotations
 
 import importlib.util
+import math
 from typing import Any
 
 __all__ = ["hasten"]
@@ -75,19 +76,37 @@ def _know_dtypes(interpreter: Any, tl: Any) -> None:
 
 
 def _know_shapes(tl: Any) -> None:
-    """Equal shapes have one type."""
+    """Equal shapes are described once."""
     core = tl.core
-    make, known = core._type_for_tuple_values, {}
+    make = core.block_type.__init__
+    none = core.tuple([]), core.constexpr(1)
+    of_tensors: dict[tuple[int, ...], tuple[Any, Any]] = {}
+    of_blocks: dict[tuple[int, ...], tuple[Any, int, str]] = {}
 
-    def type_of(values: Any, fields: Any = None) -> Any:
-        if fields is not None or not all(type(v) is core.constexpr for v in values):
-            return make(values, fields)
-        shape = tuple([v.value for v in values])
-        if not all(type(n) is int for n in shape):
-            return make(values, fields)
-        found = known.get(shape)
+    def tensor(self: Any, handle: Any, type: Any) -> None:
+        self.handle, self.type, self.dtype = handle, type, type.scalar
+        if not type.is_block():
+            self.shape, self.numel = none
+            return
+        lengths = tuple(type.shape.values)
+        found = of_tensors.get(lengths)
         if found is None:
-            found = known[shape] = make(values, fields)
-        return found
+            shape = core.tuple([core.constexpr(n) for n in lengths])
+            found = of_tensors[lengths] = shape, core.constexpr(math.prod(lengths))
+        self.shape, self.numel = found
 
-    core._type_for_tuple_values = type_of
+    def block_type(self: Any, element_ty: Any, shape: Any) -> None:
+        lengths = tuple(shape.values if type(shape) is core.tuple else shape)
+        for n in lengths:
+            if type(n) is not int:
+                return make(self, element_ty, shape)
+        found = of_blocks.get(lengths)
+        if found is None:
+            make(self, element_ty, shape)
+            of_blocks[lengths] = self.shape, self.numel, str(self.shape)
+            return
+        self.element_ty = element_ty
+        self.shape, self.numel, text = found
+        self.name = f"<{text}, {element_ty}>"
+
+    core.tensor.__init__, core.block_type.__init__ = tensor, block_type
