@@ -46,8 +46,8 @@ class Torchsparse:
         return x
 
     def keep(self, network: nn.Module, x: SparseTensor) -> Any:
-        """The maps that a pass over ``x`` builds."""
-        network(x)
+        """The maps that a pass over ``x`` builds, with whatever its products read of them."""
+        self.features(network(x))
         return x._caches
 
     def features(self, y: Any) -> Tensor:

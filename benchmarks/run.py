@@ -96,8 +96,8 @@ class Subject:
         def call(maps: Any) -> None:
             if not training:
                 with torch.inference_mode():
-                    network(engine.start(self.feats, self.coords, maps))
-                return
+                    engine.features(network(engine.start(self.feats, self.coords, maps)))
+                return  # computed when asked for, so they were asked for
             engines.training_step(engine, network, self.feats, self.coords, cast, maps)
 
         yield "new", lambda: call(None)
@@ -123,6 +123,8 @@ def measure(
         }  # fmt: skip
         row |= timing.measure(step, device, seconds, graph=engine.captures and maps == "kept")
         if maps != "only":
+            if row.get("launches") == 0:
+                raise oracle.WrongResult(f"{subject.case.name}, {dtype}: a step launches nothing")
             # Bursts of calls hold the gaps in which a GPU waits for the host: kernels do not.
             spent = row["gpu_ms"] if row.get("clock") == "graph" else row.get("kernel_ms")
             spent = spent or row["wall_ms"]

@@ -142,6 +142,28 @@ def test_the_map_alone_leaves_the_products_out(small, monkeypatch) -> None:
     assert calls == ["gather_gemm", "gather_gemm", "weight_grad"]
 
 
+@pytest.mark.parametrize("mode", ["infer", "train"])
+@pytest.mark.parametrize("name", ["subm-3-4-32", "minkunet-half"])
+def test_what_is_timed_is_computed(name: str, mode: str, small, monkeypatch) -> None:
+    """Features are put off until somebody reads them: a step must."""
+    case, calls = CASES[name], []
+    product = conv_passes.gather_gemm
+
+    def counted(*args: Any) -> torch.Tensor:
+        calls.append(args)
+        return product(*args)
+
+    monkeypatch.setattr(conv_passes, "gather_gemm", counted)
+    network = judging.calibrated(case, small, CPU)
+    subject = run.Subject(engines.Torchsparse(), case, network, small, "fp32", CPU)
+    layers = sum(hasattr(m, "kernel") and m.kernel.dim() == 3 for m in network.modules())
+    for maps, step in subject.steps(mode):
+        calls.clear()
+        step()
+        forward = layers if maps != "only" else 0  # products are left out where maps are alone
+        assert len(calls) == forward * (1 if mode == "infer" else 2), maps
+
+
 def test_a_wrong_result_is_not_timed(folder, tmp_path, capsys, monkeypatch) -> None:
     right = F.conv3d
 
