@@ -261,11 +261,12 @@ def tile_together_kernel(
     word = tl.full((BR,), -1, tl.int32)
     if tl.load(record + WORDS) != 0:
         word = tl.load(_place(WORDS, record, tl.int32) + rows, mask=live, other=0)
+    M = tl.load(record + ROWS).to(tl.int32)
     tile_block(
-        places, rows.to(tl.int64), live, 0, first_tap, last_tap, word,
+        places, rows.to(tl.int64), live, places < M, 0, first_tap, last_tap, word,
         _place(NEIGHBORS, record, tl.int32), _place(TABLE, record, tl.int32),
         _place(MASKS, record, tl.int32) + share * blocks + row // BLOCK_ROWS,
-        tl.load(record + ROWS).to(tl.int32), WIDTH, 1, K, BR,
+        M, WIDTH, 1, K, BR,
     )  # fmt: skip
 
 

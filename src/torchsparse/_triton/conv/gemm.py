@@ -49,7 +49,7 @@ def _finish(
 
 @triton.jit
 def _add_taps(
-    acc, x, w, table, m, first_tap, live, first_col, cols, cnt, M, w_tap, w_in, w_out,
+    acc, x, w, table, m, first_tap, held, first_col, cols, cnt, M, w_tap, w_in, w_out,
     K: tl.constexpr, CI: tl.constexpr, CO: tl.constexpr, BK: tl.constexpr,
     REVERSE: tl.constexpr, PRECISION: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
@@ -59,7 +59,7 @@ def _add_taps(
     rk = tl.arange(0, BK)
     last = K - 1
     tap = tl.minimum(first_tap + lowest_bit(m), last)
-    idx = tl.load(table + tap.to(tl.int64) * M, mask=live, other=-1)
+    idx = tl.load(table + tap.to(tl.int64) * M, mask=held, other=-1)
     for it in range(cnt * NK):
         kk = it % NK
         k = kk * BK + rk
@@ -81,7 +81,7 @@ def _add_taps(
                 b = tl.load(weights, mask=(k < CI)[:, None] & (cols < CO)[None, :], other=0.0)
         m = tl.where(kk == NK - 1, m & (m - 1), m)
         tap = tl.minimum(first_tap + lowest_bit(m), last)
-        idx = tl.load(table + tap.to(tl.int64) * M, mask=live, other=-1)
+        idx = tl.load(table + tap.to(tl.int64) * M, mask=held, other=-1)
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
     return acc
 
@@ -96,15 +96,12 @@ def _with_padding(acc, there, live, rm, cols, limit, M, CO):
 
 
 @triton.jit
-def _rows_of(rm, live, order, limit, SORTED: tl.constexpr):
-    """Where the positions ``rm`` of a table belong in the result; padding stays where it is."""
-    if SORTED:
-        rows = tl.load(order + rm, mask=live, other=0).to(tl.int64)
-        if limit is not None:
-            rows = tl.where(live, rows, rm.to(tl.int64))
-    else:
-        rows = rm.to(tl.int64)
-    return rows
+def _rows_of(rm, live, rows, limit, SORTED: tl.constexpr):
+    """Where the positions ``rm`` of a table belong in the result, read from its order: padding
+    stays where it is."""
+    if SORTED and limit is not None:
+        rows = tl.where(live, rows, rm)
+    return rows.to(tl.int64)
 
 
 @triton.jit(do_not_specialize=["M", "T"])
@@ -124,7 +121,8 @@ def gemm_kernel(
 
     With SPLITS > 1, program (., s) adds share s of the taps, as far as its tile has them, and out
     is [SPLITS, M, CO] float32 without epilogue: `sum_kernel` finishes. OWN: each share has its own
-    order of the rows. Rows from ``limit`` on are padding, have no place, and get zeros.
+    order of the rows. Rows from ``limit`` on are padding, have no place, and get zeros: the table
+    gives them no neighbours, so that nothing waits for ``limit`` before the sums are there.
     """
     COLS: tl.constexpr = (CO + BN - 1) // BN
     WORDS: tl.constexpr = (K + 31) // 32
@@ -135,13 +133,16 @@ def gemm_kernel(
     first_col = (pid % COLS) * BN
     cols = first_col + tl.arange(0, BN)
     rm = tile * BM + tl.arange(0, BM)
-    live = rm < real_rows(M, limit)
+    real = real_rows(M, limit)
+    held = rm < M
     split = tl.program_id(1)
     if OWN:
         masks += split.to(tl.int64) * WORDS * T
         if SORTED:
             order += split.to(tl.int64) * T * 64
-    rows = _rows_of(rm, live, order, limit, SORTED)
+    rows = rm
+    if SORTED:
+        rows = tl.load(order + rm, mask=held, other=0)
     table += rm
     acc = tl.zeros((BM, BN), dtype=tl.float32)
     for word in range(WORDS):
@@ -159,9 +160,11 @@ def gemm_kernel(
             m &= ((one << end.to(tl.uint64)) - (one << begin.to(tl.uint64))).to(tl.uint32)
         cnt = bit_count(m)
         acc = _add_taps(
-            acc, x, w, table, m, word * 32, live, first_col, cols, cnt, M, w_tap, w_in, w_out,
+            acc, x, w, table, m, word * 32, held, first_col, cols, cnt, M, w_tap, w_in, w_out,
             K, CI, CO, BK, REVERSE, PRECISION, BLOCKS,
         )  # fmt: skip
+    live = rm < real
+    rows = _rows_of(rm, live, rows, limit, SORTED)
     there = live[:, None] & (cols < CO)[None, :]
     if SPLITS > 1:
         out += split.to(tl.int64) * M * CO
@@ -183,14 +186,16 @@ def sum_kernel(
     """out[m] = epilogue(sum over s of partial[s, m]), in the order of s."""
     rm = tl.program_id(0) * BM + tl.arange(0, BM)
     cols = tl.program_id(1) * BN + tl.arange(0, BN)
-    live = rm < real_rows(M, limit)
-    there = live[:, None] & (cols < CO)[None, :]
+    real = real_rows(M, limit)
+    inside = (rm < M)[:, None] & (cols < CO)[None, :]
     rows = rm.to(tl.int64)
     at = rows[:, None] * CO + cols[None, :]
     size = tl.cast(M, tl.int64) * CO
-    acc = tl.load(partial + at, mask=there, other=0.0).to(tl.float32)
+    acc = tl.load(partial + at, mask=inside, other=0.0).to(tl.float32)
     for part in range(1, PARTS):
-        acc += tl.load(partial + part * size + at, mask=there, other=0.0)
+        acc += tl.load(partial + part * size + at, mask=inside, other=0.0)
+    live = rm < real
+    there = live[:, None] & (cols < CO)[None, :]
     acc = _finish(
         acc, rows, cols, there, bias, mean, var, gamma, beta, eps, residual, slope, CO,
         BIAS, NORM, RESIDUAL, ACT,
@@ -267,22 +272,26 @@ def narrow_kernel(
     """
     rm = tl.program_id(0) * BM + tl.arange(0, BM)
     cols = tl.program_id(1) * BN + tl.arange(0, BN)
-    live = rm < real_rows(M, limit)
+    real = real_rows(M, limit)
     acc = tl.zeros((BM, BN), dtype=tl.float32)
     for start in range(0, K * CI, BK):
         flat = start + tl.arange(0, BK)
         tap, c = flat // CI, flat % CI
         inside = flat < K * CI
         at = rm[:, None] + tap[None, :].to(tl.int64) * M
-        idx = tl.load(table + at, mask=live[:, None] & inside[None, :], other=-1)
+        idx = tl.load(table + at, mask=(rm < M)[:, None] & inside[None, :], other=-1)
         a = tl.load(x + idx.to(tl.int64) * CI + c[None, :], mask=idx >= 0, other=0.0)
         slice_ = K - 1 - tap if REVERSE else tap
         weights = w + slice_[:, None].to(tl.int64) * w_tap + c[:, None] * w_in
         there = inside[:, None] & (cols < CO)[None, :]
         b = tl.load(weights + cols[None, :] * w_out, mask=there, other=0.0)
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
+    live = rm < real
     there = live[:, None] & (cols < CO)[None, :]
-    rows = _rows_of(rm, live, order, limit, SORTED)
+    rows = rm
+    if SORTED:
+        rows = tl.load(order + rm, mask=live, other=0)
+    rows = _rows_of(rm, live, rows, limit, SORTED)
     acc = _finish(
         acc, rows, cols, there, bias, mean, var, gamma, beta, eps, residual, slope, CO,
         BIAS, NORM, RESIDUAL, ACT,

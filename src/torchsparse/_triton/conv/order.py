@@ -254,29 +254,33 @@ def tile_kernel(
         rows = places.to(tl.int64)
     every = tl.full((BR,), -1, tl.int32)
     tile_block(
-        places, rows, live, part, K * share // SHARES, K * (share + 1) // SHARES, every,
-        neighbors, table, masks + tl.program_id(1).to(tl.int64) * T + tile, M, n_row, n_tap, K, BR,
+        places, rows, live, places < M, part, K * share // SHARES, K * (share + 1) // SHARES,
+        every, neighbors, table, masks + tl.program_id(1).to(tl.int64) * T + tile, M, n_row, n_tap,
+        K, BR,
     )  # fmt: skip
 
 
 @triton.jit
 def tile_block(
-    places, rows, live, part, first, last, word, neighbors, table, mask_at, M, n_row, n_tap,
-    K: tl.constexpr, BR: tl.constexpr,
+    places, rows, live, inside, part, first, last, word, neighbors, table, mask_at, M, n_row,
+    n_tap, K: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     """32 taps of the rows that come to ``places``, as far as they are ``first`` to last - 1, and
     which of these taps there are.
+
+    Places ``inside`` the table that are not ``live`` get no neighbours, so that whoever reads them
+    need not know how many rows are real.
 
     ``word`` [BR]: bit k tells whether a row may have tap k; if not, nothing is read.
     """
     taps = part * 32 + tl.arange(0, 32)
     at = rows[:, None] * n_row + taps.to(tl.int64)[None, :] * n_tap
     # K on its own, though last is K or less: the compiler then drops the columns behind it.
-    there = live[:, None] & (taps < K)[None, :] & ((taps >= first) & (taps < last))[None, :]
+    mine = (taps < K)[None, :] & ((taps >= first) & (taps < last))[None, :]
     known = ((word[:, None] >> tl.arange(0, 32)[None, :]) & 1) > 0
-    idx = tl.load(neighbors + at, mask=there & known, other=-1)
+    idx = tl.load(neighbors + at, mask=live[:, None] & mine & known, other=-1)
     target = table + taps.to(tl.int64)[None, :] * M + places[:, None]
-    tl.store(target, idx, mask=there)
+    tl.store(target, idx, mask=inside[:, None] & mine)
     own = tl.max((idx >= 0).to(tl.int32), axis=0)
     tl.store(mask_at, tl.sum(own << tl.arange(0, 32), axis=0))
 
