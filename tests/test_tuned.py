@@ -411,6 +411,21 @@ def test_shipped_tiles_fit_into_shared_memory(shares: int, blocks: bool) -> None
             assert tile.splits == shares or shares == 1
 
 
+def test_registers_are_spent_where_shared_memory_is_what_is_short() -> None:
+    for tile, most in (
+        ((64, 128, 128, 3, 4, 1), tiles.PLENTY),  # room for one program
+        ((128, 128, 64, 3, 4, 1), tiles.PLENTY),  # for two
+        ((64, 128, 128, 2, 4, 2), tiles.PLENTY),
+        ((64, 128, 64, 3, 4, 1), None),  # for three
+        ((64, 32, 32, 4, 4, 1), None),
+        ((128, 128, 64, 3, 8, 1), None),  # for two, whose threads have 128 registers each
+    ):
+        assert tiles.registers(tiles.GemmTile(*tile), HALF, H100) == most, tile
+        assert tiles.registers(tiles.GemmTile(*tile), torch.float32, H100) is None
+    small = tiles.Limits(128, 99 << 10)
+    assert tiles.registers(tiles.GemmTile(64, 128, 64, 3, 4, 1), HALF, small) == tiles.PLENTY
+
+
 @pytest.mark.parametrize("kilobytes", [64, 99, 163])
 def test_tiles_are_cut_to_smaller_gpus(kilobytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """What an H100 holds, a GeForce does not: it would refuse the launch."""

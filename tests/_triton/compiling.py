@@ -103,7 +103,8 @@ def compile_launch(
 ) -> Compiled:
     """Compile a kernel for the arguments of one launch."""
     options = dict(options)
-    tuned = {k: options.pop(k) for k in ("num_warps", "num_stages") if k in options}
+    names = ("num_warps", "num_stages", "maxnreg")
+    tuned = {k: options.pop(k) for k in names if k in options}
     names = kernel.arg_names
     values = {**dict(zip(names, args)), **options}
     fixed = {p.name for p in kernel.params if p.do_not_specialize}

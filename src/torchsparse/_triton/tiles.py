@@ -470,6 +470,26 @@ def fitting(tile: _Tile, dtype: torch.dtype, limits: Limits) -> _Tile:
     return tile
 
 
+REGISTERS = 1 << 16  # of a multiprocessor
+PLENTY = 232  # of a thread
+
+
+def registers(tile: GemmTile, dtype: torch.dtype, limits: Limits) -> int | None:
+    """Most registers that a thread of a product may take; None: as many as the compiler likes.
+
+    Left to itself the compiler spends instructions on saving registers, so that more programs
+    stand beside each other. Where shared memory has room for two at most that gains nothing, and
+    half types lose up to a fifth of the time. Measured on GPUs that read weights in blocks
+    (`has_blocks`); on an A100 some products would spill.
+    """
+    if dtype == torch.float32:
+        return None
+    held = _held(tile.BM, tile.BN, tile.BK, tile.stages, dtype.itemsize)
+    beside = max(limits.shared // held, 1)
+    room = REGISTERS // (32 * tile.warps * beside)
+    return PLENTY if beside <= 2 and room >= PLENTY else None
+
+
 def _filled(programs: int, limits: Limits) -> float:
     """The share of the GPU that works, over the waves of a launch."""
     return programs / (cdiv(programs, limits.processors) * limits.processors)

@@ -162,6 +162,9 @@ def test_a_plan_holds_the_table(
     wide[:, :volume] = want.t()
     view = wide[:, :volume].t()
     plan = make_plan(view, None, geometry(volume), ("gemm", sort, shares), limit)
+    assert plan.tiles is not None
+    if real is not None:  # products read it without asking how many rows are real
+        assert (plan.tiles.table[:, real:] == -1).all()
     for known in (plan, plan._replace(reverse=True)):
         again = table_of(known)
         assert again is not None

@@ -128,14 +128,16 @@ def gemm_kernel(
     WORDS: tl.constexpr = (K + 31) // 32
     tl.static_assert(BM % 64 == 0, "masks describe 64 rows")
     PARTS: tl.constexpr = BM // 64
-    pid = tl.program_id(0)
+    pid, split = tl.program_id(0), tl.program_id(1)
+    if SPLITS > 1:  # the shares of a tile start together, so that tiles of padding start last
+        number = pid + split * tl.num_programs(0)
+        pid, split = number // SPLITS, number % SPLITS
     tile = pid // COLS
     first_col = (pid % COLS) * BN
     cols = first_col + tl.arange(0, BN)
     rm = tile * BM + tl.arange(0, BM)
     real = real_rows(M, limit)
     held = rm < M
-    split = tl.program_id(1)
     if OWN:
         masks += split.to(tl.int64) * WORDS * T
         if SORTED:

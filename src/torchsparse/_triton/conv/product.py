@@ -35,6 +35,7 @@ from torchsparse._triton.tiles import (
     has_blocks,
     loop_step,
     narrow_tile,
+    registers,
 )
 from torchsparse._tuned import generation
 
@@ -469,7 +470,8 @@ def _choose(
     if tile.splits > 1:
         own = NO_END
         add = _adding(torch.float32, dtype, c_out, tile.splits, plan.limit is None, end)
-    step = _gemm_step(form, tile, own, tiles, plan.reverse, precision, blocks)
+    most = registers(tile, dtype, Limits.of(device)) if has_blocks(device) else None
+    step = _gemm_step(form, tile, own, tiles, plan.reverse, precision, blocks, most)
     matrix = None
     if blocks == 1:
         matrix = _Matrix((volume * c_in, c_out), (tile.BK, tile.BN))
@@ -498,9 +500,9 @@ def _gemm(
 
 def _gemm_step(
     form: _Form, tile: GemmTile, end: _End, tiles: Tiles, reverse: bool, precision: str,
-    blocks: int,
+    blocks: int, most: int | None,
 ) -> Step:  # fmt: skip
-    """The kernel of a masked product."""
+    """The kernel of a masked product; ``most`` registers."""
     ordered, whole, own = tiles.order is not None, tiles.limit is None, tiles.shares > 1
     name = (tile, ordered, whole, own, blocks)
     step = form.steps.get(name)
@@ -511,6 +513,7 @@ def _gemm_step(
             BM=tile.BM, BN=tile.BN, BK=tile.BK, SPLITS=tile.splits, OWN=own,
             SORTED=ordered, REVERSE=reverse, PRECISION=precision, BLOCKS=blocks,
             **end.flags, num_warps=tile.warps, num_stages=tile.stages,
+            **({} if most is None else {"maxnreg": most}),
         )  # fmt: skip
     return step
 
