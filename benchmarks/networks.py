@@ -46,7 +46,7 @@ from torchsparse._ops import dispatch
 
 DEFAULT = ("minkunet", "centerpoint")
 MODES = ("infer", "train")
-WAYS = ("eager", "graphed", "nowait")
+WAYS = ("eager", "graphed", "frozen", "nowait")
 RESULTS = Path(__file__).parent / "results"
 COLUMNS = (
     "network", "scene", "mode", "dtype", "library", "way", "voxels", "gflop", "error",
@@ -416,7 +416,10 @@ def options_of(argv: list[str] | None) -> argparse.Namespace:
     add("--dtypes", nargs="+", choices=floors.DTYPES, help="on a GPU fp16 and tf32")
     add("--libraries", nargs="+", choices=engines.ENGINES, help="on a GPU all that are there")
     add(
-        "--ways", nargs="+", choices=WAYS, help="on a GPU all, else eager; nowait is for inference"
+        "--ways",
+        nargs="+",
+        choices=WAYS,
+        help="on a GPU all, else eager; frozen and nowait are for inference",
     )
     add("--device", type=torch.device, default=torch.device("cpu"))
     add("--seconds", type=float, default=1.0, help="per measurement, about")

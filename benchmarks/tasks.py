@@ -132,7 +132,7 @@ class Subject:
         if self.way == "eager":
             return self.network
         if not self.training:
-            return graphed(self.network, wait=self.way == "graphed")
+            return graphed(self.network, wait=self.way != "nowait", frozen=self.way == "frozen")
         return training.graphed(self.network)
 
     def inputs(self, scene: scenes.Scene) -> Inputs:

@@ -27,7 +27,7 @@ HOME = "torchsparse"
 STOREYS: dict[int, tuple[str, ...]] = {
     0: ("version", "_asked", "_capacity", "_geometry", "_groups", "_keys", "_recipe", "_settings",
         "_flags", "_validate", "_optional", "_compat", "_compiling", "_confirm", "_timing",
-        "_tuned"),
+        "_tuned", "_frozen"),
     1: ("_reference", "_reference.*", "_triton", "_triton.*"),
     2: ("_ops", "_ops.*"),
     3: ("_kernel_map", "_lazy", "_autograd", "_autograd.*"),

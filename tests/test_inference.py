@@ -12,7 +12,7 @@ from torch import nn
 
 import torchsparse
 from tests.scans import Dense, Shared, again, assert_agree, flat, network, scan
-from torchsparse import PointTensor, _graphs, training
+from torchsparse import PointTensor, _frozen, _graphs, training
 from torchsparse.backbones import SparseResNet21D, SparseResUNet42
 from torchsparse.inference import graphed, warmup
 from torchsparse.nn import functional as F
@@ -53,6 +53,43 @@ def test_bad_arguments(device: torch.device) -> None:
         graphed(model)(torch.zeros(3, 4))  # pyright: ignore[reportArgumentType]
     with pytest.raises(RuntimeError, match="eval"):
         graphed(model.train())(scan(10, 1, device, ranged=True))
+
+
+@pytest.mark.parametrize("kind", [SparseResUNet42, Dense])
+def test_frozen_weights_change_nothing(kind: type[nn.Module], device: torch.device) -> None:
+    """Scans of two buckets, and where no graph serves, weights that change."""
+    model = network(kind, device)
+    net = graphed(model, frozen=True)
+    for factor in (1.0, 1.5):
+        with torch.no_grad():
+            for p in model.parameters():
+                p.mul_(factor)
+        for seed, rows in enumerate((300, 1500, 310, 1480, 0)):
+            x = scan(rows, seed, device, ranged=kind is Dense)
+            with torch.no_grad():
+                want = model(again(x))
+            assert_agree(net(x), want)
+    assert _frozen.current.store is None
+
+
+def test_one_store_serves_until_weights_change() -> None:
+    """Written to, moved, or part of another layer: the next graph has another store."""
+    model = network(Dense, torch.device("cpu"))
+    assert graphed(model)._kept() is None
+    net = graphed(model, frozen=True)
+    changes: list[Any] = [
+        lambda: next(model.parameters()).add_(1),
+        lambda: setattr(p := next(model.parameters()), "data", p.data.clone()),
+        lambda: model.add_module("more", nn.Linear(2, 3)),
+    ]
+    for change in changes:
+        store = net._kept()
+        assert store is not None and net._kept() is store
+        with _frozen.keeping(store), torch.no_grad():
+            _frozen.cast(next(model.parameters()), torch.float16)
+            assert net._kept() is store
+            change()
+        assert net._kept() is not store
 
 
 def test_warmup(device: torch.device) -> None:

@@ -34,6 +34,7 @@ from torchsparse._capacity import (
     row_count,
 )
 from torchsparse._flags import pending_word, raise_found
+from torchsparse._frozen import Store
 from torchsparse._ops.inputs import place_input
 from torchsparse._settings import settings
 from torchsparse._validate import check_coords, check_feats, check_rows, check_same_device
@@ -43,6 +44,7 @@ __all__ = [
     "PARALLEL",
     "Bucket",
     "Graphs",
+    "Parts",
     "Results",
     "Seen",
     "autocast_without_cache",
@@ -95,6 +97,7 @@ class Bucket:
     sized: bool  # the output needs the sizes of levels
     filled: int  # rows that may hold something other than padding
     more: Any = None  # what a subclass captured beside it
+    kept: Store | None = None  # what its graph reads of frozen weights
     used: int = 0
 
 

@@ -9,9 +9,11 @@ import torch
 from torch import nn
 
 from torchsparse._capacity import Growth
+from torchsparse._frozen import Store, keeping
 from torchsparse._graphs import (
     Bucket,
     Graphs,
+    Parts,
     autocast_without_cache,
     capturable,
     no_waiting,
@@ -33,6 +35,7 @@ def graphed(
     wait: bool = True,
     keep: int = 8,
     copy: bool = True,
+    frozen: bool = False,
 ) -> Graphed:
     """A network that runs as one CUDA graph, from voxel coordinates to its output.
 
@@ -54,6 +57,12 @@ def graphed(
             (`torchsparse.backends.check_errors`).
         keep: Most graphs kept; the one not used for longest goes first. They share their memory.
         copy: False: results lie in the graphs' memory, and the next call overwrites them.
+        frozen: True: the weights stay as they are. What convolutions make of them alone, as casts
+            under autocast and the layout that TF32 wants, is made once, kept, and read by all
+            graphs. Writes to such weights that PyTorch counts are noticed, and the graph is
+            captured anew; after others, as through ``.data``, graphs would mix old and new
+            weights: make a new `graphed`. False: each replay makes this from the weights that
+            there are.
 
     Returns:
         A callable with the argument and the results of ``model``: sparse and plain tensors, and
@@ -64,7 +73,7 @@ def graphed(
     Raises:
         ValueError: ``max_points`` or ``keep`` below 1.
     """
-    return Graphed(model, max_points, wait, keep, copy)
+    return Graphed(model, max_points, wait, keep, copy, frozen)
 
 
 class Graphed(Graphs):
@@ -84,8 +93,12 @@ class Graphed(Graphs):
         wait: bool = True,
         keep: int = 8,
         copy: bool = True,
+        frozen: bool = False,
     ) -> None:
         super().__init__(model, max_points, wait, keep, copy)
+        self.frozen = frozen
+        self._store: Store | None = None  # of all graphs, if frozen
+        self._parts: Parts | None = None  # of the model, when the store began
 
     def __call__(self, x: SparseTensor) -> Any:
         """``model(x)``, without gradients.
@@ -123,15 +136,35 @@ class Graphed(Graphs):
             on_host[0].copy_(report, non_blocking=True)
             return output, growth
 
-        run()
-        with capturable():
-            with no_waiting():
-                run()
-            graph, (output, growth) = self._record(run)
-        return self._bucket(places, rooms, graph, output, growth, on_host[0], x.coords.shape[0])
+        store = self._kept()
+        with keeping(store):
+            # What the store keeps is made here, outside of the graph's memory, and is there before
+            # a graph reads it: recording begins with a wait for the device, and a call in another
+            # stream waits for this one.
+            run()
+            with capturable():
+                with no_waiting():
+                    run()
+                graph, (output, growth) = self._record(run)
+        filled = x.coords.shape[0]
+        bucket = self._bucket(places, rooms, graph, output, growth, on_host[0], filled)
+        bucket.kept = store
+        return bucket
+
+    def _kept(self) -> Store | None:
+        """What graphs that are captured now find made; None unless weights are frozen."""
+        if not self.frozen:
+            return None
+        known = self._store is not None and self._store.unchanged()
+        if not (known and self._parts is not None and self._parts.hold()):
+            self._parts = Parts.of(self.model)
+            self._store = Store(t for _, _, t, _ in self._parts.tensors if t is not None)
+        return self._store
 
     def _holds(self, bucket: Bucket) -> bool:
         if not super()._holds(bucket):
+            return False
+        if bucket.kept is not None and not bucket.kept.unchanged():
             return False
         if any(module.training for module in bucket.parts.modules):
             raise RuntimeError(_IN_TRAINING)

@@ -201,6 +201,12 @@ def test_a_graph_is_compared_with_eager_calls(task, monkeypatch) -> None:
         tasks.judge(subject, timed)
 
 
+def test_weights_of_graphs_may_be_frozen(task) -> None:
+    for way, wait, frozen in (("graphed", True, False), ("frozen", True, True)):
+        call: Any = tasks.Subject(task, "torchsparse", way, "fp32", CPU).call
+        assert isinstance(call, Graphed) and (call.wait, call.frozen) == (wait, frozen)
+
+
 def test_a_gpu_is_profiled_when_all_rows_are_timed(monkeypatch) -> None:
     """A profiler slows down the launches that come after it."""
     options = networks.options_of(["resnet21d", "--device", "cuda"])
@@ -243,7 +249,8 @@ def test_training_may_be_graphed(folder, monkeypatch) -> None:
     monkeypatch.setattr(tasks.training, "graphed", Graph)
     assert networks.ways("torchsparse", "train", list(networks.WAYS)) == ["eager", "graphed"]
     assert networks.ways("torchsparse", "train", ["nowait"]) == ["eager"]
-    assert networks.ways("torchsparse", "infer", ["nowait"]) == ["nowait"]
+    assert networks.ways("torchsparse", "train", ["frozen", "graphed"]) == ["graphed"]
+    assert networks.ways("torchsparse", "infer", ["frozen", "nowait"]) == ["frozen", "nowait"]
     assert networks.ways("spconv", "train", list(networks.WAYS)) == ["eager"]
     scan = scenes.load("tiny", folder)
     task = tasks.prepare(NETWORKS["resnet21d"], "tiny", scan, "train", CPU)

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from torchsparse._autograd.applied import applied
+from torchsparse._frozen import cast
 from torchsparse._kernel_map import KernelMap
 from torchsparse._lazy import Lazy
 from torchsparse._ops.conv import dense, finish, gather_gemm, weight_grad
@@ -83,8 +84,8 @@ def deferred_pointwise(
     def make(epilogue: Epilogue | None) -> Tensor:
         if epilogue is None:
             return pointwise(feats, weight, bias, dtype)
-        shift = None if bias is None else _cast(bias, dtype)
-        out = dense(_cast(feats, dtype), _cast(weight, dtype), shift, epilogue)
+        shift = None if bias is None else cast(bias, dtype)
+        out = dense(_cast(feats, dtype), cast(weight, dtype), shift, epilogue)
         return finish(pointwise(feats, weight, bias, dtype), epilogue) if out is None else out
 
     inputs = (feats, weight) if bias is None else (feats, weight, bias)
@@ -109,8 +110,8 @@ def conv_forward(
     dtype = recipe.compute
     out = gather_gemm(
         _cast(feats, dtype),
-        _cast(weight, dtype),
-        None if bias is None else _cast(bias, dtype),
+        cast(weight, dtype),
+        None if bias is None else cast(bias, dtype),
         planned,
         recipe.precision,
         epilogue,
@@ -217,9 +218,11 @@ def pointwise(feats: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.d
     if torch.is_autocast_enabled(device):
         with torch.autocast(device, enabled=False):
             return pointwise(feats, weight, bias, dtype)
-    operands = [feats, weight] if bias is None else [bias, feats, weight]
-    operands = [_cast(t, dtype) for t in operands]
     compute = sum_dtype(dtype) if device == "cpu" else dtype
-    operands = [_cast(t, compute) for t in operands]
-    out = torch.mm(*operands) if bias is None else torch.addmm(*operands)
+    feats = _cast(_cast(feats, dtype), compute)
+    weight = cast(cast(weight, dtype), compute)
+    if bias is None:
+        out = torch.mm(feats, weight)
+    else:
+        out = torch.addmm(cast(cast(bias, dtype), compute), feats, weight)
     return _cast(out, dtype)

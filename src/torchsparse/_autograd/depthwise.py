@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from torchsparse._autograd.conv import conv_feats_grad, conv_weight_grad, sparse_conv
+from torchsparse._frozen import cast
 from torchsparse._kernel_map import KernelMap
 from torchsparse._ops.depthwise import depthwise, weight_grad
 from torchsparse._recipe import ConvRecipe, Dataflow, sum_dtype
@@ -135,8 +136,8 @@ def _forward(
 ) -> Tensor:
     planned = kmap.plan(_plain(recipe), 1, transposed)
     dtype = recipe.compute
-    bias = None if bias is None else bias.to(dtype)
-    return depthwise(feats.to(dtype), taps.to(dtype), bias, planned).to(recipe.dtype)
+    bias = None if bias is None else cast(bias, dtype)
+    return depthwise(feats.to(dtype), cast(taps, dtype), bias, planned).to(recipe.dtype)
 
 
 def _feats_grad(
@@ -208,10 +209,10 @@ def grouped_pointwise(
     (n, c_in), c_out = feats.shape, weight.shape[1]
     with torch.autocast(feats.device.type, enabled=False):
         x = feats.to(dtype).to(compute).view(n, groups, c_in // groups)
-        w = weight.to(dtype).to(compute).view(c_in // groups, groups, c_out // groups)
+        w = cast(cast(weight, dtype), compute).view(c_in // groups, groups, c_out // groups)
         if c_in == groups:
             out = x * w  # [N, G, 1] * [1, G, C_out / G]
         else:
             out = torch.bmm(x.transpose(0, 1), w.transpose(0, 1)).transpose(0, 1)
         out = out.reshape(n, c_out)
-        return (out if bias is None else out + bias.to(dtype).to(compute)).to(dtype)
+        return (out if bias is None else out + cast(cast(bias, dtype), compute)).to(dtype)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tests._triton.conv.problems import Problem, assert_near, geometry
 from tests._triton.kit import HALVES, random_table
+from torchsparse._frozen import Store, keeping
 from torchsparse._recipe import Epilogue, Norm
 from torchsparse._reference import conv as reference
 from torchsparse._triton import launch
@@ -301,6 +302,49 @@ def test_turned_weights(shape: tuple[int, int, int], device: torch.device) -> No
             got = turn.of(given)
             assert got.is_contiguous()
             assert torch.equal(got, weight.transpose(1, 2))
+
+
+@pytest.mark.parametrize(
+    ("channels", "precision", "times"),
+    [((16, 20), "tf32", 1), ((16, 20), "tf32x3", 1), ((18, 20), "tf32", 2), ((16, 20), "ieee", 0)],
+    ids=str,
+)
+def test_frozen_weights_are_laid_out_once(
+    channels: tuple[int, int], precision: str, times: int, device: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Turned, and before that padded where rows have no multiple of 16 bytes: the same bits."""
+    problem, made = Problem.of(device, (27, 40, 70), channels), []
+    plan, turned = lay_out(problem), product._turned
+    monkeypatch.setattr(product, "_turned", lambda *args: made.append(args) or turned(*args))
+
+    def multiply() -> Tensor:
+        return gather_gemm(problem.feats, problem.weight, problem.bias, plan, precision)
+
+    want, store = multiply(), Store([problem.weight])
+    with keeping(store):
+        for _ in range(3):
+            assert torch.equal(multiply(), want)
+        assert len(store) == times and len(made) == (times > 0)
+        problem.weight.mul_(2)
+        got = multiply()
+    assert torch.equal(got, multiply()) and not torch.equal(got, want)
+    assert len(made) == 2 * (times > 0)
+
+
+def test_garbage_is_not_kept(device: torch.device) -> None:
+    """While launches are only looked at, nothing is turned."""
+    problem = Problem.of(device, (27, 40, 70), (16, 20))
+    plan, store = lay_out(problem), Store([problem.weight])
+
+    def multiply() -> Tensor:
+        return gather_gemm(problem.feats, problem.weight, None, plan, "tf32")
+
+    want = multiply()
+    with keeping(store):
+        launch.compile_ahead([multiply])
+        assert len(store) == 0
+        assert torch.equal(multiply(), want) and len(store) == 1
 
 
 @pytest.mark.parametrize("turned", [False, True])

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from torchsparse._capacity import expected_rows
+from torchsparse._frozen import current, made
 from torchsparse._recipe import Epilogue
 from torchsparse._triton.conv.fetch import fetch_kernel
 from torchsparse._triton.conv.gemm import (
@@ -20,7 +21,7 @@ from torchsparse._triton.conv.gemm import (
 from torchsparse._triton.conv.order import Tiles
 from torchsparse._triton.conv.pairs import Pairs
 from torchsparse._triton.conv.wgrad import sum_chunks_kernel, wgrad_kernel
-from torchsparse._triton.launch import Blocks, Step, cdiv, launch, next_power
+from torchsparse._triton.launch import Blocks, Step, cdiv, launch, next_power, only_noted
 from torchsparse._triton.tiles import (
     WIDE_TURN,
     GemmTile,
@@ -59,8 +60,13 @@ def _aligned(feats: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     missing = -feats.shape[1] % step
     if missing:
         feats = torch.nn.functional.pad(feats, (0, missing))
-        weight = torch.nn.functional.pad(weight, (0, 0, 0, missing))
+        weight = made(weight, missing, _widened)
     return feats, weight
+
+
+def _widened(weight: Tensor, missing: int) -> Tensor:
+    """With so many more input channels, of zeros."""
+    return torch.nn.functional.pad(weight, (0, 0, 0, missing))
 
 
 class _End(NamedTuple):
@@ -321,9 +327,13 @@ def _multiply(known: _Product, feats: Tensor, weight: Tensor, end: _End) -> Tens
     if known.pad:
         feats, weight = _aligned(feats, weight)
     if known.turn is not None:
-        weight = known.turn.of(weight)
+        store = current.store
+        if store is None or only_noted():  # nothing is written then
+            weight = known.turn.of(weight)
+        else:
+            weight = store.made(weight, known.turn, _turned)
     if known.gemm.matrix is not None and weight.data_ptr() & 15:
-        weight = weight.clone()  # a part of a larger one; maps want 16 bytes
+        weight = made(weight, "copy", _copied)  # a part of a larger one; maps want 16 bytes
     if known.add is None:
         _run(known.gemm, feats, weight, out, end)
     else:
@@ -349,6 +359,14 @@ class _Turn(NamedTuple):
         if not step.again(weight.get_device(), grid, a | b, (a, b, *strides)):
             step.find(grid, weight, (weight, out, *strides))
         return out
+
+
+def _turned(weight: Tensor, turn: _Turn) -> Tensor:
+    return turn.of(weight)
+
+
+def _copied(weight: Tensor, _: str) -> Tensor:
+    return weight.clone()
 
 
 def _turn(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> _Turn:
