@@ -676,6 +676,41 @@ def test_inputs_may_be_strided_views(device: torch.device) -> None:
     assert_close(y.feats, want.feats, torch.float64)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("layer", [(3, 1), (3, 2), (2, 2)], ids=str)
+def test_weights_may_be_any_view(
+    layer: tuple[int, int], dtype: torch.dtype, device: torch.device
+) -> None:
+    """As they come from dense layers, or lie in larger ones."""
+    torch.manual_seed(0)
+    kernel, stride = layer
+    volume, c_in, c_out = kernel**3, 4, 8
+    grid = torch.cartesian_prod(*[torch.arange(4)] * 3)
+    coords = torch.nn.functional.pad(grid, (1, 0)).int().to(device)
+    feats = torch.randn(len(coords), c_in, device=device).to(dtype)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, device=device).to(dtype)
+
+    views = (
+        random(c_out, c_in, volume).permute(2, 1, 0),
+        random(volume, c_out, c_in).transpose(1, 2),
+        random(volume, 2 * c_in, 2 * c_out)[:, ::2, ::2],
+        random(volume, c_in, c_out + 1)[:, :, 1:],
+        random(volume * c_in * c_out + 1)[1:].view(volume, c_in, c_out),
+        random(volume, c_in, 1).expand(-1, -1, c_out),
+        random(1, c_in, c_out).expand(volume, -1, -1),
+    )
+    for view in views:
+        plain = view.clone(memory_format=torch.contiguous_format)
+        with torch.no_grad():
+            got, want = (
+                F.conv3d(SparseTensor(feats, coords), weight, kernel, stride=stride).feats
+                for weight in (view, plain)
+            )
+        torch.testing.assert_close(got, want, rtol=1e-2, atol=1e-2)
+
+
 def test_nan_reaches_its_neighbours_only(device: torch.device) -> None:
     x = sparse(device, "odd")
     x.feats[5] = float("nan")

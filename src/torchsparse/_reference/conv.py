@@ -234,6 +234,8 @@ def gather_gemm(
     weight = weight.to(compute)
     if plan.reverse:
         weight = weight.flip(0)
+    if not (weight.is_contiguous() or weight.transpose(1, 2).is_contiguous()):
+        weight = weight.contiguous()  # products of groups take no other strides
     xs = feats.to(compute).contiguous()
     end = None if epilogue is None else _end(epilogue, compute)
     centre = None if plan.identity is None else weight[plan.identity]
