@@ -99,7 +99,8 @@ def spans(step: Step, runs: int = 5) -> list[Span]:
 
     step()
     torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+    # With events of one cycle alone, PyTorch 2.11 warns that those before it are gone.
+    with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as profiled:
         for _ in range(runs):
             step()
         torch.cuda.synchronize()

@@ -240,7 +240,7 @@ def test_changing_an_input_too_late_is_an_error(device) -> None:
     with torch.no_grad():
         y = conv(x)
         raw.zero_()
-        with pytest.raises(RuntimeError, match="changed in place"):
+        with pytest.raises(RuntimeError, match="changed in place, moved or cast"):
             _ = y.feats
 
 
@@ -319,7 +319,27 @@ def test_only_those_who_ask_are_told_of_a_late_change(device: torch.device) -> N
         feats.zero_()
         other = SparseTensor(torch.ones_like(feats), x.coords)
         assert other.feats.sum() > 0 and conv(other).feats.shape[1] == 8
-        with pytest.raises(RuntimeError, match="changed in place"):
+        with pytest.raises(RuntimeError, match="changed in place, moved or cast"):
+            _ = y.feats
+
+
+@pytest.mark.parametrize("part", ["convolution", "norm", "features"])
+@pytest.mark.parametrize("change", ["half", "data", "moved"])
+def test_what_got_other_memory_is_not_read(part: str, change: str, device: torch.device) -> None:
+    """A module that is moved or cast gives its parameters other memory and counts no write."""
+    x = sparse(device, "odd", channels=4, dtype=torch.float32)
+    conv, norm = spnn.Conv3d(4, 8, 3), spnn.BatchNorm(8)
+    net = filled(conv, norm, device=device, dtype=torch.float32)
+    changed = {"convolution": conv.kernel, "norm": norm.weight, "features": x.feats}[part]
+    with torch.no_grad():
+        y = net(x)
+        if change == "half":
+            changed.data = changed.data.half()
+        elif change == "data":
+            changed.data = changed.data.clone()
+        else:
+            changed.data = changed.data.cpu().double()
+        with pytest.raises(RuntimeError, match="changed in place, moved or cast"):
             _ = y.feats
 
 

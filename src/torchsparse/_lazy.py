@@ -30,7 +30,7 @@ NOTHING = Epilogue()
 
 
 class _StaleError(RuntimeError):
-    """An input was written to before it was needed."""
+    """An input was written to, or replaced, before it was needed."""
 
 
 class _Open(threading.local):
@@ -44,7 +44,7 @@ _open = _Open()
 def close_chain() -> None:
     """Compute what is still open in this thread, if anybody holds it.
 
-    Where an input was written to since, whoever asks for these features is told, nobody else.
+    Where an input has changed since, whoever asks for these features is told, nobody else.
     """
     now = _open.chain
     if now is not None:
@@ -57,19 +57,22 @@ def close_chain() -> None:
                 pass
 
 
-def _writes(tensors: tuple[Tensor, ...]) -> int:
-    """How often they were written to, altogether. Tensors of inference mode do not count."""
+def _state(tensors: tuple[Tensor, ...]) -> int:
+    """Changes if one of them is written to, or gets other memory, as where a module is moved or
+    cast. Tensors of inference mode do not count what is written to them."""
     total = 0
     if torch.is_inference_mode_enabled():
         for tensor in tensors:
+            total += tensor.data_ptr()
             if not tensor.is_inference():
                 total += tensor._version
         return total
     try:
         for tensor in tensors:
-            total += tensor._version
+            total += tensor.data_ptr() + tensor._version
     except RuntimeError:  # some come from inference mode, which costs time only here
-        total = sum(tensor._version for tensor in tensors if not tensor.is_inference())
+        total = sum(tensor.data_ptr() for tensor in tensors)
+        total += sum(tensor._version for tensor in tensors if not tensor.is_inference())
     return total
 
 
@@ -89,7 +92,7 @@ class Lazy:
     """Features [M, C] to be computed by ``make(epilogue)``."""
 
     __slots__ = (
-        "__weakref__", "_stream", "_value", "_writes", "device", "dtype", "epilogue", "inputs",
+        "__weakref__", "_state", "_stream", "_value", "device", "dtype", "epilogue", "inputs",
         "make", "shape",
     )  # fmt: skip
 
@@ -106,13 +109,13 @@ class Lazy:
         Args:
             make: Computes the features with an epilogue.
             shape, dtype, device: Of the features.
-            inputs: What ``make`` reads; nobody may write to it in between.
+            inputs: What ``make`` reads; nobody may change it in between.
         """
         close_chain()
         self.make, self.shape, self.dtype, self.device = make, shape, dtype, device
         self.inputs = inputs
         self.epilogue: Epilogue | None = None
-        self._writes = _writes(inputs)
+        self._state = _state(inputs)
         self._stream = _stream(inputs[0])
         self._value: Tensor | None = None
         _open.chain = weakref.ref(self)
@@ -126,14 +129,14 @@ class Lazy:
         """The features.
 
         Raises:
-            RuntimeError: An input was written to since; its old values are gone.
+            RuntimeError: An input was written to or replaced since; its old values are gone.
         """
         if self._value is None:
             try:
-                if self._writes != _writes(self.inputs):
+                if self._state != _state(self.inputs):
                     raise _StaleError(
-                        "features or weights were changed in place before a convolution that "
-                        "reads them was needed; read its `feats` first, or set "
+                        "features or weights were changed in place, moved or cast before a "
+                        "convolution that reads them was needed; read its `feats` first, or set "
                         "torchsparse.backends.fuse = False"
                     )
                 self._value = self._compute()
@@ -172,7 +175,7 @@ class Lazy:
         new: Lazy = object.__new__(type(self))
         new.make, new.shape, new.dtype, new.device = self.make, self.shape, self.dtype, self.device
         new.inputs, new.epilogue = self.inputs + more, epilogue
-        new._writes = self._writes + _writes(more) if more else self._writes
+        new._state = self._state + _state(more) if more else self._state
         new._stream, new._value = self._stream, None
         _open.chain = weakref.ref(new)
         return new

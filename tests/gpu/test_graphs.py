@@ -166,9 +166,9 @@ def test_replays_of_frozen_weights_do_less(
 def test_frozen_graphs_notice_what_pytorch_counts(gpu: torch.device) -> None:
     """Written, loaded or moved weights: captured anew, from what they are."""
     torchsparse.backends.allow_tf32 = True
-    model = network(Dense, gpu)
+    model = network(SparseResUNet42, gpu)
     net = graphed(model, frozen=True)
-    x = scan(300, 1, gpu, ranged=True)
+    x = scan(300, 1, gpu)
 
     def write() -> None:
         with torch.no_grad():
@@ -190,6 +190,7 @@ def test_frozen_graphs_notice_what_pytorch_counts(gpu: torch.device) -> None:
         for _ in range(2):
             got, want = (list(flat(each(again(x)))) for each in (net, usual))
             assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+        assert net._store is not None and len(net._store) > 0
         assert net.captures == captures
         assert net.replays == 2 * captures
 
