@@ -30,7 +30,7 @@ from torchsparse._validate import (
     one_of,
 )
 from torchsparse.nn.functional.conv.choices import compute_dtype
-from torchsparse.nn.functional.conv.kmap import int32_coords
+from torchsparse.nn.functional.conv.mapping import int32_coords
 from torchsparse.nn.functional.pooling import samples
 from torchsparse.tensor import SparseTensor, check_sparse, wrap
 

@@ -25,7 +25,7 @@ from torchsparse._validate import (
 )
 from torchsparse.nn.functional.conv.conv import check_parameters, find_map, on_level
 from torchsparse.nn.functional.conv.conv_config import resolve_config
-from torchsparse.nn.functional.conv.kmap import Level
+from torchsparse.nn.functional.conv.mapping import Level
 from torchsparse.tensor import SparseTensor, check_sparse
 
 __all__ = [

@@ -30,7 +30,7 @@ from torchsparse._settings import settings
 from torchsparse.nn.functional.conv import lead
 from torchsparse.nn.functional.conv.ahead import look_ahead
 from torchsparse.nn.functional.conv.choices import compute_dtype, resolve_for
-from torchsparse.nn.functional.conv.kmap import (
+from torchsparse.nn.functional.conv.mapping import (
     Level,
     back_onto,
     coarser,

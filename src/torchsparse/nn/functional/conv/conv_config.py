@@ -96,6 +96,11 @@ def get_default_conv_config(
     )
 
 
+# TorchSparse 2.1's name for its defaults, to copy from. What is written to it changes nothing:
+# that is what `set_global_conv_config` is for.
+_default_conv_config = get_default_conv_config(ConvMode.mode0)
+
+
 def get_global_conv_config() -> AttributeDict | None:
     """The global configuration as it was set, or None."""
     return settings.conv_config  # pyright: ignore[reportReturnType]

@@ -1,6 +1,6 @@
 """Levels: the sites that layers create, their ranges, search structures over them, and checks.
 
-With `kmap`, the only writer of ``x._caches.hashmaps``.
+With `mapping`, the only writer of ``x._caches.hashmaps``.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from torchsparse._settings import override
 from torchsparse._validate import one_of
 from torchsparse.nn.functional.conv.conv import check_parameters
 from torchsparse.nn.functional.conv.conv_mode import DOWNSAMPLE_MODES, KMAP_MODES
-from torchsparse.nn.functional.conv.kmap import (
+from torchsparse.nn.functional.conv.mapping import (
     downsampled,
     generated,
     int32_coords,
