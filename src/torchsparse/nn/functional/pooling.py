@@ -13,7 +13,13 @@ from torchsparse._capacity import PAD, row_count
 from torchsparse._compiling import left_to_python
 from torchsparse._flags import Complaint, complain_if, raise_pending
 from torchsparse._ops import reduce
-from torchsparse._validate import check_coords, check_feats, check_rows, check_same_device
+from torchsparse._validate import (
+    check_coords,
+    check_feats,
+    check_rows,
+    check_same_device,
+    wide_ints,
+)
 from torchsparse.tensor import SparseTensor, check_sparse
 
 __all__ = ["global_avg_pool", "global_max_pool", "global_sum_pool", "samples"]
@@ -80,7 +86,7 @@ def samples(input: SparseTensor, batch_size: int | None = None) -> tuple[Tensor,
     check_same_device(feats=feats, coords=coords)
     if batch_size is not None and operator.index(batch_size) < 0:
         raise ValueError(f"`batch_size` must not be negative, got {batch_size}")
-    batch = coords[:, 0].contiguous()
+    batch = wide_ints(coords[:, 0]).contiguous()
     if batch_size is not None:
         negative = batch < 0
         if row_count(coords) is not None:  # padding belongs to no sample
