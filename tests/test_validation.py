@@ -284,6 +284,41 @@ def test_sizes_have_a_least_value(name: str, value: Any, device: torch.device) -
         assert worst in str(caught.value)
 
 
+FLOATS = [2.0, 2.5, (2, 2.0, 2), np.float64(2), np.full(3, 2.0), torch.tensor(2.0)]
+
+
+@pytest.mark.parametrize("value", FLOATS, ids=repr)
+@pytest.mark.parametrize("name", ["kernel_size", "stride", "padding", "dilation"])
+def test_sizes_are_no_floats(name: str, value: Any, device: torch.device) -> None:
+    """Not even whole ones: they come out of a division that was meant to be another."""
+    sizes: dict[str, Any] = {"kernel_size": 2, "stride": 2, "padding": 0, "dilation": 1}
+    sizes[name] = value
+    for call in (
+        lambda: F.conv3d(sparse(device), weight(device, 8), **sizes),
+        lambda: F.max_pool3d(sparse(device), **sizes),
+        lambda: spnn.Conv3d(3, 2, **sizes),
+        lambda: spnn.MaxPool3d(**sizes),
+    ):
+        with pytest.raises(ValueError, match=rf"`{name}` must be one int or .*, got 2\.[05]"):
+            call()
+
+
+@pytest.mark.parametrize(
+    "value",
+    [np.int64(2), np.uint8(2), np.full(3, 2), torch.tensor(2), torch.full((3,), 2), [2, 2, 2],
+     (np.int32(2), torch.tensor(2), 2)],
+    ids=repr,
+)  # fmt: skip
+def test_sizes_may_be_ints_of_any_kind(value: Any, device: torch.device) -> None:
+    layer = spnn.Conv3d(3, 2, value, value, padding=value, dilation=value)
+    assert layer.kernel_size == layer.stride == layer.padding == layer.dilation == (2, 2, 2)
+    assert type(layer.kernel_size[0]) is type(layer.stride[0]) is int
+    x, kernel = sparse(device), weight(device, 8)
+    want = F.conv3d(x, kernel, 2, stride=2, padding=2, dilation=2)
+    got = F.conv3d(x, kernel, value, stride=value, padding=value, dilation=value)
+    assert got.stride == (2, 2, 2) and torch.equal(got.feats, want.feats)
+
+
 @pytest.mark.parametrize("padding", [True, False, (True, 0, 0)])
 def test_padding_is_no_bool(padding: Any, device: torch.device) -> None:
     with pytest.raises(TypeError, match="padding"):

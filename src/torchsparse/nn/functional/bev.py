@@ -105,7 +105,7 @@ def to_bev_convolution(
     """
     feats, coords = _checked(input, dim)
     _check_weights(feats, kernel, bias)
-    step = as_tuple(stride, 3, "stride")
+    step = as_tuple(stride, 3, "stride", floats=False)
     if min(step) < 1:
         raise ValueError(f"`stride` must be at least 1 on every axis, got {stride!r}")
     complain_if((coords[:, 0] < 0).any(), Complaint.BATCH)

@@ -48,6 +48,6 @@ def spcrop(input: SparseTensor, coords_min: Any = None, coords_max: Any = None) 
         for axis, bound in enumerate(upper):
             keep &= sites[:, 1 + axis] < bound
     rows = keep.nonzero().squeeze(1)
-    out = wrap(feats[rows], input, coords[rows], input.stride, input.spatial_range)
+    out = wrap(feats[rows], input, sites[rows], input.stride, input.spatial_range)
     out._caches = new_cache()
     return out

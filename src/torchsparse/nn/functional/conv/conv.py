@@ -553,7 +553,7 @@ def check_parameters(
     }
     found = []
     for name, (value, least) in given.items():
-        entries = as_tuple(value, ndim, name)
+        entries = as_tuple(value, ndim, name, floats=False)
         if min(entries) < least:
             raise ValueError(f"`{name}` must be at least {least} on every axis, got {value!r}")
         found.append(entries)
