@@ -48,7 +48,10 @@ def global_avg_pool(input: SparseTensor, batch_size: int | None = None) -> Tenso
 def global_max_pool(input: SparseTensor, batch_size: int | None = None) -> Tensor:
     """Maximum of each channel over the rows of each sample.
 
-    The arguments and errors are those of `global_avg_pool`.
+    The errors are those of `global_avg_pool`.
+
+    Args:
+        input, batch_size: As in `global_avg_pool`.
 
     Returns:
         [B, C] in the dtype of the features; 0 for samples without rows. The gradient goes to one
@@ -62,7 +65,10 @@ def global_max_pool(input: SparseTensor, batch_size: int | None = None) -> Tenso
 def global_sum_pool(input: SparseTensor, batch_size: int | None = None) -> Tensor:
     """Sum of the rows of each sample.
 
-    The arguments and errors are those of `global_avg_pool`.
+    The errors are those of `global_avg_pool`.
+
+    Args:
+        input, batch_size: As in `global_avg_pool`.
 
     Returns:
         [B, C] in the dtype of the features, summed in float32 (float64 in float64), also under
