@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import torchsparse
-from benchmarks import engines, floors, judging, scenes
+from benchmarks import engines, floors, judging, oracle, scenes
 from benchmarks.cases import Case, counting, tensor
 from benchmarks.oracle import WrongResult
 from torchsparse import SparseTensor, training
@@ -69,6 +69,9 @@ def prepare(case: Case, name: str, scan: scenes.Scene, mode: str, device: torch.
     floors.allow_tf32(False)
     task = start(case, name, scan, mode)
     network = judging.calibrated(case, scan, device)
+    small = tensor(scenes.crop(scan), case.in_channels, device, torch.float32)
+    warmup(network, small)
+    oracle.check(network, small)
     truth, works = _truth(case, network, task.timed[0], mode, device)
     return task._replace(network=network.cpu(), truth=truth, works=works)
 
@@ -81,7 +84,7 @@ def _truth(
     exact = ours.adopt(network).double().train(mode == "train")
     x = tensor(scene, case.in_channels, device, torch.float64)
     gradient = parameters = None
-    with counting(exact) as works:
+    with counting(exact) as works, judging.sampling(exact):
         if mode == "infer":
             with torch.no_grad():
                 output = exact(x)
