@@ -18,9 +18,10 @@ import torch
 
 from benchmarks import cases, engines, floors, judging, oracle, run, scenes, timing
 from benchmarks.cases import CASES, LAYERS, counting, pairs, tensor
-from torchsparse import SparseTensor, _ops
+from torchsparse import SparseTensor
 from torchsparse import nn as spnn
 from torchsparse._autograd import conv as conv_passes
+from torchsparse._ops import coords as coords_ops
 from torchsparse.nn import functional as F
 
 CPU = torch.device("cpu")
@@ -157,7 +158,7 @@ def test_what_is_timed_is_computed(name: str, mode: str, small, monkeypatch) -> 
 
     noted(conv_passes, "gather_gemm")
     noted(conv_passes, "weight_grad")
-    noted(_ops.coords, "find_taps")
+    noted(coords_ops, "find_taps")
     network = judging.calibrated(case, small, CPU)
     subject = run.Subject(engines.Torchsparse(), case, network, small, "fp32", CPU)
     convolutions = [m for m in network.modules() if isinstance(m, spnn.Conv3d)]
@@ -294,7 +295,7 @@ def test_a_lost_tap_is_refused(name: str, rows: int, folder, monkeypatch) -> Non
     """The truth, which is made of the library's own maps, is no exception; nor are maps that are
     larger than those of a crop."""
     case, scene = CASES[name], scenes.load("tiny", folder)
-    right = _ops.coords.find_taps
+    right = coords_ops.find_taps
 
     def lossy(*args: Any) -> Any:
         neighbors, keys = right(*args)
@@ -304,7 +305,7 @@ def test_a_lost_tap_is_refused(name: str, rows: int, folder, monkeypatch) -> Non
 
     network = case.build()
     judging.truth(case, network, scene, "train", CPU)
-    monkeypatch.setattr(_ops.coords, "find_taps", lossy)
+    monkeypatch.setattr(coords_ops, "find_taps", lossy)
     with pytest.raises(oracle.WrongResult, match="of the scene is off by"):
         judging.truth(case, network, scene, "train", CPU)
 
