@@ -35,7 +35,7 @@ FLUSH = 128 << 20  # bytes: more than twice the L2 cache of an H100
 LIMIT = 1.3  # times the writing of a dense grid
 # Of the largest entry, where sums may be in another order: they are in float32 on both sides, so
 # a half type is off by one rounding on each.
-TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 
 
 class WrongResult(Exception):
