@@ -84,5 +84,5 @@ def test_a_map_that_is_wrong_in_all_ways_is_noticed(
             return Map(maps, kmap.geometry)
 
         monkeypatch.setattr(F, "build_kernel_map", wrong)
-        with pytest.raises(oracle.WrongResult, match="search|reaches"):
+        with pytest.raises(oracle.WrongResult, match=r"search|reaches"):
             negative.check(negative.LAYERS[layer], found)
