@@ -92,7 +92,8 @@ def check(layer: dict[str, Any], found: list[Way]) -> int:
         for name, got, want in zip(("neighbours", "sites"), one, maps[0]):
             if not torch.equal(got, want):
                 raise oracle.WrongResult(f"{way.name}: the {name} are others")
-    search(*(t.cpu() for t in (found[0].coords, *maps[0])), sizes)
+    neighbors, sites = maps[0]
+    search(found[0].coords.cpu(), neighbors.cpu(), sites.cpu(), sizes)
     return len(maps[0][1])
 
 

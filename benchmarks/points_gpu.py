@@ -260,13 +260,14 @@ def voxel_cases(rows: int) -> Iterator[Case]:
     labels = torch.randint(0, 20, (len(coords),), generator=generator)
     points, feats = coords[:, 1:] * 0.05 + 0.001, features(len(coords), 4, torch.float32)
     p, f, y = points.cuda(), feats.cuda(), labels.cuda()
-    for name, more, moved in (
+    kinds: tuple[tuple[str, dict[str, Any], dict[str, Any]], ...] = (
         ("mean", {"feats": feats}, {"feats": f}),
         ("max", {"feats": feats, "reduce": "max"}, {"feats": f, "reduce": "max"}),
         ("first", {"feats": feats, "reduce": "first"}, {"feats": f, "reduce": "first"}),
         ("majority", {"labels": labels}, {"labels": y}),
         ("mean, majority", {"feats": feats, "labels": labels}, {"feats": f, "labels": y}),
-    ):
+    )
+    for name, more, moved in kinds:
         size = sum(t.nbytes for t in (points, *more.values()) if isinstance(t, Tensor))
         yield Case(
             f"voxelize_points {len(points)} {name}",
