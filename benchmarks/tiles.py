@@ -32,7 +32,7 @@ from torchsparse import nn as spnn
 from torchsparse._geometry import Geometry
 from torchsparse._ops.dispatch import forced
 from torchsparse._reference import conv as reference
-from torchsparse.nn.functional.conv.kmap import same_sites
+from torchsparse.nn.functional.conv.mapping import same_sites
 
 CUBE = Geometry.submanifold((3, 3, 3), (1, 1, 1))
 # The layers of a MinkUNet 1.0, without those that repeat.

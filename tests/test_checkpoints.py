@@ -408,6 +408,23 @@ def test_spconv_reads_one_tap_at_stride_1_against_its_shape() -> None:
     assert torch.equal(by_shape, torch.tensor([[[0.0, 3.0], [1.0, 4.0], [2.0, 5.0]]]))
 
 
+def test_one_tap_that_a_network_multiplies_by_itself() -> None:
+    """SoftGroup's Custom1x1Subm3d: features @ weight.view(C_out, C_in).T, at stride 1."""
+    generator = torch.Generator().manual_seed(3)
+    weight = torch.randn(8, 1, 1, 1, 4, generator=generator)
+    feats, coords = torch.randn(5, 4, generator=generator), torch.zeros(5, 4, dtype=torch.int32)
+    coords[:, 3] = torch.arange(5)
+    layer = spnn.Conv3d(4, 8, 1)
+    converted = convert({"i_branch.0.weight": weight}, "spconv2", strided=["i_branch.0"])
+    layer.load_state_dict({"kernel": converted["i_branch.0.kernel"]})
+    out = layer(SparseTensor(feats, coords)).feats
+    # The same sum of 4 products in another order.
+    torch.testing.assert_close(out, feats @ weight.view(8, 4).T, rtol=1e-5, atol=1e-6)
+    back = {"i_branch.0.kernel": layer.kernel}
+    back = convert(back, "torchsparse", "spconv2", strided=["i_branch.0"])
+    assert torch.equal(back["i_branch.0.weight"], weight)
+
+
 def test_names_are_rewritten_in_order_and_skipped_weights_stay() -> None:
     state = {
         "module.a.kernel": torch.randn(27, 4, 8),

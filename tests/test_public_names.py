@@ -21,8 +21,8 @@ CONV_CONFIG = """get_default_conv_config get_global_conv_config set_global_conv_
 CONV_MODE = """ConvMode get_conv_mode set_conv_mode get_kmap_mode set_kmap_mode
     get_downsample_mode set_downsample_mode"""
 CHECK = "keys_check"
-MAPS = """build_kernel_map transpose_kernel_map spdownsample spupsample_generative
-    convert_transposed_out_in_map"""
+KMAP = "build_kernel_map transpose_kernel_map spdownsample spupsample_generative"
+MAPS = f"{KMAP} convert_transposed_out_in_map"
 CONV = (
     f"conv1d conv2d conv3d conv4d Dataflow AttributeDict {CONV_CONFIG} {CONV_MODE} {MAPS} {CHECK}"
 )
@@ -71,7 +71,8 @@ OFFERED: dict[str, str] = {
     "nn.functional.bev": """to_bev_reduction to_bev_convolution to_dense_bev_convolution
         to_bev_height_compression""",
     "nn.functional.activation": "relu silu leaky_relu",
-    "nn.functional.conv": f"{CONV} conv conv_config conv_mode func kmap",
+    "nn.functional.conv": f"""{CONV} sphash sphashquery conv conv_config conv_mode func hash kmap
+        utils""",
     "nn.functional.conv.conv": "conv1d conv2d conv3d conv4d",
     "nn.functional.conv.conv_config": f"""{CONV_CONFIG} keys_check Dataflow AttributeDict
         ConvConfig""",
@@ -80,6 +81,15 @@ OFFERED: dict[str, str] = {
     "nn.functional.conv.func.implicit_gemm": "ImplicitGEMMConvolutionFuntion",
     "nn.functional.conv.func.gather_scatter": "GatherScatterConvolutionFuntion",
     "nn.functional.conv.func.fetch_on_demand": "FetchOnDemandConvolutionFuntion",
+    "nn.functional.conv.hash": "sphash sphashquery convert_transposed_out_in_map hash query",
+    "nn.functional.conv.hash.hash": "sphash",
+    "nn.functional.conv.hash.query": "sphashquery convert_transposed_out_in_map",
+    "nn.functional.conv.kmap": f"{KMAP} build_kmap downsample upsample",
+    "nn.functional.conv.kmap.build_kmap": "build_kernel_map transpose_kernel_map",
+    "nn.functional.conv.kmap.downsample": "spdownsample",
+    "nn.functional.conv.kmap.upsample": "spupsample_generative",
+    "nn.functional.conv.utils": "AttributeDict attributedict attrdict collections",
+    "nn.functional.conv.utils.collections": "AttributeDict attributedict attrdict",
     "nn.functional.count": "spcount",
     "nn.functional.crop": "spcrop",
     "nn.functional.devoxelize": "spdevoxelize calc_ti_weights",
@@ -141,6 +151,9 @@ SIGNATURES: dict[str, str] = {
     "backend.GPUHashTable": "keys, vals=None",
     "nn.Conv3d": """in_channels, out_channels, kernel_size=3, stride=1, padding=0, dilation=1,
         bias=False, transposed=False, generative=False, config=None""",
+    "nn.GlobalAvgPool": "",
+    "nn.GlobalMaxPool": "",
+    "nn.GlobalSumPool": "",
     "nn.SparseCrop": "coords_min=None, coords_max=None",
     "nn.ToBEVReduction": "dim=1",
     "nn.ToBEVConvolution": """in_channels, out_channels, n_kernels, stride=1, dim=1,
@@ -282,6 +295,44 @@ def test_a_name_is_the_same_object_wherever_it_is_found() -> None:
 def test_older_names_are_the_functions_of_today() -> None:
     assert reach("utils.helpers.ravel_hash_vec") is reach("utils.quantize.ravel_hash")
     assert reach("utils.helpers.make_tuple") is reach("utils.make_ntuple")
+
+
+# Where TorchSparse 2.1 defines what programs import from there, and where it is at home here.
+DEFINED: dict[str, str] = {
+    "nn.functional.conv.hash.hash.sphash": "nn.functional.sphash",
+    "nn.functional.conv.hash.query.sphashquery": "nn.functional.sphashquery",
+    "nn.functional.conv.hash.query.convert_transposed_out_in_map": """
+        nn.functional.convert_transposed_out_in_map""",
+    "nn.functional.conv.hash.sphash": "nn.functional.sphash",
+    "nn.functional.conv.hash.sphashquery": "nn.functional.sphashquery",
+    "nn.functional.conv.kmap.build_kmap.build_kernel_map": "nn.functional.build_kernel_map",
+    "nn.functional.conv.kmap.build_kmap.transpose_kernel_map": """
+        nn.functional.transpose_kernel_map""",
+    "nn.functional.conv.kmap.downsample.spdownsample": "nn.functional.spdownsample",
+    "nn.functional.conv.kmap.upsample.spupsample_generative": """
+        nn.functional.spupsample_generative""",
+    "nn.functional.conv.kmap.build_kernel_map": "nn.functional.build_kernel_map",
+    "nn.functional.conv.kmap.spdownsample": "nn.functional.spdownsample",
+    "nn.functional.conv.utils.AttributeDict": "nn.functional.AttributeDict",
+    "nn.functional.conv.utils.collections.AttributeDict": "nn.functional.AttributeDict",
+    "nn.functional.conv.utils.collections.attributedict": "nn.functional.AttributeDict",
+    "nn.functional.conv.utils.collections.attrdict": "nn.functional.AttributeDict",
+}
+
+
+@pytest.mark.parametrize("path", DEFINED)
+def test_the_files_of_v21_hold_the_functions_of_today(path: str) -> None:
+    assert reach(path) is reach(DEFINED[path].strip())
+
+
+def test_the_defaults_of_v21_can_be_copied() -> None:
+    config = module("nn.functional.conv.conv_config")
+    defaults = config._default_conv_config
+    plain, copied = dict(defaults), defaults.copy()
+    assert plain == config.get_default_conv_config(0)
+    assert defaults.kmap_mode == "hashmap_on_the_fly" and type(copied) is config.AttributeDict
+    copied.ifsort = not defaults.ifsort
+    assert plain == defaults != copied
 
 
 def test_import_torchsparse_is_enough_for_the_v21_modules() -> None:

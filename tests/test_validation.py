@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 import torchsparse
 from tests import clouds
 from tests.cases import convolve, raises_on_data, sparse, weight
 from tests.oracles import Layer
-from torchsparse import SparseTensor
+from torchsparse import SparseTensor, operators
 from torchsparse import nn as spnn
 from torchsparse.nn import functional as F
 from torchsparse.nn.utils import fapply
@@ -96,7 +99,12 @@ def test_swapped_arguments_get_the_hint(device: torch.device) -> None:
         F.conv3d(SparseTensor(x.coords, x.feats), weight(device, 27), 3)
 
 
-@pytest.mark.parametrize("dtype", [torch.int64, torch.int16, torch.uint8], ids=str)
+INTEGERS = [
+    torch.uint8, torch.int8, torch.int16, torch.int64, torch.uint16, torch.uint32, torch.uint64
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", INTEGERS, ids=str)
 @pytest.mark.parametrize("layer", [*LAYERS, Layer.of(1)], ids=str)
 def test_other_integers_are_converted(
     layer: Layer, dtype: torch.dtype, device: torch.device
@@ -107,6 +115,92 @@ def test_other_integers_are_converted(
     y = convolve(layer, other, weight(device, layer.volume))
     assert y.coords.dtype == torch.int32 and torch.equal(y.coords, want.coords)
     assert torch.equal(y.feats, want.feats)
+
+
+def _samples(x: SparseTensor) -> Tensor:
+    return torch.cat(x.decompose()[1])
+
+
+# What reads coordinates without a convolution.
+READERS: dict[str, Callable[[SparseTensor], Tensor]] = {
+    "dense": lambda x: x.dense(),
+    "coo": lambda x: x.to_sparse_coo().to_dense(),
+    "decompose": _samples,
+    "samples": lambda x: x.samples([1, 0]).feats,
+    "spcrop": lambda x: F.spcrop(x, 1, 5).feats,
+    "global_avg_pool": F.global_avg_pool,
+    "GroupNorm": lambda x: spnn.GroupNorm(3, 3).to(x.feats.device, x.feats.dtype)(x).feats,
+    "align": lambda x: operators.align(x, x)[0].feats,
+    "prune": lambda x: operators.prune(x, x.feats[:, 0] > 0).feats,
+    "spdownsample": lambda x: F.spdownsample(x.coords),
+    "build_kernel_map": lambda x: F.build_kernel_map(x.coords, len(x.coords), 3, 1)["nbmaps"],
+    "spcount": lambda x: F.spcount(x.coords[:, 1], 8),
+    "spvoxelize": lambda x: F.spvoxelize(
+        x.feats, x.coords[:, 0], torch.full((2,), 2, dtype=torch.int32, device=x.feats.device)
+    ),
+    "coordinates": lambda x: F.conv3d(
+        SparseTensor(x.feats, x.coords.int()), weight(x.feats.device, 8), 2, stride=2,
+        coordinates=x.coords,
+    ).feats,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", INTEGERS, ids=str)
+@pytest.mark.parametrize("reader", READERS)
+def test_other_integers_are_read(reader: str, dtype: torch.dtype, device: torch.device) -> None:
+    coords = torch.tensor(
+        [(0, 0, 0, 0), (0, 2, 3, 4), (1, 6, 1, 5), (1, 2, 3, 4)], dtype=torch.int32, device=device
+    )
+    feats = torch.arange(-5.0, 7.0, dtype=torch.float64, device=device).reshape(4, 3)
+    want = READERS[reader](SparseTensor(feats, coords, 1, (2, 8, 8, 8)))
+    got = READERS[reader](SparseTensor(feats, coords.to(dtype), 1, (2, 8, 8, 8)))
+    assert got.dtype == want.dtype and torch.equal(got, want)
+
+
+@pytest.mark.parametrize("dtype", INTEGERS, ids=str)
+def test_dense_has_a_gradient_on_other_integers(dtype: torch.dtype, device: torch.device) -> None:
+    feats = torch.ones(2, 3, dtype=torch.float64, device=device, requires_grad=True)
+    coords = torch.tensor([(0, 1, 2, 3), (0, 3, 2, 1)], device=device).to(dtype)
+    grid = SparseTensor(feats, coords, 1, (1, 4, 4, 4)).dense()
+    factor = torch.arange(grid.numel(), dtype=torch.float64, device=device).view_as(grid)
+    (grid * factor).sum().backward()
+    assert feats.grad is not None
+    assert torch.equal(feats.grad, torch.stack([factor[0, 1, 2, 3], factor[0, 3, 2, 1]]))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "value"),
+    [
+        (torch.int64, 2**31),
+        (torch.int64, -(2**31) - 1),
+        (torch.int64, 2**32 + 1),
+        (torch.uint32, 2**31),
+        (torch.uint32, 2**32 - 1),
+        (torch.uint64, 2**31),
+        (torch.uint64, 2**63 - 1),
+        (torch.uint64, 2**63 + 5),
+        (torch.uint64, 2**64 - 1),  # as int64 it would be -1
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("kernel_size", [1, 3])
+def test_integers_that_do_not_fit(
+    dtype: torch.dtype, value: int, kernel_size: int, device: torch.device
+) -> None:
+    numbers = np.array([(0, 1, 2, 3), (0, 1, 2, value)], str(dtype).removeprefix("torch."))
+    coords = torch.from_numpy(numbers).to(device)
+    x = SparseTensor(torch.ones(2, 3, dtype=torch.float64, device=device), coords)
+    detail = str(value) if device.type == "cpu" else ""
+    with raises_on_data(ValueError, f"must fit into int32.*{detail}"):
+        F.conv3d(x, weight(device, kernel_size**3), kernel_size)
+
+
+def test_dense_of_integers_that_do_not_fit(device: torch.device) -> None:
+    numbers = np.array([(0, 1, 2, 3), (0, 1, 2, 2**64 - 1)], np.uint64)
+    x = SparseTensor(torch.ones(2, 3, device=device), torch.from_numpy(numbers).to(device))
+    x.spatial_range = (1, 4, 4, 4)
+    with raises_on_data(ValueError, "int32|inside the dense tensor's"):
+        x.dense()
 
 
 @pytest.mark.parametrize("layer", LAYERS, ids=str)
@@ -188,6 +282,41 @@ def test_sizes_have_a_least_value(name: str, value: Any, device: torch.device) -
         with pytest.raises(ValueError, match=name) as caught:
             call()
         assert worst in str(caught.value)
+
+
+FLOATS = [2.0, 2.5, (2, 2.0, 2), np.float64(2), np.full(3, 2.0), torch.tensor(2.0)]
+
+
+@pytest.mark.parametrize("value", FLOATS, ids=repr)
+@pytest.mark.parametrize("name", ["kernel_size", "stride", "padding", "dilation"])
+def test_sizes_are_no_floats(name: str, value: Any, device: torch.device) -> None:
+    """Not even whole ones: they come out of a division that was meant to be another."""
+    sizes: dict[str, Any] = {"kernel_size": 2, "stride": 2, "padding": 0, "dilation": 1}
+    sizes[name] = value
+    for call in (
+        lambda: F.conv3d(sparse(device), weight(device, 8), **sizes),
+        lambda: F.max_pool3d(sparse(device), **sizes),
+        lambda: spnn.Conv3d(3, 2, **sizes),
+        lambda: spnn.MaxPool3d(**sizes),
+    ):
+        with pytest.raises(ValueError, match=rf"`{name}` must be one int or .*, got 2\.[05]"):
+            call()
+
+
+@pytest.mark.parametrize(
+    "value",
+    [np.int64(2), np.uint8(2), np.full(3, 2), torch.tensor(2), torch.full((3,), 2), [2, 2, 2],
+     (np.int32(2), torch.tensor(2), 2)],
+    ids=repr,
+)  # fmt: skip
+def test_sizes_may_be_ints_of_any_kind(value: Any, device: torch.device) -> None:
+    layer = spnn.Conv3d(3, 2, value, value, padding=value, dilation=value)
+    assert layer.kernel_size == layer.stride == layer.padding == layer.dilation == (2, 2, 2)
+    assert type(layer.kernel_size[0]) is type(layer.stride[0]) is int
+    x, kernel = sparse(device), weight(device, 8)
+    want = F.conv3d(x, kernel, 2, stride=2, padding=2, dilation=2)
+    got = F.conv3d(x, kernel, value, stride=value, padding=value, dilation=value)
+    assert got.stride == (2, 2, 2) and torch.equal(got.feats, want.feats)
 
 
 @pytest.mark.parametrize("padding", [True, False, (True, 0, 0)])

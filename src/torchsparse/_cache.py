@@ -177,6 +177,9 @@ def get_tensor_cache_mode() -> TensorCacheMode:
 def set_tensor_cache_mode(mode: TensorCacheMode) -> None:
     """Choose separate caches (the default) or one global cache.
 
+    Args:
+        mode: A `TensorCacheMode` or its number.
+
     Raises:
         ValueError: Not a `TensorCacheMode` or its number.
     """
@@ -189,7 +192,11 @@ def get_global_tensor_cache() -> TensorCache | None:
 
 
 def set_global_tensor_cache(cache: TensorCache | None) -> None:
-    """Replace the cache of the global mode."""
+    """Replace the cache of the global mode.
+
+    Args:
+        cache: The new one; None: the next tensor makes one.
+    """
     settings.global_tensor_cache = cache
 
 

@@ -14,6 +14,7 @@ from typing import Any
 __all__ = [
     "ADVICE",
     "OldNames",
+    "distance",
     "forget_notes",
     "moved",
     "note",
@@ -76,12 +77,12 @@ def note(use: str) -> None:
     if use in _noted:
         return
     message = f"{use} is the form of versions before 2.1; write {ADVICE[use]}"
-    warnings.warn(message, DeprecationWarning, stacklevel=_distance())
+    warnings.warn(message, DeprecationWarning, stacklevel=distance())
     _noted.add(use)  # a warning that was made an error has not been heard
 
 
-def _distance() -> int:
-    """How many frames above `note` the library is left, and PyTorch, which calls it."""
+def distance() -> int:
+    """How many frames above its caller the library is left, and PyTorch, which calls it."""
     inner = {__name__.partition(".")[0], "torch"}
     frame, level = sys._getframe(1), 1
     while frame.f_back is not None and str(frame.f_globals.get("__name__")).split(".")[0] in inner:

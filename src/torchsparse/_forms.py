@@ -14,6 +14,7 @@ from torch import Tensor
 from torchsparse._autograd.take import take_rows
 from torchsparse._flags import Complaint, complain_if, raise_pending
 from torchsparse._ops import points, reduce
+from torchsparse._validate import wide_ints
 
 __all__ = ["batch_size_of", "from_coo", "from_grid", "pick_samples", "split_samples", "to_coo"]
 
@@ -49,6 +50,7 @@ def from_grid(dense: Any, mask: Any) -> tuple[Tensor, Tensor]:
 
 def to_coo(feats: Tensor, coords: Tensor, extents: tuple[int, ...] | None) -> Tensor:
     """[N, C] and [N, 1 + D] as a hybrid COO tensor, whose size is ``extents`` or fitted."""
+    coords = wide_ints(coords)
     if extents is None:
         top = coords.amax(0) + 1 if coords.shape[0] else coords.new_zeros(coords.shape[1])
         extents = tuple(top.tolist())
@@ -93,7 +95,7 @@ def batch_size_of(coords: Tensor, spatial_range: tuple[int, ...] | None) -> int:
     (which waits for the device)."""
     if spatial_range is not None:
         return spatial_range[0]
-    return int(coords[:, 0].amax()) + 1 if coords.shape[0] else 0
+    return int(wide_ints(coords[:, 0]).amax()) + 1 if coords.shape[0] else 0
 
 
 def pick_samples(feats: Tensor, coords: Tensor, samples: list[int]) -> tuple[Tensor, Tensor]:
@@ -109,6 +111,7 @@ def pick_samples(feats: Tensor, coords: Tensor, samples: list[int]) -> tuple[Ten
     """
     if len(set(samples)) < len(samples) or min(samples, default=0) < 0:
         raise ValueError(f"`samples` must be distinct batch indices from 0, got {samples}")
+    coords = wide_ints(coords)
     wanted = torch.tensor(samples, dtype=coords.dtype, device=coords.device)
     number, rows = (wanted[:, None] == coords[:, 0]).nonzero(as_tuple=True)
     raise_pending(coords.device)  # the line above has waited for the device
@@ -120,6 +123,7 @@ def pick_samples(feats: Tensor, coords: Tensor, samples: list[int]) -> tuple[Ten
 
 def split_samples(feats: Tensor, coords: Tensor, num: int) -> tuple[list[Tensor], list[Tensor]]:
     """One [N_b, D] and one [N_b, C] per sample, rows in their order. Waits for the device."""
+    coords = wide_ints(coords)
     order, starts = reduce.group_rows(coords[:, 0].contiguous(), num)
     bounds = starts.tolist()
     raise_pending(coords.device)  # the line above has waited for the device

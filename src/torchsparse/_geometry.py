@@ -20,8 +20,11 @@ __all__ = ["Geometry", "as_tuple", "conv_range", "default_padding", "tap_list"]
 Kind = Literal["submanifold", "strided", "generative"]
 
 
-def as_tuple(value: Any, ndim: int, name: str = "value") -> tuple[int, ...]:
+def as_tuple(value: Any, ndim: int, name: str = "value", floats: bool = True) -> tuple[int, ...]:
     """``value`` as ``ndim`` ints: a number is repeated, a sequence, array or tensor is converted.
+
+    With ``floats`` a float that is a whole number is one, too: bounds and strides come out of
+    divisions. The parameters of a layer do not.
 
     Raises:
         ValueError: Another number of entries, or entries that are not whole numbers.
@@ -31,12 +34,12 @@ def as_tuple(value: Any, ndim: int, name: str = "value") -> tuple[int, ...]:
     entries = tuple(value) if isinstance(value, (list, tuple)) else (value,) * ndim
     if len(entries) != ndim:
         raise ValueError(f"`{name}` must be one int or {ndim} ints, got {value!r}")
-    return tuple(_as_int(entry, name) for entry in entries)
+    return tuple(_as_int(entry, name, floats) for entry in entries)
 
 
-def _as_int(entry: Any, name: str) -> int:
+def _as_int(entry: Any, name: str, floats: bool) -> int:
     if isinstance(entry, bool) or not hasattr(entry, "__index__"):
-        if isinstance(entry, float) and entry.is_integer():
+        if floats and isinstance(entry, float) and entry.is_integer():
             return int(entry)
         raise ValueError(f"`{name}` must be one int or one per axis, got {entry!r}")
     return int(entry)

@@ -7,7 +7,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["check_coords", "check_feats", "check_rows", "check_same_device", "one_of"]
+from torchsparse._flags import Complaint, complain_if
+
+__all__ = [
+    "check_coords",
+    "check_feats",
+    "check_rows",
+    "check_same_device",
+    "one_of",
+    "wide_ints",
+]
+
+
+INT64 = torch.iinfo(torch.int64)
 
 
 def one_of(value: Any, allowed: tuple[Any, ...], name: str) -> Any:
@@ -42,6 +54,32 @@ def check_coords(coords: Any, ndim: int | None = 3, name: str = "coords") -> Non
             f"`{name}` must have shape [N, {columns}] with the batch index first, "
             f"got {list(coords.shape)}"
         )
+
+
+def wide_ints(values: Tensor) -> Tensor:
+    """Integers of any type as int32 or int64, the two that PyTorch compares and indexes with.
+
+    Args:
+        values: Any shape.
+
+    Returns:
+        int32 and int64 as they are, smaller types as int32, larger ones as int64.
+
+    Raises:
+        ValueError: uint64 of 2^63 and more (noticed later on a GPU).
+    """
+    dtype = values.dtype
+    if dtype in (torch.int32, torch.int64):
+        return values
+    if dtype == torch.uint64:
+        wide = values.view(torch.int64)
+        complain_if(
+            (wide < 0).any(),
+            Complaint.OVERFLOW,
+            lambda: f"up to {int((wide ^ INT64.min).amax()) - INT64.min}",
+        )
+        return wide
+    return values.to(torch.int32 if dtype.itemsize < 4 else torch.int64)
 
 
 def check_rows(feats: Tensor, coords: Tensor) -> None:

@@ -145,6 +145,10 @@ def convert(
     does not tell, stride 1 is assumed; ``strided`` names the exceptions. Our `Conv3d` loads both,
     the matrix of a strided layer with a note.
 
+    A weight of SpConv 2.x also means what its shape says if the network multiplies by it itself.
+    SoftGroup and its descendants do: their ``Custom1x1Subm3d`` is a subclass of SpConv's layer,
+    which reads the kernel of one tap as [C_out, C_in]. Name these modules in ``strided``, too.
+
     Weights are all that is converted. With SpConv's usual columns (b, z, y, x), the arguments
     kernel_size, stride, padding and dilation are listed the other way round in a network on
     (b, x, y, z). MinkowskiEngine places the taps of an even size k at 0 ... k - 1, also at
@@ -161,7 +165,8 @@ def convert(
         kernel_sizes: Module name -> size along (x, y, z), one int or three, for kernels that are
             not cubes and of which the source only tells K. 27 taps are taken for (3, 3, 3), 12
             taps could be (3, 2, 2) or (2, 3, 2). Sizes that the source does tell are compared.
-        strided: Names of modules with a stride other than 1; read for kernels of one tap.
+        strided: Names of modules with a stride other than 1; read for kernels of one tap. Also
+            those at stride 1 whose weight means what its shape says, ``Custom1x1Subm3d``.
         channelwise: Names of MinkowskiEngine's channelwise convolutions, whose kernels are
             [K, C]; here they are [K, 1, C], those of ``Conv3d(C, C, groups=C)``.
         names: Regular expression -> replacement, applied to each name in this order (`re.sub`)

@@ -24,7 +24,7 @@ from torchsparse._validate import (
     check_same_device,
     one_of,
 )
-from torchsparse.nn.functional.conv.kmap import int32_coords
+from torchsparse.nn.functional.conv.mapping import int32_coords
 from torchsparse.nn.functional.pooling import samples
 from torchsparse.tensor import (
     SparseTensor,

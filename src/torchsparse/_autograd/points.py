@@ -13,7 +13,13 @@ from torchsparse._capacity import PAD, row_count
 from torchsparse._compiling import operator, with_gradient, without_second_gradient
 from torchsparse._flags import Complaint, complain_if, flag_word
 from torchsparse._ops import points, reduce
-from torchsparse._validate import check_coords, check_feats, check_rows, check_same_device
+from torchsparse._validate import (
+    check_coords,
+    check_feats,
+    check_rows,
+    check_same_device,
+    wide_ints,
+)
 
 __all__ = ["Devoxelize", "ToDense", "Voxelize", "devoxelize", "to_dense", "voxelize"]
 
@@ -73,7 +79,7 @@ def to_dense(feats: Tensor, coords: Tensor, spatial_range: Any) -> Tensor:
 
 def _dense(feats: Tensor, coords: Tensor, extents: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """The grid [*extents, C] and the cell of each row, [N] int64."""
-    word = flag_word(coords.device)
+    word, coords = flag_word(coords.device), wide_ints(coords)
     grid, index = points.place_rows(feats, coords, extents, word, Complaint.DENSE.bit)
     if word is None:
         outside = index < 0
@@ -102,7 +108,7 @@ def _fake_from_dense(grid: Tensor, coords: Tensor, extents: list[int]) -> Tensor
 @operator("from_dense(Tensor grid, Tensor coords, SymInt[] extents) -> Tensor", _fake_from_dense)
 def _from_dense_op(grid: Tensor, coords: Tensor, extents: list[int]) -> Tensor:
     """The rows [N, C] of a grid [B, X, Y, Z, C] at coordinates: the derivative of `to_dense`."""
-    return points.gather_rows(grid, points.flat_index(coords, tuple(extents)))
+    return points.gather_rows(grid, points.flat_index(wide_ints(coords), tuple(extents)))
 
 
 def _save_cells(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

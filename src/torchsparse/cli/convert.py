@@ -35,7 +35,8 @@ def convert(
     strided: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="MODULE", help="A kernel of one tap with a stride other than 1, if any."
+            metavar="MODULE",
+            help="A kernel of one tap with a stride other than 1, or SoftGroup's Custom1x1Subm3d.",
         ),
     ] = None,
     channelwise: Annotated[

@@ -529,6 +529,7 @@ def test_negative_batches_are_errors(device):
         (lambda: ToBEVConvolution(4, 4, 3, dim=3), "dim"),
         (lambda: ToBEVConvolution(4, 4, 0), "n_kernels"),
         (lambda: ToBEVConvolution(4, 4, 3, stride=0), "stride"),
+        (lambda: ToBEVConvolution(4, 4, 3, stride=2.0), "stride"),
         (lambda: ToBEVConvolution(4, 4, 3, stride=(1, 2)), "stride"),
         (lambda: ToDenseBEVConvolution(4, 4, (3, 3)), "shape"),
         (lambda: ToDenseBEVConvolution(4, 4, (3, 3, 0)), "shape"),

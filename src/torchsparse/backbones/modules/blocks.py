@@ -40,7 +40,8 @@ class SparseConvBlock(nn.Sequential):
 class SparseConvTransposeBlock(nn.Sequential):
     """Transposed Conv3d, BatchNorm, ReLU: [N, C_in] features -> [M, C_out], on the finer sites.
 
-    The arguments are those of `SparseConvBlock`.
+    Args:
+        in_channels, out_channels, kernel_size, stride, dilation: As in `SparseConvBlock`.
     """
 
     def __init__(
@@ -67,7 +68,8 @@ class SparseResBlock(nn.Module):
     BatchNorm. With a stride, it is evaluated at the main branch's sites: site c reads the input
     at c * stride, zero if nothing is there.
 
-    The arguments are those of `SparseConvBlock`.
+    Args:
+        in_channels, out_channels, kernel_size, stride, dilation: As in `SparseConvBlock`.
     """
 
     def __init__(

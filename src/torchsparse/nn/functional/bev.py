@@ -30,7 +30,7 @@ from torchsparse._validate import (
     one_of,
 )
 from torchsparse.nn.functional.conv.choices import compute_dtype
-from torchsparse.nn.functional.conv.kmap import int32_coords
+from torchsparse.nn.functional.conv.mapping import int32_coords
 from torchsparse.nn.functional.pooling import samples
 from torchsparse.tensor import SparseTensor, check_sparse, wrap
 
@@ -105,7 +105,7 @@ def to_bev_convolution(
     """
     feats, coords = _checked(input, dim)
     _check_weights(feats, kernel, bias)
-    step = as_tuple(stride, 3, "stride")
+    step = as_tuple(stride, 3, "stride", floats=False)
     if min(step) < 1:
         raise ValueError(f"`stride` must be at least 1 on every axis, got {stride!r}")
     complain_if((coords[:, 0] < 0).any(), Complaint.BATCH)

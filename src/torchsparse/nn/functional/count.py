@@ -10,6 +10,7 @@ from torch import Tensor
 from torchsparse._compiling import left_to_python
 from torchsparse._flags import Complaint, complain_if, flag_word
 from torchsparse._ops import reduce
+from torchsparse._validate import wide_ints
 
 __all__ = ["check_index", "spcount"]
 
@@ -40,7 +41,7 @@ def spcount(coords: Tensor, num: int | Tensor) -> Tensor:
         ValueError: Another shape, or an index of ``num`` or more (noticed later on a GPU).
     """
     check_index(coords, 1, "coords")
-    num = int(num)
+    coords, num = wide_ints(coords), int(num)
     word = flag_word(coords.device)
     if word is None:
         complain_if((coords >= num).any(), Complaint.INDEX, lambda: f"{num} rows")

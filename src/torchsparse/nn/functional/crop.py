@@ -9,7 +9,7 @@ import torch
 from torchsparse._cache import new_cache
 from torchsparse._compiling import left_to_python
 from torchsparse._geometry import as_tuple
-from torchsparse._validate import check_coords, check_rows, check_same_device
+from torchsparse._validate import check_coords, check_rows, check_same_device, wide_ints
 from torchsparse.tensor import SparseTensor, check_sparse, wrap
 
 __all__ = ["spcrop"]
@@ -37,17 +37,17 @@ def spcrop(input: SparseTensor, coords_min: Any = None, coords_max: Any = None) 
     check_coords(coords, ndim=None)
     check_rows(feats, coords)
     check_same_device(feats=feats, coords=coords)
-    ndim = coords.shape[1] - 1
+    ndim, sites = coords.shape[1] - 1, wide_ints(coords)
     keep = torch.ones(coords.shape[0], dtype=torch.bool, device=coords.device)
     if coords_min is not None:
         lower = as_tuple(coords_min, ndim, "coords_min")
         for axis, bound in enumerate(lower):
-            keep &= coords[:, 1 + axis] >= bound
+            keep &= sites[:, 1 + axis] >= bound
     if coords_max is not None:
         upper = as_tuple(coords_max, ndim, "coords_max")
         for axis, bound in enumerate(upper):
-            keep &= coords[:, 1 + axis] < bound
+            keep &= sites[:, 1 + axis] < bound
     rows = keep.nonzero().squeeze(1)
-    out = wrap(feats[rows], input, coords[rows], input.stride, input.spatial_range)
+    out = wrap(feats[rows], input, sites[rows], input.stride, input.spatial_range)
     out._caches = new_cache()
     return out

@@ -11,7 +11,7 @@ from torchsparse._autograd.points import devoxelize
 from torchsparse._compat import note
 from torchsparse._compiling import left_to_python
 from torchsparse._ops import points
-from torchsparse._validate import check_feats, check_same_device
+from torchsparse._validate import check_feats, check_same_device, wide_ints
 from torchsparse.nn.functional.count import check_index
 
 __all__ = ["calc_ti_weights", "spdevoxelize"]
@@ -45,7 +45,7 @@ def spdevoxelize(feats: Tensor, coords: Tensor, weights: Tensor) -> Tensor:
             f"got {list(coords.shape)} and {list(weights.shape)}"
         )
     check_same_device(feats=feats, coords=coords, weights=weights)
-    return devoxelize(feats, coords, weights)
+    return devoxelize(feats, wide_ints(coords), weights)
 
 
 @torch.no_grad()

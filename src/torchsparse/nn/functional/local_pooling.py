@@ -25,7 +25,7 @@ from torchsparse._validate import (
 )
 from torchsparse.nn.functional.conv.conv import check_parameters, find_map, on_level
 from torchsparse.nn.functional.conv.conv_config import resolve_config
-from torchsparse.nn.functional.conv.kmap import Level
+from torchsparse.nn.functional.conv.mapping import Level
 from torchsparse.tensor import SparseTensor, check_sparse
 
 __all__ = [
@@ -94,7 +94,11 @@ def avg_pool3d(
 ) -> SparseTensor:
     """Mean over the active sites of each window; absent sites do not count.
 
-    The arguments and errors are those of `max_pool3d`.
+    The errors are those of `max_pool3d`.
+
+    Args:
+        input: Features [N, C] on [N, 4] coordinates.
+        kernel_size, stride, padding, dilation, coordinates, config: As in `max_pool3d`.
 
     Returns:
         [M, C] features in their dtype, summed in float32 (float64 in float64), also under
@@ -117,7 +121,11 @@ def sum_pool3d(
 ) -> SparseTensor:
     """Sum over the active sites of each window.
 
-    The arguments and errors are those of `avg_pool3d`.
+    The errors are those of `max_pool3d`.
+
+    Args:
+        input: Features [N, C] on [N, 4] coordinates.
+        kernel_size, stride, padding, dilation, coordinates, config: As in `max_pool3d`.
 
     Returns:
         [M, C] features in their dtype, summed in float32 (float64 in float64), also under

@@ -13,7 +13,13 @@ from torchsparse._capacity import PAD, row_count
 from torchsparse._compiling import left_to_python
 from torchsparse._flags import Complaint, complain_if, raise_pending
 from torchsparse._ops import reduce
-from torchsparse._validate import check_coords, check_feats, check_rows, check_same_device
+from torchsparse._validate import (
+    check_coords,
+    check_feats,
+    check_rows,
+    check_same_device,
+    wide_ints,
+)
 from torchsparse.tensor import SparseTensor, check_sparse
 
 __all__ = ["global_avg_pool", "global_max_pool", "global_sum_pool", "samples"]
@@ -42,7 +48,10 @@ def global_avg_pool(input: SparseTensor, batch_size: int | None = None) -> Tenso
 def global_max_pool(input: SparseTensor, batch_size: int | None = None) -> Tensor:
     """Maximum of each channel over the rows of each sample.
 
-    The arguments and errors are those of `global_avg_pool`.
+    The errors are those of `global_avg_pool`.
+
+    Args:
+        input, batch_size: As in `global_avg_pool`.
 
     Returns:
         [B, C] in the dtype of the features; 0 for samples without rows. The gradient goes to one
@@ -56,7 +65,10 @@ def global_max_pool(input: SparseTensor, batch_size: int | None = None) -> Tenso
 def global_sum_pool(input: SparseTensor, batch_size: int | None = None) -> Tensor:
     """Sum of the rows of each sample.
 
-    The arguments and errors are those of `global_avg_pool`.
+    The errors are those of `global_avg_pool`.
+
+    Args:
+        input, batch_size: As in `global_avg_pool`.
 
     Returns:
         [B, C] in the dtype of the features, summed in float32 (float64 in float64), also under
@@ -80,7 +92,7 @@ def samples(input: SparseTensor, batch_size: int | None = None) -> tuple[Tensor,
     check_same_device(feats=feats, coords=coords)
     if batch_size is not None and operator.index(batch_size) < 0:
         raise ValueError(f"`batch_size` must not be negative, got {batch_size}")
-    batch = coords[:, 0].contiguous()
+    batch = wide_ints(coords[:, 0]).contiguous()
     if batch_size is not None:
         negative = batch < 0
         if row_count(coords) is not None:  # padding belongs to no sample

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from torchsparse._autograd.points import voxelize
 from torchsparse._compiling import left_to_python
-from torchsparse._validate import check_feats, check_same_device
+from torchsparse._validate import check_feats, check_same_device, wide_ints
 from torchsparse.nn.functional.count import check_index
 
 __all__ = ["spvoxelize"]
@@ -38,4 +38,4 @@ def spvoxelize(feats: Tensor, coords: Tensor, counts: Tensor) -> Tensor:
             f"got {coords.shape[0]} and {feats.shape[0]}"
         )
     check_same_device(feats=feats, coords=coords, counts=counts)
-    return voxelize(feats, coords, counts)
+    return voxelize(feats, wide_ints(coords), counts)

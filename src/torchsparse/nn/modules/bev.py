@@ -110,7 +110,7 @@ class ToBEVConvolution(_HeightKernel):
         bias: bool = False,
     ) -> None:
         super().__init__(in_channels, out_channels, n_kernels, dim, bias)
-        if min(as_tuple(stride, 3, "stride")) < 1:
+        if min(as_tuple(stride, 3, "stride", floats=False)) < 1:
             raise ValueError(f"`stride` must be at least 1 on every axis, got {stride!r}")
         self.stride = stride
 

@@ -179,14 +179,16 @@ class MaxPool3d(_MaxPool):
 class AvgPool3d(_AvgPool):
     """Mean over the active sites of each window; see ``functional.avg_pool3d``.
 
-    The arguments are those of `MaxPool3d`, without ``return_indices``.
+    Args:
+        kernel_size, stride, padding, dilation, config: As in `MaxPool3d`.
     """
 
 
 class SumPool3d(_SumPool):
     """Sum over the active sites of each window; see ``functional.sum_pool3d``.
 
-    The arguments are those of `AvgPool3d`.
+    Args:
+        kernel_size, stride, padding, dilation, config: As in `MaxPool3d`.
     """
 
 
@@ -202,7 +204,8 @@ class Unpool3d(_Unpool):
 class MaxUnpool3d(_MaxUnpool):
     """Values back where `MaxPool3d` found its maxima; see ``functional.max_unpool3d``.
 
-    The arguments are those of the `MaxPool3d` to undo, without ``return_indices``.
+    Args:
+        kernel_size, stride, padding, dilation, config: Those of the `MaxPool3d` to undo.
     """
 
 

@@ -148,6 +148,13 @@ class BatchNorm(_OverRows, nn.BatchNorm1d):
     running statistics stay. In training on a GPU, a sum and an activation that follow join its
     pass over the features.
 
+    Args:
+        num_features: C.
+        eps: Added to the variance.
+        momentum: Weight of a batch in the running statistics; None = their mean over all batches.
+        affine: Learn a weight and a bias per channel.
+        track_running_stats: Keep running statistics for evaluation.
+
     Attributes:
         weight, bias: [C], or None without ``affine``.
         running_mean, running_var: [C], or None without ``track_running_stats``.
@@ -162,6 +169,11 @@ class GroupNorm(nn.GroupNorm):
 
     [N, C] features -> [N, C], in their dtype. Statistics in float32 (float64 in float64), also
     under autocast.
+
+    Args:
+        num_groups, num_channels: G and C; G divides C.
+        eps: Added to the variance.
+        affine: Learn a weight and a bias per channel.
 
     Attributes:
         weight, bias: [C], or None without ``affine``.
@@ -179,6 +191,13 @@ class InstanceNorm(nn.InstanceNorm1d):
 
     [N, C] features -> [N, C], in their dtype. Statistics in float32 (float64 in float64), also
     under autocast. With ``track_running_stats``, evaluation uses the running ones, as in PyTorch.
+
+    Args:
+        num_features: C.
+        eps: Added to the variance.
+        momentum: Weight of a batch in the running statistics.
+        affine: Learn a weight and a bias per channel.
+        track_running_stats: Keep running statistics for evaluation.
 
     Attributes:
         weight, bias: [C], or None without ``affine``.
@@ -210,6 +229,14 @@ class SyncBatchNorm(_OverRows, nn.SyncBatchNorm):
     of the group must take part in every forward and backward pass; it may have any number of rows,
     also none. Outside a process group, in evaluation and in a group of one it is `BatchNorm`.
     Differentiable once.
+
+    Args:
+        num_features: C.
+        eps: Added to the variance.
+        momentum: Weight of a batch in the running statistics; None = their mean over all batches.
+        affine: Learn a weight and a bias per channel.
+        track_running_stats: Keep running statistics for evaluation.
+        process_group: The processes that share statistics; None = all.
 
     Attributes:
         weight, bias: [C], or None without ``affine``.

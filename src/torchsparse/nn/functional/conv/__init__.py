@@ -1,6 +1,14 @@
 """Convolution: the function, its configuration and its kernel maps."""
 
-from torchsparse.nn.functional.conv import conv, conv_config, conv_mode, func, kmap
+from torchsparse.nn.functional.conv import (
+    conv,
+    conv_config,
+    conv_mode,
+    func,
+    hash,
+    kmap,
+    utils,
+)
 from torchsparse.nn.functional.conv.conv import conv1d, conv2d, conv3d, conv4d
 from torchsparse.nn.functional.conv.conv_config import (
     AttributeDict,
@@ -20,6 +28,7 @@ from torchsparse.nn.functional.conv.conv_mode import (
     set_downsample_mode,
     set_kmap_mode,
 )
+from torchsparse.nn.functional.conv.hash import sphash, sphashquery
 from torchsparse.nn.functional.conv.maps import (
     build_kernel_map,
     convert_transposed_out_in_map,
@@ -48,6 +57,7 @@ __all__ = [
     "get_downsample_mode",
     "get_global_conv_config",
     "get_kmap_mode",
+    "hash",
     "keys_check",
     "kmap",
     "set_conv_mode",
@@ -55,6 +65,9 @@ __all__ = [
     "set_global_conv_config",
     "set_kmap_mode",
     "spdownsample",
+    "sphash",
+    "sphashquery",
     "spupsample_generative",
     "transpose_kernel_map",
+    "utils",
 ]

@@ -30,7 +30,7 @@ from torchsparse._settings import settings
 from torchsparse.nn.functional.conv import lead
 from torchsparse.nn.functional.conv.ahead import look_ahead
 from torchsparse.nn.functional.conv.choices import compute_dtype, resolve_for
-from torchsparse.nn.functional.conv.kmap import (
+from torchsparse.nn.functional.conv.mapping import (
     Level,
     back_onto,
     coarser,
@@ -553,7 +553,7 @@ def check_parameters(
     }
     found = []
     for name, (value, least) in given.items():
-        entries = as_tuple(value, ndim, name)
+        entries = as_tuple(value, ndim, name, floats=False)
         if min(entries) < least:
             raise ValueError(f"`{name}` must be at least {least} on every axis, got {value!r}")
         found.append(entries)

@@ -96,6 +96,11 @@ def get_default_conv_config(
     )
 
 
+# TorchSparse 2.1's name for its defaults, to copy from. What is written to it changes nothing:
+# that is what `set_global_conv_config` is for.
+_default_conv_config = get_default_conv_config(ConvMode.mode0)
+
+
 def get_global_conv_config() -> AttributeDict | None:
     """The global configuration as it was set, or None."""
     return settings.conv_config  # pyright: ignore[reportReturnType]
@@ -104,7 +109,9 @@ def get_global_conv_config() -> AttributeDict | None:
 def set_global_conv_config(conv_config: Mapping[str, Any] | None) -> None:
     """Use a copy of ``conv_config`` for every convolution without one of its own.
 
-    It may be partial: what it lacks follows the modes at each call.
+    Args:
+        conv_config: A mapping, or None to forget the one before. It may be partial: what it lacks
+            follows the modes at each call.
 
     Raises:
         TypeError: Not a mapping.
@@ -118,7 +125,11 @@ def clear_global_conv_config() -> None:
 
 
 def keys_check(conv_config: dict[str, Any]) -> None:
-    """Fill missing keys of ``conv_config`` with their defaults, in place."""
+    """Fill missing keys of ``conv_config`` with their defaults, in place.
+
+    Args:
+        conv_config: A configuration that may lack keys.
+    """
     for key, value in get_default_conv_config().items():
         conv_config.setdefault(key, value)
 

@@ -37,6 +37,9 @@ def get_conv_mode() -> ConvMode:
 def set_conv_mode(conv_mode: int | ConvMode) -> None:
     """Choose how rows are ordered. A choice of speed; mode 0 leaves it to the library.
 
+    Args:
+        conv_mode: 0, 1, 2 or a `ConvMode`.
+
     Raises:
         ValueError: Not 0, 1, 2 or a `ConvMode`.
     """
@@ -52,6 +55,9 @@ def get_kmap_mode() -> str:
 
 def set_kmap_mode(kmap_mode: str) -> None:
     """Choose how maps are built; results do not depend on it.
+
+    Args:
+        kmap_mode: "hashmap_on_the_fly" or "hashmap".
 
     Raises:
         ValueError: Not "hashmap_on_the_fly" or "hashmap".
@@ -69,6 +75,9 @@ def set_downsample_mode(downsample_mode: str) -> None:
 
     "spconv": every site that some tap ties to an input. "minkowski": ``unique(in // stride)``
     with centred taps, the padding ignored.
+
+    Args:
+        downsample_mode: "spconv" or "minkowski".
 
     Raises:
         ValueError: Not "spconv" or "minkowski".

@@ -1,7 +1,8 @@
 """Where a layer leads while a program is traced: levels as variables of the program.
 
-What `conv` and `kmap` find at run time in the cache of a tensor is decided here from the `Trail`
-of levels that the program has come through; the rest is left to the operators of `traced`.
+What `conv` and `mapping` find at run time in the cache of a tensor is decided here from the
+`Trail` of levels that the program has come through; the rest is left to the operators of
+`traced`.
 """
 
 from __future__ import annotations
@@ -250,7 +251,7 @@ def _target(here: Traced, coordinates: SparseTensor | Tensor, step: Sizes) -> Tr
 def _back(layer: Layer, trail: Trail, here: Traced, own: Sizes) -> tuple[Traced, Sizes]:
     """The fine level that a transposed layer returns to, and its offset there.
 
-    The rules are those of `kmap.upsampled`.
+    The rules are those of `mapping.upsampled`.
     """
     if any(a % b for a, b in zip(here.stride, layer.step)):
         raise ValueError(

@@ -1,6 +1,6 @@
 """Levels: the sites that layers create, their ranges, search structures over them, and checks.
 
-With `kmap`, the only writer of ``x._caches.hashmaps``.
+With `mapping`, the only writer of ``x._caches.hashmaps``.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torchsparse._geometry import Geometry, conv_range
 from torchsparse._kernel_map import KernelMapKey
 from torchsparse._ops import coords as ops
 from torchsparse._settings import settings
+from torchsparse._validate import wide_ints
 from torchsparse.tensor import SparseTensor
 
 __all__ = [
@@ -179,13 +180,14 @@ def int32_coords(cache: TensorCache, coords: Tensor) -> Tensor:
     known = cache.hashmaps.get("int32")
     if known is not None and known[0].fits(coords):
         return known[1]
-    if coords.numel():
-        low, high = (v.to(torch.int64) for v in torch.aminmax(coords))
+    wide = wide_ints(coords)
+    if wide.dtype == torch.int64 and wide.numel():
+        low, high = torch.aminmax(wide)
         complain_if(
             (low < INT32.min) | (high > INT32.max),
             Complaint.OVERFLOW,
             lambda: f"from {int(low)} to {int(high)}",
         )
-    converted = coords.to(torch.int32)
+    converted = wide.to(torch.int32)
     cache.hashmaps["int32"] = (Stamp(coords), converted)
     return converted

@@ -16,7 +16,7 @@ from torchsparse._settings import override
 from torchsparse._validate import one_of
 from torchsparse.nn.functional.conv.conv import check_parameters
 from torchsparse.nn.functional.conv.conv_mode import DOWNSAMPLE_MODES, KMAP_MODES
-from torchsparse.nn.functional.conv.kmap import (
+from torchsparse.nn.functional.conv.mapping import (
     downsampled,
     generated,
     int32_coords,
@@ -112,7 +112,12 @@ def build_kernel_map(
 def transpose_kernel_map(kmap: KernelMap, *args: Any, **kwargs: Any) -> KernelMap:
     """The same mapping; its ``out_in_map_t`` [ceil128(n_in), K] holds output rows of each input.
 
-    Further arguments of TorchSparse 2.1 are accepted and have no effect.
+    Args:
+        kmap: From `build_kernel_map`.
+        args, kwargs: Further arguments of TorchSparse 2.1, accepted without effect.
+
+    Raises:
+        TypeError: Something else than a kernel map of this library.
     """
     if not isinstance(kmap, KernelMap):
         raise TypeError(f"`kmap` must come from build_kernel_map, got {type(kmap).__name__}")

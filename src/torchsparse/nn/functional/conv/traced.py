@@ -31,7 +31,7 @@ from torchsparse._geometry import Geometry
 from torchsparse._kernel_map import KernelMap
 from torchsparse._recipe import Dataflow, sum_dtype
 from torchsparse.nn.functional.conv.choices import resolve_for
-from torchsparse.nn.functional.conv.kmap import (
+from torchsparse.nn.functional.conv.mapping import (
     Level,
     between,
     downsampled,

@@ -27,6 +27,7 @@ from torchsparse.nn.functional.conv.levels import (
     site_coords,
     strided_level,
 )
+from torchsparse.nn.functional.conv.replaced import warn_if_replaced
 from torchsparse.tensor import SparseTensor
 
 __all__ = [
@@ -134,7 +135,10 @@ def same_sites(x: SparseTensor, coords: Tensor, geometry: Geometry) -> KernelMap
     key = KernelMapKey(
         x.stride, geometry, "same", True, x.spatial_range, settings.allow_negative_coordinates
     )
-    kmap = _find(x._caches, key, coords, coords) or _from_shelf(x._caches, key, coords)
+    kmap = _find(x._caches, key, coords, coords)
+    if kmap is None:
+        warn_if_replaced("build_kernel_map")
+        kmap = _from_shelf(x._caches, key, coords)
     if kmap is None:
         index = index_of(x._caches, coords, x.stride, geometry.reach, x.spatial_range)
         neighbors, keys = ops.find_taps(index, None, geometry)
@@ -156,7 +160,10 @@ def downsampled(
         x.spatial_range,
         settings.allow_negative_coordinates,
     )
-    kmap = _find(x._caches, key, fine=coords) or _from_shelf(x._caches, key, coords)
+    kmap = _find(x._caches, key, fine=coords)
+    if kmap is None:
+        warn_if_replaced("build_kernel_map", "spdownsample")
+        kmap = _from_shelf(x._caches, key, coords)
     if kmap is None:
         index = index_of(x._caches, coords, x.stride, geometry.reach, x.spatial_range)
         out_coords, coarse, out_range = strided_level(index, coords, geometry, key)
@@ -254,6 +261,7 @@ def generated(x: SparseTensor, coords: Tensor, geometry: Geometry) -> tuple[Kern
     fine_range = scaled_range(x.spatial_range, geometry.stride)
     kmap = _find(x._caches, key, coarse=coords)
     if kmap is None:
+        warn_if_replaced("build_kernel_map", "spupsample_generative")
         zero = (0,) * geometry.ndim
         coarse = index_of(x._caches, coords, x.stride, zero, x.spatial_range)
         upper = None if fine_range is None else tuple(n - 1 for n in fine_range[1:])
