@@ -19,8 +19,9 @@ VARIANTS = 3
 SCALE = {"fp16": 2.0**16}  # of the loss, as a gradient scaler has it: nothing vanishes
 # Of the gradient of the input or of one parameter, as the length of the difference: wrong, not
 # rounded. Where a rounding turns a ReLU, the gradient jumps: small scenes showed 0.01 in float32,
-# 0.2 in float16, 0.7 in bfloat16 for the worst of the parameters.
-ASTRAY = {"fp32": 0.05, "tf32": 0.5, "fp16": 0.5, "bf16": 0.9}
+# 0.2 in float16 and 0.7 in bfloat16 for the worst of the parameters. One that is missing is off by
+# 1; smaller faults of a layer are for `oracle.check` to find.
+ASTRAY = {"fp32": 0.1, "tf32": 0.9, "fp16": 0.9, "bf16": 0.95}
 FAINT = 1e-3  # of the length of all: parameters with less of a gradient are judged by this
 
 
