@@ -28,7 +28,7 @@ from torch import nn
 import torchsparse
 from benchmarks import engines, floors, judging, oracle, scenes, timing
 from benchmarks.cases import CASES, LAYERS, Case, counting, tensor
-from benchmarks.judging import calibrated, distance, truth
+from benchmarks.judging import calibrated, check_sites, distance, truth
 from benchmarks.reports import machine, number, read, write
 
 DEFAULT = (*LAYERS, "minkunet", "centerpoint")
@@ -156,8 +156,9 @@ def run_case(
         torchsparse.backends.allow_tf32 = dtype == "tf32"
         ours = engines.Torchsparse().adopt(network).to(floating)
         oracle.check(ours, tensor(small, case.in_channels, device, floating), dtype)
-    want = truth(case, network, scene, device)
     torchsparse.backends.allow_tf32 = False
+    check_sites(network, tensor(scene, case.in_channels, device, torch.float32))
+    want = truth(case, network, scene, device)
     with torch.no_grad(), counting(network) as works:
         network(tensor(scene, case.in_channels, device, torch.float32))
     network.cpu()

@@ -15,6 +15,9 @@ from benchmarks.oracle import WrongResult
 from benchmarks.reports import read
 from benchmarks.timing import Phases, Span
 from torchsparse import SparseTensor
+from torchsparse import nn as spnn
+from torchsparse._autograd import conv as conv_passes
+from torchsparse._ops import coords as coords_ops
 from torchsparse._ops import dispatch
 from torchsparse.inference import Graphed
 
@@ -52,6 +55,65 @@ def test_a_batch_is_one_scan_after_the_other(small) -> None:
     assert both.coords.dtype == np.int32 and len(both.feats) == ends[2]
 
 
+def test_layers_are_judged_on_maps_of_any_size(folder, monkeypatch) -> None:
+    """A tap that is lost on large maps alone is lost in float64, too."""
+    find = coords_ops.find_taps
+
+    def lossy(*args: Any) -> Any:
+        neighbors, keys = find(*args)
+        if neighbors.shape[0] > 1 and neighbors.shape[1] > 1000:
+            neighbors[0] = -1
+        return neighbors, keys
+
+    monkeypatch.setattr(coords_ops, "find_taps", lossy)
+    scan = scenes.load("tiny", folder)
+    with pytest.raises(WrongResult, match=r"output is off by .* on the whole scene"):
+        tasks.prepare(NETWORKS["resnet21d"], "tiny", scan, "infer", CPU)
+
+
+@pytest.mark.parametrize("name", ["minkunet-half", "centerpoint", "resnet21d"])
+def test_sampled_outputs_are_those_of_the_layers(name: str, folder) -> None:
+    """Submanifold, strided, transposed and pointwise layers, even and flat kernels."""
+    scan, case = scenes.load("tiny", folder), NETWORKS[name]
+    network = case.build().eval()
+    x = judging.tensor(scan, case.in_channels, CPU, torch.float32)
+    layers = sum(isinstance(m, spnn.Conv3d) for m in network.modules())
+    assert judging.check_sites(network, x) == layers
+
+
+def test_each_parameter_is_judged() -> None:
+    """One gradient that is missing, among others that are longer."""
+    want, sizes = torch.cat([torch.full((90,), 10.0), torch.ones(10)]), (90, 10)
+    assert tasks.worst(want * 1.001, want, sizes) == pytest.approx(1e-3)
+    lost = want.clone()
+    lost[90:] = 0
+    assert tasks.worst(lost, want, sizes) == 1
+    assert tasks.worst(want[:90], want, sizes) == float("inf")
+    want[90:] = 1e-9  # nothing but roundings, which may be others
+    assert tasks.worst(want.abs() + 1e-6, want, sizes) < 1e-3
+
+
+@pytest.mark.parametrize("mode", ["infer", "train"])
+def test_what_is_timed_is_computed(mode: str, folder, monkeypatch) -> None:
+    """Features are put off until somebody reads them: a step must."""
+    calls: list[str] = []
+
+    def counted(name: str) -> None:
+        right = getattr(conv_passes, name)
+        monkeypatch.setattr(conv_passes, name, lambda *args: calls.append(name) or right(*args))
+
+    counted("gather_gemm")
+    counted("weight_grad")
+    task = tasks.start(NETWORKS["minkunet-half"], "tiny", scenes.load("tiny", folder), mode)
+    subject = tasks.Subject(task, "torchsparse", "eager", "fp32", CPU)
+    convolutions = [m for m in task.network.modules() if isinstance(m, spnn.Conv3d)]
+    layers = sum(conv.kernel.dim() == 3 for conv in convolutions)
+    calls.clear()
+    subject.step(subject.inputs(task.timed[0]))
+    assert calls.count("gather_gemm") == layers * (1 if mode == "infer" else 2)
+    assert calls.count("weight_grad") == (0 if mode == "infer" else layers)
+
+
 def test_a_report_prints_and_writes_its_rows(command, folder, tmp_path, capsys) -> None:
     name = f"resnet21d@{folder / 'tiny.npz'}"
     assert networks.main([name, "--dtypes", "fp32", "fp16", *command]) == 0
@@ -70,7 +132,8 @@ def test_a_report_prints_and_writes_its_rows(command, folder, tmp_path, capsys) 
         assert row["gpu_ms"] is None
         assert row["device"] and row["version"]
         if row["mode"] == "train":
-            assert 0 < row["gradient_error"] < (0.01 if row["dtype"] == "fp32" else tasks.ASTRAY)
+            limit = 0.01 if row["dtype"] == "fp32" else tasks.ASTRAY[row["dtype"]]
+            assert 0 < row["gradient_error"] < limit
     assert rows[1]["voxels"] * 2 == rows[2]["voxels"]
     # Machine, rates, head, rows; empty, head, rows again; where they went.
     assert len(printed) == 2 + 1 + 4 + 2 + 4 + 1
@@ -260,7 +323,7 @@ def test_training_may_be_graphed(folder, monkeypatch) -> None:
     row = tasks.judge(subject, timed)
     assert 0 < row["parameter_error"] < 0.01 and row["to_eager"] == row["to_itself"] == 0
     assert row["gradient_to_eager"] == row["parameter_to_eager"] == 0
-    monkeypatch.setattr(Graph, "factor", 1.5)
+    monkeypatch.setattr(Graph, "factor", 1.05)
     with pytest.raises(WrongResult, match="of its length from eager calls"):
         tasks.judge(subject, timed)
     monkeypatch.setattr(Graph, "factor", 2.0)
