@@ -16,19 +16,20 @@ import itertools
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import torchsparse
 from benchmarks import engines, floors, judging, oracle, scenes, timing
-from benchmarks.cases import CASES, LAYERS, Case, counting, tensor
-from benchmarks.judging import calibrated, check_sites, distance, truth
+from benchmarks.cases import CASES, LAYERS, Case, tensor
+from benchmarks.judging import calibrated
 from benchmarks.reports import machine, number, read, write
 
 DEFAULT = (*LAYERS, "minkunet", "centerpoint")
@@ -43,18 +44,20 @@ COLUMNS = (
 )  # fmt: skip
 HEAD = (
     f"{'case':<17}{'library':<12}{'mode':<6}{'maps':<7}{'type':<5}{'GFLOP':>8}{'wall ms':>9}"
-    f"{'gpu ms':>9}{'kernels':>9}{'calls':>6}{'floor ms':>9}{'of floor':>9}{'peak MB':>9}"
+    f"{'gpu ms':>9}{'clock':>7}{'kernels':>9}{'calls':>6}{'floor ms':>9}{'of floor':>9}"
+    f"{'peak MB':>9}"
 )
 
 
 def line(row: dict[str, Any]) -> str:
     numbers = (
-        ("gflop", "8.2f"), ("wall_ms", "9.3f"), ("gpu_ms", "9.3f"), ("kernel_ms", "9.3f"),
-        ("launches", "6.0f"), ("floor_ms", "9.3f"), ("share_of_floor", "9.0%"),
-        ("peak_mb", "9.0f"),
+        ("kernel_ms", "9.3f"), ("launches", "6.0f"), ("floor_ms", "9.3f"),
+        ("share_of_floor", "9.0%"), ("peak_mb", "9.0f"),
     )  # fmt: skip
     words = f"{row['case']:<17}{row['library']:<12}{row['mode']:<6}{row['maps']:<7}"
-    return f"{words}{row['dtype']:<5}" + "".join(number(row, *n) for n in numbers)
+    first = (("gflop", "8.2f"), ("wall_ms", "9.3f"), ("gpu_ms", "9.3f"))
+    start = f"{words}{row['dtype']:<5}" + "".join(number(row, *n) for n in first)
+    return f"{start}{row.get('clock') or '-':>7}" + "".join(number(row, *n) for n in numbers)
 
 
 # ------------------------------------------------------------------ measuring
@@ -69,80 +72,133 @@ class Subject:
         self, engine: Any, case: Case, network: nn.Module, scene: scenes.Scene, dtype: str,
         device: torch.device,
     ) -> None:  # fmt: skip
-        self.engine, self.case, self.dtype = engine, case, dtype
+        self.engine, self.case, self.original, self.dtype = engine, case, network, dtype
         engine.allow_tf32(dtype == "tf32")
         floors.allow_tf32(dtype == "tf32")
         self.single = hasattr(network, "kernel")  # one convolution: its map can be timed alone
         self.floating, self.device = floors.DTYPES[dtype], device
-        self.network = engine.adopt(network).to(device, self.floating)
+        self.scale = judging.SCALE.get(dtype, 1.0)
         x = tensor(scene, case.in_channels, device, self.floating)
         self.feats, self.coords = x.feats, x.coords
 
-    def infer(self) -> Any:
-        with torch.no_grad():
-            return self.network.eval()(self.engine.start(self.feats, self.coords))
-
     def steps(self, mode: str) -> Iterator[tuple[str, Callable[[], Any]]]:
-        """What to time: with new maps in every call, with kept ones, the map alone."""
-        training = mode == "train"
-        network, engine = self.network.train(training), self.engine
-        mixed = training and self.case.name not in LAYERS and self.floating != torch.float32
-        if mixed:
-            network.float()
-        cast = torch.autocast(self.device.type, self.floating, enabled=mixed)
-        with torch.no_grad(), cast:
-            kept = engine.keep(network, engine.start(self.feats, self.coords))
+        """What to time: with new maps in every call, with kept ones, the map alone.
 
-        def call(maps: Any) -> None:
+        The first two return the output and, in training, the gradient of the input.
+        """
+        training, engine = mode == "train", self.engine
+        mixed = training and self.case.name not in LAYERS and self.floating != torch.float32
+        network = engine.adopt(self.original).train(training)
+        network = network.to(self.device, torch.float32 if mixed else self.floating)
+        self.network: nn.Module = network
+        cast = torch.autocast(self.device.type, self.floating, enabled=mixed)
+
+        def call(maps: Any) -> tuple[Any, Tensor | None]:
             if not training:
                 with torch.inference_mode():
-                    engine.features(network(engine.start(self.feats, self.coords, maps)))
-                return  # computed when asked for, so they were asked for
-            engines.training_step(engine, network, self.feats, self.coords, cast, maps)
+                    output = network(engine.start(self.feats, self.coords, maps))
+                    engine.features(output)  # computed when asked for, so they were asked for
+                return output, None
+            return engines.training_step(
+                engine, network, self.feats, self.coords, cast, maps, self.scale
+            )
 
         yield "new", lambda: call(None)
+        with torch.no_grad(), cast:  # now: the peak of new maps is without these
+            kept = engine.keep(network, engine.start(self.feats, self.coords))
         if kept is not None:
             yield "kept", lambda: call(kept)
         if self.single:
             with engine.maps_alone(network, self.feats, self.coords, training) as step:
                 yield "only", step
 
+    def judge(self, found: tuple[Any, Tensor | None], want: judging.Truth) -> None:
+        """What a step returned, and the gradients that it left behind.
 
-def measure(
-    subject: Subject, mode: str, works: list[floors.Work], rates: floors.Rates,
-    device: torch.device, seconds: float,
-) -> Iterator[dict[str, Any]]:  # fmt: skip
-    """A row for each way to time a subject."""
-    engine, dtype, training = subject.engine, subject.dtype, mode == "train"
+        Raises:
+            oracle.WrongResult: They are not the truth's.
+        """
+        output, gradient = found
+        judging.judge_output(self.engine, output, want.answer, self.dtype)
+        if want.gradient is None:
+            return
+        parts = {"gradient": [] if gradient is None else [gradient]}
+        parts["parameter"] = judging.gradients(self.network)
+        unscaled = {name: [g.double() / self.scale for g in part] for name, part in parts.items()}
+        alone = self.case.name in LAYERS  # no ReLU that a rounding could turn
+        limits = judging.OTHERS_AGREE if alone else judging.ASTRAY
+        judging.judge_gradients(self.engine, unscaled, want, self.dtype, limits)
+
+
+class Task(NamedTuple):
+    """A case that was found right layer by layer, and its truths."""
+
+    case: Case
+    network: nn.Module  # on the CPU
+    scene: scenes.Scene
+    truths: dict[str, judging.Truth]  # by mode
+    works: list[floors.Work]
+
+    def subject(self, library: str, dtype: str, device: torch.device) -> Subject:
+        engine = engines.ENGINES[library]()
+        return Subject(engine, self.case, self.network, self.scene, dtype, device)
+
+
+Row = dict[str, Any]
+
+
+def clocked(
+    task: Task, library: str, dtype: str, mode: str, rates: floors.Rates,
+    options: argparse.Namespace,
+) -> Iterator[Row]:  # fmt: skip
+    """A row for each way to time a case, as far as a clock can fill it; judged first."""
+    device, works, training = options.device, task.works, mode == "train"
+    subject = task.subject(library, dtype, device)
+    engine = subject.engine
     for maps, step in subject.steps(mode):
-        row: dict[str, Any] = {
-            "case": subject.case.name, "library": engine.name, "mode": mode, "maps": maps,
+        row: Row = {
+            "case": task.case.name, "library": engine.name, "mode": mode, "maps": maps,
             "dtype": dtype, "voxels": len(subject.coords), "density": works[0].density,
             "version": engine.version, "copy_gb_per_s": rates.copy / 1e9,
             "matmul_tflop_per_s": rates.matmul[dtype] / 1e12,
         }  # fmt: skip
-        row |= timing.measure(step, device, seconds, graph=engine.captures and maps == "kept")
         if maps != "only":
-            if row.get("launches") == 0:
-                raise oracle.WrongResult(f"{subject.case.name}, {dtype}: a step launches nothing")
-            # Bursts of calls hold the gaps in which a GPU waits for the host: kernels do not.
-            spent = row["gpu_ms"] if row.get("clock") == "graph" else row.get("kernel_ms")
-            spent = spent or row["wall_ms"]
-            flops = floors.total_flops(works, training)
+            subject.judge(step(), task.truths[mode])
             row |= {
-                "gflop": flops / 1e9, "mb": floors.total_bytes(works, dtype, training) / 1e6,
+                "gflop": floors.total_flops(works, training) / 1e9,
+                "mb": floors.total_bytes(works, dtype, training) / 1e6,
                 "floor_ms": rates.floor_ms(works, dtype, training),
-                "tflop_per_s": flops / spent / 1e9,
-            }  # fmt: skip
-            row["share_of_floor"] = row["floor_ms"] / spent
-        yield row
+            }
+        yield row | timing.walls(step, device, options.seconds)
+
+
+def profiled(
+    task: Task, library: str, dtype: str, mode: str, rows: list[Row], device: torch.device
+) -> Iterator[Row]:
+    """The same rows with what the device did; the same steps once more."""
+    if device.type != "cuda":
+        yield from map(beside_floor, rows)
+        return
+    subject = task.subject(library, dtype, device)
+    for (maps, step), row in zip(subject.steps(mode), rows):
+        row |= timing.on_gpu(step, graph=subject.engine.captures and maps == "kept")
+        if maps != "only" and not row["launches"]:
+            raise oracle.WrongResult(f"{task.case.name}, {dtype}: a step launches nothing")
+        yield beside_floor(row)
+
+
+def beside_floor(row: Row) -> Row:
+    """Of a GPU the kernels, for every library: other clocks may hold gaps."""
+    if row["maps"] != "only":
+        spent = row.get("kernel_ms") or row["wall_ms"]
+        row["tflop_per_s"] = row["gflop"] / spent
+        row["share_of_floor"] = row["floor_ms"] / spent
+    return row
 
 
 # ------------------------------------------------------------------ the program
-def run_case(
-    case: Case, scene: scenes.Scene, rates: floors.Rates, options: argparse.Namespace
-) -> Iterator[dict[str, Any]]:
-    """Check and time one case in every dtype and library.
+def prepare(case: Case, scene: scenes.Scene, options: argparse.Namespace) -> Task:
+    """Check the layers of a case in every dtype, and find its truths.
 
     Raises:
         oracle.WrongResult: This library is wrong.
@@ -157,34 +213,53 @@ def run_case(
         ours = engines.Torchsparse().adopt(network).to(floating)
         oracle.check(ours, tensor(small, case.in_channels, device, floating), dtype)
     torchsparse.backends.allow_tf32 = False
-    check_sites(network, tensor(scene, case.in_channels, device, torch.float32))
-    want = truth(case, network, scene, device)
-    with torch.no_grad(), counting(network) as works:
-        network(tensor(scene, case.in_channels, device, torch.float32))
-    network.cpu()
-    for dtype in options.dtypes:
-        for name in options.libraries:
-            engine = engines.ENGINES[name]()
-            try:
-                subject = Subject(engine, case, network, scene, dtype, device)
-                error = distance(engine, subject.infer(), want)
-                if not error <= judging.AGREE[dtype]:
-                    raise oracle.WrongResult(f"{dtype} is off by {error:.1e} of the largest entry")
-            except Exception as error:
-                _forgive(error, case, name, dtype)
-                continue
-            for mode in options.mode:
-                try:
-                    yield from measure(subject, mode, works, rates, device, options.seconds)
-                except Exception as error:
-                    _forgive(error, case, name, f"{dtype} {mode}")
+    truths = {}
+    works: list[floors.Work] = []
+    for mode in options.mode:
+        truths[mode], works = judging.truth(case, network, scene, mode, device)
+    return Task(case, network.cpu(), scene, truths, works)
 
 
-def _forgive(error: Exception, case: Case, library: str, what: str) -> None:
+def run_cases(
+    cases: Iterable[Case], scene: scenes.Scene, rates: floors.Rates, options: argparse.Namespace
+) -> Iterator[Row]:
+    """Check and time every case in every dtype and library.
+
+    On a GPU all walls are taken before the first step is profiled, so that no library is timed
+    before and another after it.
+
+    Raises:
+        oracle.WrongResult: This library is wrong.
+    """
+    device: torch.device = options.device
+    waiting = []
+    for case in cases:
+        task = prepare(case, scene, options)
+        for what in itertools.product(options.libraries, options.dtypes, options.mode):
+            rows: list[Row] = []
+            with forgiving(case, *what):
+                rows += clocked(task, *what, rates, options)
+            if device.type == "cuda":
+                waiting.append((task, what, rows))
+            else:
+                yield from profiled(task, *what, rows, device)
+    for task, what, rows in waiting:
+        found: list[Row] = []
+        with forgiving(task.case, *what):
+            found += profiled(task, *what, rows, device)
+        yield from found
+
+
+@contextmanager
+def forgiving(case: Case, library: str, dtype: str, mode: str) -> Iterator[None]:
     """What another library cannot do is a result too."""
-    if library == "torchsparse":
-        raise error
-    print(f"{case.name} {library} {what}: {type(error).__name__}: {str(error)[:150]}", flush=True)
+    try:
+        yield
+    except Exception as error:
+        if library == "torchsparse":
+            raise
+        what = f"{case.name} {library} {dtype} {mode}"
+        print(f"{what}: {type(error).__name__}: {str(error)[:150]}", flush=True)
 
 
 def in_fresh_processes(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -249,7 +324,7 @@ def main(argv: list[str] | None = None) -> int:
               f"{torch.__version__}: copy {rates.copy / 1e9:.0f} GB/s, matmul {products}; scene "
               f"{name}, {len(scene.coords)} voxels")  # fmt: skip
         cases = (CASES[n] for n in options.cases or DEFAULT)
-        rows = (row for case in cases for row in run_case(case, scene, rates, options))
+        rows = run_cases(cases, scene, rates, options)
     print(HEAD)
     try:
         for row in rows:

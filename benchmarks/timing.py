@@ -179,27 +179,29 @@ class PeakMemory:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def measure(step: Step, device: torch.device, seconds: float, graph: bool) -> dict[str, Any]:
-    """Every clock on one step.
+def walls(step: Step, device: torch.device, seconds: float) -> dict[str, Any]:
+    """wall_ms (median), min_ms, repeats and peak_mb of a step."""
+    memory = PeakMemory(device)
+    memory.restart()
+    found = times(step, device, seconds)
+    return {
+        "wall_ms": statistics.median(found), "min_ms": min(found), "repeats": len(found),
+        "peak_mb": memory.read(),
+    }  # fmt: skip
+
+
+def on_gpu(step: Step, graph: bool) -> dict[str, Any]:
+    """What a GPU does in a step. Walls come first: once a profiler has listened, every launch of
+    its process costs the host more.
 
     Args:
         graph: Try a CUDA graph for ``gpu_ms``; otherwise, and where that fails, bursts of calls.
 
     Returns:
-        wall_ms (median), min_ms, repeats, peak_mb; on a GPU also gpu_ms (median), its ``clock``
-        ("graph" or "stream": then it holds the gaps in which the GPU waits for the host),
-        kernel_ms and launches.
+        kernel_ms and launches; gpu_ms (median) and its ``clock`` ("graph" or "stream": then it
+        holds the gaps in which the GPU waits for the host).
     """
-    memory = PeakMemory(device)
-    memory.restart()
-    found = times(step, device, seconds)
-    row: dict[str, Any] = {
-        "wall_ms": statistics.median(found), "min_ms": min(found), "repeats": len(found),
-        "peak_mb": memory.read(),
-    }  # fmt: skip
-    if device.type == "cpu":
-        return row
-    row |= kernels(step)
+    row: dict[str, Any] = kernels(step)
     if graph:
         try:
             return row | {"gpu_ms": statistics.median(_bursts(captured(step))), "clock": "graph"}

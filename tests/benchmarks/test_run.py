@@ -6,9 +6,11 @@ import csv
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -16,7 +18,7 @@ import torch
 
 from benchmarks import cases, engines, floors, judging, oracle, run, scenes, timing
 from benchmarks.cases import CASES, LAYERS, counting, pairs, tensor
-from torchsparse import SparseTensor
+from torchsparse import SparseTensor, _ops
 from torchsparse import nn as spnn
 from torchsparse._autograd import conv as conv_passes
 from torchsparse.nn import functional as F
@@ -145,24 +147,166 @@ def test_the_map_alone_leaves_the_products_out(small, monkeypatch) -> None:
 @pytest.mark.parametrize("mode", ["infer", "train"])
 @pytest.mark.parametrize("name", ["subm-3-4-32", "minkunet-half"])
 def test_what_is_timed_is_computed(name: str, mode: str, small, monkeypatch) -> None:
-    """Features are put off until somebody reads them: a step must."""
+    """Features are put off until somebody reads them: a step must. And where maps are alone,
+    one is built."""
     case, calls = CASES[name], []
-    product = conv_passes.gather_gemm
 
-    def counted(*args: Any) -> torch.Tensor:
-        calls.append(args)
-        return product(*args)
+    def noted(module: Any, name: str) -> None:
+        right = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *args: calls.append(name) or right(*args))
 
-    monkeypatch.setattr(conv_passes, "gather_gemm", counted)
+    noted(conv_passes, "gather_gemm")
+    noted(conv_passes, "weight_grad")
+    noted(_ops.coords, "find_taps")
     network = judging.calibrated(case, small, CPU)
     subject = run.Subject(engines.Torchsparse(), case, network, small, "fp32", CPU)
     convolutions = [m for m in network.modules() if isinstance(m, spnn.Conv3d)]
     layers = sum(conv.kernel.dim() == 3 for conv in convolutions)
+    training = mode == "train"
     for maps, step in subject.steps(mode):
         calls.clear()
         step()
         forward = layers if maps != "only" else 0  # products are left out where maps are alone
-        assert len(calls) == forward * (1 if mode == "infer" else 2), maps
+        assert calls.count("gather_gemm") == forward * (1 + training), maps
+        assert calls.count("weight_grad") == forward * training, maps
+        if maps == "only":
+            assert calls.count("find_taps") == 1
+        elif maps == "kept":
+            assert not calls.count("find_taps")
+        else:
+            assert calls.count("find_taps") >= 1
+
+
+def test_weights_follow_the_mode(small) -> None:
+    """Float32 ones are for mixed precision alone, whatever was timed before."""
+    case = CASES["resnet21d"]
+    network = judging.calibrated(case, small, CPU)
+    subject = run.Subject(engines.Torchsparse(), case, network, small, "bf16", CPU)
+    for mode in ("train", "infer", "train"):
+        next(subject.steps(mode))
+        wanted = torch.float32 if mode == "train" else torch.bfloat16
+        assert {p.dtype for p in subject.network.parameters()} == {wanted}
+
+
+def test_new_maps_are_timed_before_any_are_kept(small, monkeypatch) -> None:
+    kept = []
+    keep = engines.Torchsparse.keep
+    monkeypatch.setattr(
+        engines.Torchsparse, "keep", lambda *args: kept.append(1) or keep(*args)
+    )  # fmt: skip
+    case = CASES["subm-3-4-32"]
+    subject = run.Subject(engines.Torchsparse(), case, case.build(), small, "fp32", CPU)
+    assert [(maps, len(kept)) for maps, _ in subject.steps("infer")] == [
+        ("new", 0), ("kept", 1), ("only", 1),
+    ]  # fmt: skip
+
+
+def test_walls_come_before_the_first_profile(small, monkeypatch) -> None:
+    """Of all libraries and cases; then each row gets what the device did in its own step."""
+    seen: list[str] = []
+    device = SimpleNamespace(type="cuda")
+
+    def clocked(task: Any, library: str, *rest: Any) -> Any:
+        seen.append(f"wall {task} {library}")
+        yield {"maps": "new"}
+
+    def profiled(task: Any, library: str, *rest: Any) -> Any:
+        seen.append(f"profile {task.case} {library}")
+        yield {}
+
+    class Prepared(str):
+        case = "c"
+
+    monkeypatch.setattr(run, "prepare", lambda case, *_: Prepared(case))
+    monkeypatch.setattr(run, "clocked", clocked)
+    monkeypatch.setattr(run, "profiled", profiled)
+    options = SimpleNamespace(device=device, libraries=["a", "b"], dtypes=["fp32"], mode=["infer"])
+    cases: Any = ["one", "two"]
+    rates = floors.Rates(1.0, {})
+    assert len(list(run.run_cases(cases, small, rates, cast(Any, options)))) == 4
+    assert [text.split()[0] for text in seen] == ["wall"] * 4 + ["profile"] * 4
+
+
+def test_the_floor_is_compared_with_kernels() -> None:
+    """Not with bursts of one library and replays of the other."""
+    row = {"maps": "kept", "gflop": 1.0, "floor_ms": 1.0, "wall_ms": 9.0, "gpu_ms": 3.0}
+    assert run.beside_floor(row | {"kernel_ms": 2.0, "clock": "graph"})["share_of_floor"] == 0.5
+    assert run.beside_floor(dict(row))["share_of_floor"] == pytest.approx(1 / 9)
+
+
+WRONG_STEPS = {
+    "no kernel gradients": ("weight_grad", 0.0),
+    "half of a kernel gradient": ("weight_grad", 0.5),
+}
+
+
+@pytest.mark.parametrize("name", ["subm-3-4-32", "resnet21d"])
+@pytest.mark.parametrize("wrong", WRONG_STEPS)
+def test_a_wrong_training_step_is_refused(name: str, wrong: str, folder, monkeypatch) -> None:
+    case, scene = CASES[name], scenes.load("tiny", folder)
+    network = judging.calibrated(case, scene, CPU)
+    want, _ = judging.truth(case, network, scene, "train", CPU)
+    subject = run.Subject(engines.Torchsparse(), case, network, scene, "fp32", CPU)
+    for maps, step in subject.steps("train"):
+        if maps != "only":
+            subject.judge(step(), want)
+    place, factor = WRONG_STEPS[wrong]
+    right = getattr(conv_passes, place)
+    monkeypatch.setattr(conv_passes, place, lambda *args: right(*args) * factor)
+    _, step = next(subject.steps("train"))
+    with pytest.raises(oracle.WrongResult, match="gradient of the worst parameter"):
+        subject.judge(step(), want)
+
+
+@pytest.mark.parametrize("dtype", floors.DTYPES)
+def test_a_result_a_little_too_large_is_refused(dtype: str, folder) -> None:
+    """Within what a rounding may do to one entry, but all in one direction."""
+    scene, case = scenes.load("tiny", folder), CASES["centerpoint"]
+    network = judging.calibrated(case, scene, CPU)
+    want, _ = judging.truth(case, network, scene, "infer", CPU)
+    subject = run.Subject(engines.Torchsparse(), case, network, scene, dtype, CPU)
+    _, step = next(subject.steps("infer"))
+    output, _ = step()
+    subject.judge((output, None), want)
+    output.feats = output.feats * 1.015
+    with pytest.raises(oracle.WrongResult):
+        subject.judge((output, None), want)
+
+
+def test_every_parameter_of_another_library_has_a_gradient(folder) -> None:
+    class Other(engines.Torchsparse):
+        name = "other"
+
+    case, scene = CASES["resnet21d"], scenes.load("tiny", folder)
+    network = judging.calibrated(case, scene, CPU)
+    want, _ = judging.truth(case, network, scene, "train", CPU)
+    subject = run.Subject(Other(), case, network, scene, "fp32", CPU)
+    _, step = next(subject.steps("train"))
+    subject.judge(step(), want)
+    subject.network.requires_grad_(False)
+    with pytest.raises(oracle.WrongResult, match="a parameter has no gradient"):
+        subject.judge(step(), want)
+
+
+@pytest.mark.parametrize("name", ["down-up-2-64-64", "resnet21d"])
+@pytest.mark.parametrize("rows", [0, 200])
+def test_a_lost_tap_is_refused(name: str, rows: int, folder, monkeypatch) -> None:
+    """The truth, which is made of the library's own maps, is no exception; nor are maps that are
+    larger than those of a crop."""
+    case, scene = CASES[name], scenes.load("tiny", folder)
+    right = _ops.coords.find_taps
+
+    def lossy(*args: Any) -> Any:
+        neighbors, keys = right(*args)
+        if neighbors.shape[0] > 1 and neighbors.shape[1] > rows:
+            neighbors[0] = -1
+        return neighbors, keys
+
+    network = case.build()
+    judging.truth(case, network, scene, "train", CPU)
+    monkeypatch.setattr(_ops.coords, "find_taps", lossy)
+    with pytest.raises(oracle.WrongResult, match="of the scene is off by"):
+        judging.truth(case, network, scene, "train", CPU)
 
 
 def test_a_wrong_result_is_not_timed(folder, tmp_path, capsys, monkeypatch) -> None:
@@ -201,7 +345,8 @@ def test_another_library_may_fail(folder, tmp_path, capsys, monkeypatch) -> None
     options += ["--seconds", "0", "--mode", "infer", "--libraries", "torchsparse", "broken"]
     assert run.main(options) == 0
     assert (
-        "subm-3-4-32 broken fp32: WrongResult: fp32 is off by 5.0e-01" in capsys.readouterr().out
+        "subm-3-4-32 broken fp32 infer: WrongResult: fp32 is off by 5.0e-01"
+        in capsys.readouterr().out
     )
     assert {row["library"] for row in rows_of(tmp_path / "cpu-tiny.csv")} == {"torchsparse"}
 
@@ -221,8 +366,18 @@ def test_spconv_has_the_same_weights(folder, tmp_path) -> None:
     assert {row["case"] for row in rows} == set(names), done.stdout
 
 
+def test_spconv_has_weights_to_train() -> None:
+    """It does not train on a CPU."""
+    pytest.importorskip("spconv")
+    network = CASES["minkunet-half"].build()
+    weights = list(engines.Spconv().adopt(network).parameters())
+    assert len(weights) == len(list(network.parameters()))
+    assert all(weight.requires_grad for weight in weights)
+
+
 def test_a_step_is_repeated_until_its_time_is_up() -> None:
     calls: list[int] = []
     found = timing.times(lambda: calls.append(1), CPU, 0.0)
     assert len(found) == 3 and len(calls) == 4
     assert len(timing.times(lambda: None, CPU, 10.0)) == 100
+    assert min(timing.times(lambda: time.sleep(0.01), CPU, 0.0)) >= 10
