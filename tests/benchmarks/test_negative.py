@@ -50,6 +50,7 @@ def test_a_price_beyond_the_limit_fails(
     assert negative.main(["--scene", "tiny", "--scenes", str(folder)]) == code
 
 
+@pytest.mark.filterwarnings("ignore:.* was replaced")
 @pytest.mark.parametrize("layer", negative.LAYERS)
 def test_a_map_that_is_wrong_in_all_ways_is_noticed(
     layer: str, small: Any, monkeypatch: pytest.MonkeyPatch
