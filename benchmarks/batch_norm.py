@@ -108,7 +108,8 @@ def check(case: Case, dtype: str) -> None:
         SystemExit: They differ.
     """
     right = case.exact()
-    for name, one, other in zip(("output", "input", "weight", "bias", "sum"), case.ours(), right):
+    names = ("output", "input", "weight", "bias", "sum")[: len(right)]
+    for name, one, other in zip(names, case.ours(), right, strict=True):
         error = float((one.double() - other).abs().max() / other.abs().max())
         if not error <= TOLERANCES[dtype]:
             raise SystemExit(f"{dtype} {list(case.feats.shape)}: {name} is off by {error:.2e}")

@@ -32,7 +32,6 @@ from benchmarks.oracle import dense_kernel
 from benchmarks.timing import captured, fastest, times
 from torchsparse import SparseTensor
 from torchsparse import nn as spnn
-from torchsparse.nn import functional as F
 
 # Relative to the largest entry: float32 sums in another order; one rounding to 11, to 8 bits.
 TOLERANCES = {"fp32": 1e-4, "fp16": 2e-3, "bf16": 1.6e-2}
@@ -46,10 +45,8 @@ def check(scene: scenes.Scene, channels: int, dtype: str, device: torch.device) 
         SystemExit: They differ.
     """
     x = tensor(scenes.crop(scene), channels, device, DTYPES[dtype])
-    x.feats.requires_grad_()
-    weight = kernel(channels, x.feats).requires_grad_()
-    y = F.conv3d(x, weight, 3, groups=channels)
-    feats, taps = (t.detach().double().cpu().requires_grad_() for t in (x.feats, weight))
+    layer = layer_of(x)
+    feats, taps = (t.detach().double().cpu().requires_grad_() for t in (x.feats, layer.kernel))
     b, i, j, k = x.coords.long().cpu().unbind(1)
     extent = [int(axis.max()) + 1 for axis in (i, j, k)]
     box = torch.zeros(channels, *extent, dtype=torch.float64).index_put(
@@ -59,13 +56,41 @@ def check(scene: scenes.Scene, channels: int, dtype: str, device: torch.device) 
         box[None], dense_kernel(taps, (3, 3, 3)).transpose(0, 1), padding=1, groups=channels
     )
     want = dense[b, :, i, j, k]
-    push = torch.randn(want.shape, generator=torch.Generator().manual_seed(0)).to(y.feats.dtype)
-    found = y.feats, *torch.autograd.grad(y.feats, (x.feats, weight), push.to(device))
+    push = torch.randn(want.shape, generator=torch.Generator().manual_seed(0)).to(x.feats.dtype)
+    forward, both = steps(layer, x, push.to(device))
     right = want, *torch.autograd.grad(want, (feats, taps), push.double())
-    for name, one, other in zip(("output", "input gradient", "kernel gradient"), found, right):
+    names = ("output", "output with gradients", "input gradient", "kernel gradient")
+    found = forward(), *both()
+    for name, one, other in zip(names, found, (want, *right), strict=True):
         error = ((one.detach().double().cpu() - other).abs().max() / other.abs().max()).item()
         if not error <= TOLERANCES[dtype]:
             raise SystemExit(f"{dtype}, {channels} channels: {name} is off by {error:.2e}")
+
+
+def layer_of(x: SparseTensor) -> spnn.Conv3d:
+    channels = x.feats.shape[1]
+    layer = spnn.Conv3d(channels, channels, 3, groups=channels).to(x.feats)
+    layer.kernel.data.copy_(kernel(channels, x.feats))
+    return layer
+
+
+def steps(
+    layer: spnn.Conv3d, x: SparseTensor, push: Tensor
+) -> tuple[Callable[[], Tensor], Callable[[], tuple[Tensor, ...]]]:
+    """What is checked and timed: the output alone, and with the gradients of input and kernel."""
+
+    def forward() -> Tensor:
+        with torch.no_grad():
+            return layer(x).feats
+
+    def both() -> tuple[Tensor, ...]:
+        feats = x.feats.detach().requires_grad_()
+        own = SparseTensor(feats, x.coords)
+        own._caches = x._caches
+        out = layer(own).feats
+        return out.detach(), *torch.autograd.grad(out, (feats, layer.kernel), push)
+
+    return forward, both
 
 
 def kernel(channels: int, like: Tensor) -> Tensor:
@@ -102,21 +127,8 @@ def measure(
 ) -> None:
     """Print the lines of one layer."""
     x = tensor(scene, channels, device, DTYPES[dtype])
-    layer = spnn.Conv3d(channels, channels, 3, groups=channels).to(device, DTYPES[dtype])
-    layer.kernel.data.copy_(kernel(channels, x.feats))
-    push = torch.ones_like(x.feats)
-
-    def forward() -> None:
-        with torch.no_grad():
-            layer(x)
-
-    def both() -> None:
-        feats = x.feats.detach().requires_grad_()
-        own = SparseTensor(feats, x.coords)
-        own._caches = x._caches
-        torch.autograd.grad(layer(own).feats, (feats, layer.kernel), push)
-
-    for name, step, nbytes in zip(("forward", "fwd+bwd"), (forward, both), floors(x)):
+    timed = steps(layer_of(x), x, torch.ones_like(x.feats))
+    for name, step, nbytes in zip(("forward", "fwd+bwd"), timed, floors(x), strict=True):
         floor = 1e3 * nbytes / rate
         warm, cold = clock(step, device)
         print(

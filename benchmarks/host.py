@@ -107,8 +107,17 @@ def layers(device: torch.device) -> Rows:
     block = nn.Sequential(conv, norm, relu).to(device).eval()
     plain_norm, plain_relu = nn.BatchNorm1d(CHANNELS).to(device).eval(), nn.ReLU()
     learner, learning = copy.deepcopy(block).train(), cloud(device, CHANNELS)
+    leaf = cloud(device, CHANNELS)
+    leaf.feats.requires_grad_()
     feats = x.feats
     grad = torch.ones_like(feats)
+
+    def backward() -> None:
+        """As a layer in the middle of a network: its input wants a gradient, too."""
+        learner.zero_grad(set_to_none=True)
+        leaf.feats.grad = None
+        learner(leaf).feats.backward(grad)
+
     return {
         "conv": lambda: conv(x).feats,
         "conv + norm + relu": lambda: block(x).feats,
@@ -117,7 +126,7 @@ def layers(device: torch.device) -> Rows:
         "relu, alone": lambda: relu(x).feats,
         "relu, PyTorch's": lambda: plain_relu(feats),
         "conv + norm + relu, training": lambda: learner(learning).feats,
-        "conv + norm + relu, and backward": lambda: learner(learning).feats.backward(grad),
+        "conv + norm + relu, and backward": backward,
     }
 
 
@@ -152,10 +161,14 @@ def networks(device: torch.device) -> Rows:
     def forward(net: nn.Module) -> Any:
         return net(SparseTensor(x.feats, x.coords))[-1].feats
 
+    def backward() -> None:
+        learner.zero_grad(set_to_none=True)
+        forward(learner).sum().backward()
+
     return {
         "MinkUNet, new maps": lambda: forward(network),
         "MinkUNet, training, new maps": lambda: forward(learner),
-        "MinkUNet, and backward": lambda: forward(learner).sum().backward(),
+        "MinkUNet, and backward": backward,
     }
 
 

@@ -6,13 +6,14 @@
 One line per operation: the median time on the GPU, with the host out of the way and the L2 cache
 flushed; the median time that the host needs for the call; the bytes that must move at least, per
 second; for dense grids the time over that of writing such a grid once with zeros, and at the end
-those grids that took more than LIMIT of it.
+those grids that took more than LIMIT of it. The exit code is 1 if a result is wrong.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -32,6 +33,13 @@ from torchsparse.utils.voxelize import voxelize_points
 
 FLUSH = 128 << 20  # bytes: more than twice the L2 cache of an H100
 LIMIT = 1.3  # times the writing of a dense grid
+# Of the largest entry, where sums may be in another order: they are in float32 on both sides, so
+# a half type is off by one rounding on each.
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+
+
+class WrongResult(Exception):
+    """A result is not that of the CPU, or another one when the call is repeated."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +51,7 @@ class Case:
     nbytes: int
     want: Callable[[], Any] | None = None  # on the CPU; None = checked by another case
     once: Callable[[], Any] | None = None  # the time to compare with
-    tolerance: float = 0.0
+    rounded: bool = False  # sums in another order: see TOLERANCE; otherwise the same bits
     waits: bool = False  # the call waits for the device: only its whole duration means something
 
 
@@ -66,6 +74,12 @@ def features(rows: int, channels: int, dtype: torch.dtype, seed: int = 0) -> Ten
     return torch.randn(rows, channels, generator=generator).to(dtype)
 
 
+def numbers(index: Tensor, dtype: torch.dtype) -> Tensor:
+    """The same on every device, from -125 to 125: exact in each type, and gradients that a mean
+    over 250 000 rows divides stay above what half types round to nothing."""
+    return index.remainder(251).to(dtype) - 125
+
+
 def both(x: Any, device: str) -> Any:
     """Nested tuples of tensors on another device."""
     if isinstance(x, Tensor):
@@ -74,10 +88,15 @@ def both(x: Any, device: str) -> Any:
 
 
 def with_grad(f: Callable[..., Tensor], *args: Tensor) -> Callable[[], tuple[Tensor, ...]]:
-    """Forward and backward; all floating arguments get gradients."""
+    """Forward and backward; all floating arguments get gradients.
+
+    A push of ones would leave nothing of a norm's gradient, and gather ones from anywhere.
+    """
     leaves = [a.detach().requires_grad_(a.is_floating_point()) for a in args]
     wanted = [leaf for leaf in leaves if leaf.requires_grad]
-    grad = torch.ones_like(f(*leaves))
+    out = f(*leaves)
+    index = torch.arange(out.numel(), dtype=torch.int32, device=out.device)
+    grad = numbers(index, out.dtype).view(out.shape)
     return lambda: torch.autograd.grad(f(*leaves), wanted, grad)
 
 
@@ -123,8 +142,16 @@ def dense_cases(rows: int) -> Iterator[Case]:
                 f"fwd+bwd  {label}",
                 with_grad(lambda f, c, e=extents: to_dense(f, c, e), f, c),
                 math.prod(shape) * size + 2 * coords.nbytes + 3 * feats.nbytes,
-                lambda f=feats: (torch.ones_like(f),),
+                lambda c=coords, s=shape, d=dtype: (pushed(c, s, d),),
             )
+
+
+def pushed(coords: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """What `with_grad` pushes into the cells of ``coords`` of a grid.  [N, A] -> [N, C]."""
+    cell = torch.zeros(len(coords), dtype=torch.int64)
+    for column, extent in zip(coords.unbind(1), shape[:-1], strict=True):
+        cell = cell * extent + column
+    return numbers(cell[:, None] * shape[-1] + torch.arange(shape[-1]), dtype)
 
 
 def point_cases(rows: int) -> Iterator[Case]:
@@ -138,35 +165,34 @@ def point_cases(rows: int) -> Iterator[Case]:
     for channels, dtype in ((64, torch.float16), (64, torch.float32), (4, torch.float32)):
         x, y = features(rows, channels, dtype), features(voxels, channels, dtype)
         f, v = x.cuda(), y.cuda()
-        tolerance = 1e-4 if dtype == torch.float32 else 1e-2
         label = f"{rows} x {channels} {str(dtype)[6:]}"
         yield Case(
             f"spvoxelize      {label}",
             lambda f=f: F.spvoxelize(f, i, n),
             x.nbytes + y.nbytes + index.nbytes + counts.nbytes,
             lambda x=x: F.spvoxelize(x, index, counts),
-            tolerance=tolerance,
+            rounded=True,
         )
         yield Case(
             f"spvoxelize f+b  {label}",
             with_grad(lambda f: F.spvoxelize(f, i, n), f),
             2 * (x.nbytes + y.nbytes + index.nbytes + counts.nbytes),
             with_grad(lambda f: F.spvoxelize(f, index, counts), x),
-            tolerance=tolerance,
+            rounded=True,
         )
         yield Case(
             f"spdevoxelize    {label}",
             lambda v=v: F.spdevoxelize(v, a, s),
             y.nbytes + x.nbytes + around.nbytes + shares.nbytes,
             lambda y=y: F.spdevoxelize(y, around, shares),
-            tolerance=tolerance,
+            rounded=True,
         )
         yield Case(
             f"spdevoxelize f+b {label}",
             with_grad(lambda v, a, s: F.spdevoxelize(v, a, s), v, a, s),
             3 * y.nbytes + 2 * x.nbytes + 2 * around.nbytes + 3 * shares.nbytes,
             with_grad(lambda v, a, s: F.spdevoxelize(v, a, s), y, around, shares),
-            tolerance=10 * tolerance,
+            rounded=True,
         )
     yield Case(
         f"spcount         {rows} in {voxels}",
@@ -183,7 +209,7 @@ def point_cases(rows: int) -> Iterator[Case]:
     yield Case(
         f"calc_ti_weights {rows}",
         lambda: F.calc_ti_weights(p, a, 2), xyz.nbytes + around.nbytes + shares.nbytes,
-        lambda: F.calc_ti_weights(xyz, around, 2), tolerance=1e-4,
+        lambda: F.calc_ti_weights(xyz, around, 2), rounded=True,
     )  # fmt: skip
 
 
@@ -234,20 +260,21 @@ def voxel_cases(rows: int) -> Iterator[Case]:
     labels = torch.randint(0, 20, (len(coords),), generator=generator)
     points, feats = coords[:, 1:] * 0.05 + 0.001, features(len(coords), 4, torch.float32)
     p, f, y = points.cuda(), feats.cuda(), labels.cuda()
-    for name, more, moved in (
+    kinds: tuple[tuple[str, dict[str, Any], dict[str, Any]], ...] = (
         ("mean", {"feats": feats}, {"feats": f}),
         ("max", {"feats": feats, "reduce": "max"}, {"feats": f, "reduce": "max"}),
         ("first", {"feats": feats, "reduce": "first"}, {"feats": f, "reduce": "first"}),
         ("majority", {"labels": labels}, {"labels": y}),
         ("mean, majority", {"feats": feats, "labels": labels}, {"feats": f, "labels": y}),
-    ):
+    )
+    for name, more, moved in kinds:
         size = sum(t.nbytes for t in (points, *more.values()) if isinstance(t, Tensor))
         yield Case(
             f"voxelize_points {len(points)} {name}",
             lambda moved=moved: present(voxelize_points(p, 0.1, **moved)),
             size + 8 * len(points),
             lambda more=more: present(voxelize_points(points, 0.1, **more)),
-            tolerance=1e-5,
+            rounded=True,
             waits=True,
         )
 
@@ -264,7 +291,6 @@ def sample_cases(rows: int) -> Iterator[Case]:
         x = features(rows, channels, dtype)
         f = x.cuda()
         label = f"{rows} x {channels} {str(dtype)[6:]}"
-        tolerance = 1e-4 if dtype == torch.float32 else 1e-2
         for pool in (F.global_avg_pool, F.global_max_pool):
             run = lambda f, c, pool=pool: pool(SparseTensor(f, c), 4)  # noqa: E731
             yield Case(
@@ -272,21 +298,22 @@ def sample_cases(rows: int) -> Iterator[Case]:
                 lambda f=f, run=run: run(f, c),
                 x.nbytes + 4 * rows,
                 lambda x=x, run=run: run(x, coords),
-                tolerance=tolerance,
+                rounded=True,
             )
             yield Case(
                 f"{pool.__name__} f+b {label}",
                 with_grad(run, f, c),
                 (3 if pool is F.global_max_pool else 2) * x.nbytes + 8 * rows,
                 with_grad(run, x, coords),
-                tolerance=tolerance,
+                rounded=True,
             )
         norm = lambda f, c: group_norm(SparseTensor(f, c), 8).feats  # noqa: E731
         yield Case(
             f"group_norm f+b  {label}",
             with_grad(norm, f, c),
             7 * x.nbytes + 8 * rows,
-            None,
+            with_grad(norm, x, coords),
+            rounded=True,
             waits=True,
         )
 
@@ -318,15 +345,14 @@ def window_cases(rows: int) -> Iterator[Case]:
                 back = e * (pairs + n) + 4 * taps * n
                 if name == "max":  # rows of the maxima are written, and read as often as values
                     back += 4 * channels * (pairs + m)
-                tolerance = 1e-5 if dtype == torch.float32 else 1e-2
                 yield Case(
                     f"pool     {label}", lambda f=f, run=run, x=levels[0]: run(x, f), forward,
                     lambda f=x, run=run, x=levels[1]: run(x, f),
-                    tolerance=0 if name == "max" else tolerance,
+                    rounded=name == "avg",
                 )  # fmt: skip
                 yield Case(
                     f"pool f+b {label}", with_grad(partial(run, levels[0]), f), forward + back,
-                    with_grad(partial(run, levels[1]), x), tolerance=tolerance,
+                    with_grad(partial(run, levels[1]), x), rounded=True,
                 )  # fmt: skip
 
 
@@ -342,23 +368,43 @@ CASES = {
 
 # ------------------------------------------------------------------ checking and timing
 def check(case: Case) -> None:
-    """The result agrees with the CPU, and has the same bits three times more."""
+    """The result agrees with the CPU, and has the same bits three times more.
+
+    Raises:
+        WrongResult: It does not.
+    """
     first = case.run()
     if case.want is not None:
-        compare(first, both(case.want(), "cuda"), case.tolerance)
+        compare(first, both(case.want(), "cuda"), case.rounded)
     if isinstance(first, (Tensor, tuple)):
         for _ in range(3):
-            compare(case.run(), first, 0)
+            compare(case.run(), first, rounded=False)
 
 
-def compare(got: Any, want: Any, tolerance: float) -> None:
+def compare(got: Any, want: Any, rounded: bool) -> None:
+    """Compare nested tuples of tensors.
+
+    Raises:
+        WrongResult: One is missing, of another type or shape, or off.
+    """
     if isinstance(want, tuple):
-        for a, b in zip(got, want):
-            compare(a, b, tolerance)
-    elif tolerance:
-        torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
-    elif not torch.equal(got, want):
-        raise ValueError(f"{(got != want).sum().item()} of {got.numel()} numbers differ")
+        if not isinstance(got, tuple) or len(got) != len(want):
+            raise WrongResult(f"{type(got).__name__} is not {len(want)} results")
+        for a, b in zip(got, want, strict=True):
+            compare(a, b, rounded)
+        return
+    if not isinstance(got, Tensor):
+        raise WrongResult(f"{type(got).__name__} is not a tensor")
+    if got.dtype != want.dtype or got.shape != want.shape:
+        raise WrongResult(f"{got.dtype} {list(got.shape)} is not {want.dtype} {list(want.shape)}")
+    if not rounded or not want.is_floating_point():
+        if not torch.equal(got, want):
+            raise WrongResult(f"{(got != want).sum().item()} of {got.numel()} numbers differ")
+    elif want.numel():
+        error = (got.double() - want.double()).abs().max().item()
+        largest = want.double().abs().max().item()
+        if not error <= TOLERANCE[want.dtype] * largest:
+            raise WrongResult(f"off by {error:.2e}, largest entry {largest:.2e}")
 
 
 def gpu_time(run: Callable[[], Any], repeats: int) -> float:
@@ -390,24 +436,27 @@ def host_time(run: Callable[[], Any], repeats: int, wait: bool) -> float:
     return sorted(times)[repeats // 2]
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> int:
+    """Check, time, print; returns the exit code."""
     parser = argparse.ArgumentParser(description="Moves between points, voxels and grids")
     parser.add_argument("families", nargs="*", help=f"some of {', '.join(CASES)}; default: all")
     parser.add_argument("--rows", type=int, nargs="+", default=[100_000, 1_000_000])
     parser.add_argument("--repeats", type=int, default=30)
     parser.add_argument("--profile", action="store_true", help="also print the kernels of a call")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if not torch.cuda.is_available():
         parser.error("it needs a GPU")
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
     print(f"{'operation':<74}{'GPU us':>9}{'host us':>9}{'GB/s':>8}{'x write':>9}")
     slow: list[str] = []
+    wrong = 0
     for rows in args.rows:
         for family in args.families or CASES:
             for case in CASES[family](rows):
                 try:
                     check(case)
                 except Exception as error:  # the other lines are still wanted
+                    wrong += 1
                     print(f"{case.name:<74} WRONG: {type(error).__name__}: {error}"[:400])
                     continue
                 host = host_time(case.run, args.repeats, case.waits)
@@ -430,7 +479,10 @@ def main() -> None:
                             print(f"    {event.device_time:8.1f} us  {event.name[:90]}")
     if "to_dense" in (args.families or CASES):
         print(f"{len(slow)} grids took more than {LIMIT} times their writing", *slow, sep="\n")
+    if wrong:
+        print(f"{wrong} results are wrong")
+    return int(wrong > 0)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

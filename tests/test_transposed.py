@@ -251,6 +251,17 @@ def test_an_unknown_fine_level_is_an_error_that_helps(device: torch.device) -> N
         F.conv3d(x, weight(device, 8), 2, None, 2, transposed=True)
 
 
+def test_a_fine_level_that_was_written_to_is_an_error_that_says_so(device: torch.device) -> None:
+    coords = torch.tensor([[0, 0, 0, 0], [0, 3, 2, 1]], dtype=torch.int32, device=device)
+    down = spnn.Conv3d(2, 2, 2, 2).to(device)
+    up = spnn.Conv3d(2, 2, 2, 2, transposed=True).to(device)
+    x = SparseTensor(torch.ones(2, 2, device=device), coords)
+    y = down(x)
+    x.coords[:, 1] += 2
+    with pytest.raises(ValueError, match=r"at stride \(1, 1, 1\); those of .* were written to"):
+        up(y)
+
+
 @pytest.mark.parametrize("stride", [2, (1, 2, 1), 3])
 def test_tensor_stride_must_be_divisible(stride: Any, device: torch.device) -> None:
     x = sparse(device, stride=(2, 5, 2))

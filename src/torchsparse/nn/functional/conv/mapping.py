@@ -333,10 +333,13 @@ def _fine_level(x: SparseTensor, coords: Tensor, stride: tuple[int, ...]) -> Lev
             return Level(level_coords, fine, level_range)
     known = x._caches.level(fine, coords.device)
     if known is None:
+        if fine in x._caches.cmaps:
+            why = "those of this tensor's cache were written to since, or are on another device"
+        else:
+            why = f"the strides known to this tensor are {sorted(x._caches.cmaps, key=str)}"
         raise ValueError(
             f"a transposed convolution from stride {x.stride} needs the coordinates at stride "
-            f"{fine}; the strides known to this tensor are {sorted(x._caches.cmaps, key=str)}. "
-            f"Give them as `coordinates`, or use generative=True to create them"
+            f"{fine}; {why}. Give them as `coordinates`, or use generative=True to create them"
         )
     level_coords, level_range = known
     return Level(int32_coords(x._caches, level_coords), fine, level_range)
