@@ -261,7 +261,7 @@ def test_a_wrong_training_step_is_refused(name: str, wrong: str, folder, monkeyp
 
 @pytest.mark.parametrize("dtype", floors.DTYPES)
 def test_a_result_a_little_too_large_is_refused(dtype: str, folder) -> None:
-    """Within what a rounding may do to one entry, but all in one direction."""
+    """All in one direction; TF32, which may drop bits in each layer, has more room."""
     scene, case = scenes.load("tiny", folder), CASES["centerpoint"]
     network = judging.calibrated(case, scene, CPU)
     want, _ = judging.truth(case, network, scene, "infer", CPU)
@@ -269,7 +269,7 @@ def test_a_result_a_little_too_large_is_refused(dtype: str, folder) -> None:
     _, step = next(subject.steps("infer"))
     output, _ = step()
     subject.judge((output, None), want)
-    output.feats = output.feats * 1.015
+    output.feats = output.feats * (1.025 if dtype == "tf32" else 1.015)
     with pytest.raises(oracle.WrongResult):
         subject.judge((output, None), want)
 
