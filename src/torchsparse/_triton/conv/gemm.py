@@ -193,6 +193,7 @@ def sum_kernel(
     rows = rm.to(tl.int64)
     at = rows[:, None] * CO + cols[None, :]
     size = tl.cast(M, tl.int64) * CO
+    # Of padding nothing was written: what is read there is garbage, and gives way to zeros below.
     acc = tl.load(partial + at, mask=inside, other=0.0).to(tl.float32)
     for part in range(1, PARTS):
         acc += tl.load(partial + part * size + at, mask=inside, other=0.0)
