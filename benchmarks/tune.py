@@ -44,7 +44,6 @@ from torchsparse.nn import functional as F
 
 WAYS = ("default", "mode 1", "mode 2", "tuned")
 ALLOWED = 1.02  # of the best of the first three
-SCALE = {"fp16": 2.0**16}  # of the loss, as a gradient scaler has it: nothing vanishes
 # Of the gradients' length: it tells lost ones, not roundings. Those that differ open other
 # rectifiers, which changes gradients far more than outputs.
 GRADIENTS = {"fp32": 1e-2, "tf32": 0.25, "fp16": 0.25}
@@ -97,7 +96,7 @@ def step_of(
     network: nn.Module, x: SparseTensor, dtype: str, mode: str, device: torch.device
 ) -> Callable[[], SparseTensor]:
     """One call with new maps: inference, or forward, loss and backward; it gives the output."""
-    scale = SCALE.get(dtype, 1.0)
+    scale = judging.SCALE.get(dtype, 1.0)
 
     def step() -> SparseTensor:
         with torch.set_grad_enabled(mode == "train"), cast(dtype, device):
