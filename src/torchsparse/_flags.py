@@ -24,8 +24,12 @@ __all__ = [
 
 
 class Complaint(enum.Enum):
-    """What can be wrong with values, with the sentence that says so."""
+    """What can be wrong with values, with the sentence that says so.
 
+    Of several the first is raised: coordinates that do not fit are wrong in other ways, once cut.
+    """
+
+    OVERFLOW = "coordinates must fit into int32"
     NEGATIVE = (
         "coordinates must not be negative, unless "
         "torchsparse.tensor.set_allow_negative_coordinates(True) was called"
@@ -36,7 +40,6 @@ class Complaint(enum.Enum):
         "coordinates must be unique rows (b, x, y, z); "
         "torchsparse.utils.quantize.sparse_quantize merges points of one voxel"
     )
-    OVERFLOW = "coordinates must fit into int32"
     DISAGREE = "tensors must have the same coordinates in the same row order"
     DENSE = "every coordinate must lie inside the dense tensor's `spatial_range`"
     BATCH_SIZE = "every batch index must be smaller than `batch_size`"
