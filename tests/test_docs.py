@@ -14,7 +14,7 @@ import torchsparse
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ROOT / "src" / "torchsparse"
 PAGES = [ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md")]
-PAGES += [*sorted((ROOT / "docs").glob("*.md")), ROOT / "benchmarks" / "README.md"]
+PAGES += [*sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "benchmarks").glob("*.md"))]
 WITH_CODE = {
     "README.md",
     "docs/beyond-convolution.md",

@@ -1,6 +1,6 @@
 """Tile shapes: a function from the sizes of a layer to how one launch does it.
 
-The rows are measurements on an H100 (benchmarks/README.md); other GPUs start from them. What
+The rows are measurements on an H100 (benchmarks/RESULTS.md); other GPUs start from them. What
 `torchsparse.tune` found on this machine (`_tuned`) goes before them.
 """
 
