@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from operator import mul
 from typing import NamedTuple
 
 import numpy as np
@@ -17,6 +18,7 @@ from torch import Tensor
 from torchsparse._flags import Complaint, complain_if
 from torchsparse._geometry import Geometry, conv_range
 from torchsparse._keys import KeyLayout, fit_layout, pack, unpack
+from torchsparse._reference.threads import for_each
 
 __all__ = [
     "CoordIndex",
@@ -35,6 +37,8 @@ INT32 = torch.iinfo(torch.int32)
 # Cells around the bounding box: kernels up to 9 taps wide then share one index per level.
 USUAL_MARGIN = 8
 CELLS_PER_KEY = 4  # buckets of a search, for each key
+TOGETHER = 1 << 17  # queries of a piece: few calls, and what they write stays in the cache
+MOST_LINES = 16
 CROWDED = 63  # with more keys in a bucket, a search among all of them is as fast
 
 
@@ -136,15 +140,43 @@ def find_taps(
     return _find_all(index, coarse, geometry), None
 
 
-def _lines(geometry: Geometry) -> list[tuple[tuple[int, ...], list[int]]]:
-    """Taps in lines along the last axis: (first tap of the line, weight indices along it)."""
+class _Line(NamedTuple):
+    """Taps that follow one another along the last axis."""
+
+    delta: int  # from the key under tap 0 of the kernel to that under the first of the line
+    taps: list[int]  # their weight indices
+
+
+def _lines(geometry: Geometry, layout: KeyLayout) -> list[_Line]:
+    """All taps in lines."""
     *front, last = geometry.kernel_size
     strides = _tap_strides(geometry.kernel_size)
+    steps = [s * d for s, d in zip(layout.stride.tolist()[1:], geometry.dilation)]
     lines = []
     for start in itertools.product(*map(range, front)):
         first = sum(t * s for t, s in zip(start, strides))
-        lines.append(((*start, 0), [first + j * strides[-1] for j in range(last)]))
+        delta = sum(t * s for t, s in zip(start, steps))
+        lines.append(_Line(delta, [first + j * strides[-1] for j in range(last)]))
     return lines
+
+
+class _Piece(NamedTuple):
+    """Some lines of some coarse sites, which are searched together."""
+
+    lines: list[_Line]
+    begin: int  # first site
+    end: int
+
+
+def _pieces(lines: list[_Line], sites: int) -> list[_Piece]:
+    """Pieces of about `TOGETHER` queries."""
+    pieces = []
+    for first in range(0, len(lines), MOST_LINES):
+        some = lines[first : first + MOST_LINES]
+        count = max(round(len(some) * sites / TOGETHER), 1)
+        edges = [sites * i // count for i in range(count + 1)]
+        pieces += [_Piece(some, *edge) for edge in itertools.pairwise(edges)]
+    return pieces
 
 
 def flat_nonzero(mask: Tensor) -> Tensor:
@@ -182,102 +214,186 @@ class _LineSearch:
         self.shift = max((cells - 1).bit_length() - (CELLS_PER_KEY * n).bit_length(), 0)
         counts = torch.bincount(self.keys >> self.shift, minlength=(cells >> self.shift) + 1)
         self.most = int(counts.max())
-        self.starts = counts.cumsum(0, dtype=torch.int32).sub_(counts)
+        self.starts = counts.new_zeros(counts.shape[0] + 1, dtype=torch.int32)
+        torch.cumsum(counts, 0, dtype=torch.int32, out=self.starts[1:])
         # Sentinels behind the end keep every position readable. (`pad` would round them.)
         behind = self.keys.new_full((self.most + 1,), index.layout.above)
         self.padded = torch.cat([self.keys, behind])
 
-    def run(self, queries: Tensor, count: int, step: int) -> list[tuple[Tensor, Tensor]]:
-        """(positions [M] int32, hit [M] bool) for each of ``count`` taps along the line."""
-        found = []
-        position = self._position(queries)
+    def run(self, base: Tensor, lines: list[_Line], step: int) -> tuple[Tensor, Tensor]:
+        """Search some lines.
+
+        Args:
+            base: [R], the keys under tap 0 of R sites.
+            lines: G lines of J taps. (If one has fewer, those behind are searched, too.)
+            step: From one tap to the next.
+
+        Returns:
+            (positions [J, G, R] int32, hits [J, G, R] bool).
+        """
+        count, rows = len(lines[0].taps), base.shape[0]
+        deltas = torch.tensor([line.delta for line in lines], dtype=base.dtype).to(base.device)
+        queries = (base + deltas[:, None]).view(-1)
+        positions = queries.new_empty((count, queries.shape[0]), dtype=torch.int32)
+        hits = torch.empty_like(positions, dtype=torch.bool)
+        found = torch.empty_like(queries)
         for j in range(count):
             if j:
-                queries = queries + step
-                if step == 1:  # the next key is the next entry or absent
-                    position = position + found[-1][1]
-                else:
-                    position = self._position(queries)
-            hit = self.padded.index_select(0, position) == queries
-            found.append((position, hit))
-        return found
+                queries += step
+            if j and step == 1:  # the next key is the next entry or absent
+                torch.add(positions[j - 1], hits[j - 1], out=positions[j])
+            else:
+                self._position(queries, found, hits[j], positions[j])
+            torch.index_select(self.padded, 0, positions[j], out=found)
+            _equal(found, queries, hits[j])
+        shape = (count, len(lines), rows)
+        return positions.view(shape), hits.view(shape)
 
-    def _position(self, queries: Tensor) -> Tensor:
-        """How many keys are smaller.  [M] int32"""
+    def _position(self, queries: Tensor, found: Tensor, less: Tensor, out: Tensor) -> None:
+        """How many keys are smaller.
+
+        Args:
+            queries: [P].
+            found, less: [P] in the dtype of the keys and boolean, overwritten.
+            out: [P] int32.
+        """
         if self.most > CROWDED:
-            return torch.searchsorted(self.keys, queries, out_int32=True)
-        buckets = (queries >> self.shift).clamp_(0, self.starts.shape[0] - 1)
-        position = self.starts.index_select(0, buckets)
+            torch.searchsorted(self.keys, queries, out_int32=True, out=out)
+            return
+        buckets = torch.bitwise_right_shift(queries, self.shift, out=found)
+        buckets.clamp_(0, self.starts.shape[0] - 2)
+        torch.index_select(self.starts, 0, buckets, out=out)
         for bit in reversed(range(self.most.bit_length())):
-            last = self.padded.index_select(0, position + ((1 << bit) - 1))
-            position.add_(last < queries, alpha=1 << bit)
-        return position
+            torch.index_select(self.padded[(1 << bit) - 1 :], 0, out, out=found)
+            _less(found, queries, less)
+            out.add_(less, alpha=1 << bit)
+
+
+def _equal(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """``out = a == b``"""
+    if out.device.type == "cpu":  # NumPy compares with vector instructions
+        np.equal(a.numpy(), b.numpy(), out=out.numpy())
+    else:
+        torch.eq(a, b, out=out)
+
+
+def _less(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """``out = a < b``"""
+    if out.device.type == "cpu":
+        np.less(a.numpy(), b.numpy(), out=out.numpy())
+    else:
+        torch.lt(a, b, out=out)
 
 
 def _find_symmetric(index: CoordIndex, geometry: Geometry) -> Tensor:
     """Half of the taps by search; the other half follows, for k sees i from j as K-1-k sees j
     from i."""
     n, volume = index.keys.shape[0], geometry.volume
-    centre = volume // 2
     table = torch.full((volume, n), -1, dtype=torch.int32, device=index.keys.device)
-    table[centre] = torch.arange(n, dtype=torch.int32, device=table.device)
+    table[volume // 2] = torch.arange(n, dtype=torch.int32, device=table.device)
     search = _LineSearch(index)
-    offset = torch.tensor(geometry.offset, device=table.device)
-    dilation = torch.tensor(geometry.dilation, device=table.device)
-    half = math.prod(geometry.kernel_size[:-1]) // 2
-    for start, taps in _lines(geometry)[: half + 1]:
-        first = torch.tensor(start, device=table.device) * dilation - offset
-        delta = int(index.layout.delta(first[None])[0])
-        if centre in taps:
-            taps = taps[: taps.index(centre)]
-        found = search.run(index.keys + delta, len(taps), geometry.dilation[-1])
-        for tap, (position, hit) in zip(taps, found):
-            here = flat_nonzero(hit)
-            there = position.index_select(0, here)
-            if index.rows is not None:
-                here, there = (index.rows.index_select(0, keys) for keys in (here, there))
-            table[tap].index_copy_(0, here.long(), there)
-            table[volume - 1 - tap].index_copy_(0, there.long(), here.to(torch.int32))
+    lines = _lines(geometry, index.layout)
+    lines = lines[: len(lines) // 2 + 1]
+    lines[-1] = lines[-1]._replace(taps=lines[-1].taps[: geometry.kernel_size[-1] // 2])
+
+    def fill(piece: _Piece) -> None:
+        base = _base_keys(index, None, geometry, piece)
+        found = search.run(base, piece.lines, geometry.dilation[-1])
+        _enter_both(table, index.rows, *found, piece)
+
+    for_each(fill, _pieces([line for line in lines if line.taps], n), table.device)
     return table
+
+
+def _enter_both(
+    table: Tensor, rows: Tensor | None, positions: Tensor, hits: Tensor, piece: _Piece
+) -> None:
+    """Write what a piece of a symmetric search found: each pair, seen from both ends.
+
+    Args:
+        table: [K, N] int32.
+        rows: [N] int32, row of each key; None: in order.
+        positions, hits: [J, G, R], as `_LineSearch.run` returns them; changed.
+        piece: Of which sites and lines.
+    """
+    volume, n = table.shape
+    count, _, width = hits.shape
+    for g, line in enumerate(piece.lines):
+        hits[len(line.taps) :, g] = False  # the centre of the kernel, and behind it
+    taps = [(*line.taps, *[0] * count)[j] for j in range(count) for line in piece.lines]
+    pairs = flat_nonzero(hits)
+    edges = torch.arange(len(taps) + 1, device=pairs.device) * width
+    counts = torch.searchsorted(pairs, edges).diff()
+    there = positions.view(-1).index_select(0, pairs)
+    here = pairs + _repeated([piece.begin - i * width for i in range(len(taps))], counts)
+    if rows is not None:
+        here, there = (rows.index_select(0, keys) for keys in (here, there))
+    forth = _repeated([tap * n for tap in taps], counts)
+    back = _repeated([(volume - 1 - tap) * n for tap in taps], counts)
+    flat = table.view(-1)
+    flat.scatter_(0, forth.add_(here), there)
+    flat.scatter_(0, back.add_(there), here.to(torch.int32))
+
+
+def _repeated(values: list[int], counts: Tensor) -> Tensor:
+    """Each value as often as its count says.  L values, [L] int64 -> [sum of counts] int64"""
+    if counts.device.type == "cpu":  # NumPy's is five times as fast
+        return torch.from_numpy(np.repeat(np.array(values, np.int64), counts.numpy()))
+    return torch.tensor(values, device=counts.device).repeat_interleave(counts)
 
 
 def _find_all(index: CoordIndex, coarse: Tensor | None, geometry: Geometry) -> Tensor:
     """Every tap by search, for any relation and any order of the coarse sites."""
-    device = index.keys.device
-    offset = torch.tensor((0, *geometry.offset), device=device)
-    if coarse is None:
-        base = index.keys - index.layout.delta(offset[None, 1:])[0]
-    else:
-        base = _base_keys(index, coarse, geometry, offset)
-    table = torch.empty((geometry.volume, base.shape[0]), dtype=torch.int32, device=device)
+    m = (index.keys if coarse is None else coarse).shape[0]
+    table = torch.empty((geometry.volume, m), dtype=torch.int32, device=index.keys.device)
     search = _LineSearch(index)
-    dilation = torch.tensor(geometry.dilation, device=device)
-    for start, taps in _lines(geometry):
-        delta = index.layout.delta((torch.tensor(start, device=device) * dilation)[None])[0]
-        found = search.run(base + delta, len(taps), geometry.dilation[-1])
-        for tap, (position, hit) in zip(taps, found):
-            if index.rows is None:
-                table[tap] = torch.where(hit, position, -1)
-            else:
-                here = flat_nonzero(hit)
-                there = index.rows.index_select(0, position.index_select(0, here))
-                table[tap].fill_(-1).index_copy_(0, here, there)
+    # One more, for positions behind the last key.
+    rows = None if index.rows is None else torch.cat([index.rows, index.rows.new_zeros(1)])
+
+    def fill(piece: _Piece) -> None:
+        base = _base_keys(index, coarse, geometry, piece)
+        positions, hits = search.run(base, piece.lines, geometry.dilation[-1])
+        found = positions if rows is None else rows.index_select(0, positions.view(-1))
+        found = found.view(hits.shape)
+        absent = hits.view(torch.int8).sub_(1)  # 0 or -1; a "where" takes five times as long
+        for g, line in enumerate(piece.lines):
+            for j, tap in enumerate(line.taps):
+                out = table[tap, piece.begin : piece.end]
+                torch.bitwise_or(found[j, g], absent[j, g], out=out)
+
+    for_each(fill, _pieces(_lines(geometry, index.layout), m), table.device)
     if coarse is None and index.rows is not None:  # found in the order of the keys
         return torch.empty_like(table).index_copy_(1, index.rows.long(), table)
     return table
 
 
-def _base_keys(index: CoordIndex, coarse: Tensor, geometry: Geometry, offset: Tensor) -> Tensor:
-    """Key of the fine site under tap 0 of each coarse site; `below` if no tap can meet one."""
+def _base_keys(
+    index: CoordIndex, coarse: Tensor | None, geometry: Geometry, piece: _Piece
+) -> Tensor:
+    """Key of the fine site under tap 0 of some coarse sites; `below` if no tap can meet one.
+
+    Args:
+        index, coarse, geometry: As in `find_taps`.
+        piece: Which sites: R of them, from ``begin`` to ``end``.
+
+    Returns:
+        [R] in the dtype of the keys.
+    """
     layout = index.layout
+    strides, origin = layout.stride.tolist(), layout.origin.tolist()
+    offset = (0, *geometry.offset)
+    if coarse is None:
+        return index.keys[piece.begin : piece.end] - sum(map(mul, offset, strides))
+    coarse = coarse[piece.begin : piece.end]
     reach = (0, *geometry.reach)
     stride = (1, *geometry.stride)
+    lower, upper = index.lower.tolist(), index.upper.tolist()
     keys = torch.zeros(coarse.shape[0], dtype=torch.int64, device=coarse.device)
     outside = torch.zeros(coarse.shape[0], dtype=torch.bool, device=coarse.device)
     for column in range(coarse.shape[1]):
         base = coarse[:, column].to(torch.int64) * stride[column] - offset[column]
-        outside |= (base < index.lower[column] - reach[column]) | (base > index.upper[column])
-        keys += (base - layout.origin[column]) * layout.stride[column]
+        outside |= (base < lower[column] - reach[column]) | (base > upper[column])
+        keys += (base - origin[column]) * strides[column]
     return keys.masked_fill_(outside, layout.below).to(layout.dtype)
 
 
