@@ -36,7 +36,12 @@ def test_a_quick_demo_writes_all_it_promises(tmp_path) -> None:
 def test_ctrl_c_leaves_a_usable_checkpoint(tmp_path) -> None:
     sizes = ["--streets", "1", "--held-out", "1", "--steps", "500"]
     command = [sys.executable, "-m", "torchsparse", "demo", *sizes, "--out", str(tmp_path)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:  # a child ignores what its parent does, as in a shell's background
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    with process:
         assert process.stderr is not None
         seen = b""
         while b"loss=" not in seen:  # the bar after the first step
