@@ -96,19 +96,14 @@ def test_strided_sites_are_every_site_that_a_tap_reaches(
 
 @pytest.mark.parametrize(("ndim", "which"), CASES)
 def test_pieces_of_a_search_agree(ndim: int, which: int, monkeypatch) -> None:
-    """Many small pieces, shared by two threads, with lines in batches: the same table."""
+    """Many small pieces, with lines in batches: the same table."""
     geometry = geometries(ndim)[which]
     index = build_index(torch.from_numpy(cloud(ndim, 1)), geometry.reach)
     given = torch.from_numpy(cloud(ndim, 2, -9, 12)) if geometry.kind == "strided" else None
     want = find_taps(index, given, geometry)[0]
     monkeypatch.setattr(coords, "TOGETHER", 16)
     monkeypatch.setattr(coords, "MOST_LINES", 2)
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        assert torch.equal(find_taps(index, given, geometry)[0], want)
-    finally:
-        torch.set_num_threads(before)
+    assert torch.equal(find_taps(index, given, geometry)[0], want)
     monkeypatch.setattr(coords, "CROWDED", 0)  # a search among all keys
     assert torch.equal(find_taps(index, given, geometry)[0], want)
 

@@ -18,7 +18,6 @@ from torch import Tensor
 from torchsparse._flags import Complaint, complain_if
 from torchsparse._geometry import Geometry, conv_range
 from torchsparse._keys import KeyLayout, fit_layout, pack, unpack
-from torchsparse._reference.threads import for_each
 
 __all__ = [
     "CoordIndex",
@@ -296,12 +295,10 @@ def _find_symmetric(index: CoordIndex, geometry: Geometry) -> Tensor:
     lines = lines[: len(lines) // 2 + 1]
     lines[-1] = lines[-1]._replace(taps=lines[-1].taps[: geometry.kernel_size[-1] // 2])
 
-    def fill(piece: _Piece) -> None:
+    for piece in _pieces([line for line in lines if line.taps], n):
         base = _base_keys(index, None, geometry, piece)
         found = search.run(base, piece.lines, geometry.dilation[-1])
         _enter_both(table, index.rows, *found, piece)
-
-    for_each(fill, _pieces([line for line in lines if line.taps], n), table.device)
     return table
 
 
@@ -350,7 +347,7 @@ def _find_all(index: CoordIndex, coarse: Tensor | None, geometry: Geometry) -> T
     # One more, for positions behind the last key.
     rows = None if index.rows is None else torch.cat([index.rows, index.rows.new_zeros(1)])
 
-    def fill(piece: _Piece) -> None:
+    for piece in _pieces(_lines(geometry, index.layout), m):
         base = _base_keys(index, coarse, geometry, piece)
         positions, hits = search.run(base, piece.lines, geometry.dilation[-1])
         found = positions if rows is None else rows.index_select(0, positions.view(-1))
@@ -360,8 +357,6 @@ def _find_all(index: CoordIndex, coarse: Tensor | None, geometry: Geometry) -> T
             for j, tap in enumerate(line.taps):
                 out = table[tap, piece.begin : piece.end]
                 torch.bitwise_or(found[j, g], absent[j, g], out=out)
-
-    for_each(fill, _pieces(_lines(geometry, index.layout), m), table.device)
     if coarse is None and index.rows is not None:  # found in the order of the keys
         return torch.empty_like(table).index_copy_(1, index.rows.long(), table)
     return table
