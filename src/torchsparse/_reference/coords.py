@@ -37,7 +37,7 @@ INT32 = torch.iinfo(torch.int32)
 USUAL_MARGIN = 8
 CELLS_PER_KEY = 4  # buckets of a search, for each key
 TOGETHER = 1 << 17  # queries of a piece: few calls, and what they write stays in the cache
-MOST_LINES = 16
+MOST_LINES = 16  # of a piece: those of a 3x3x3 kernel on a small level are one
 CROWDED = 63  # with more keys in a bucket, a search among all of them is as fast
 
 
@@ -244,7 +244,7 @@ class _LineSearch:
             else:
                 self._position(queries, found, hits[j], positions[j])
             torch.index_select(self.padded, 0, positions[j], out=found)
-            _equal(found, queries, hits[j])
+            _compare("eq", found, queries, hits[j])
         shape = (count, len(lines), rows)
         return positions.view(shape), hits.view(shape)
 
@@ -264,24 +264,17 @@ class _LineSearch:
         torch.index_select(self.starts, 0, buckets, out=out)
         for bit in reversed(range(self.most.bit_length())):
             torch.index_select(self.padded[(1 << bit) - 1 :], 0, out, out=found)
-            _less(found, queries, less)
+            _compare("lt", found, queries, less)
             out.add_(less, alpha=1 << bit)
 
 
-def _equal(a: Tensor, b: Tensor, out: Tensor) -> None:
-    """``out = a == b``"""
+def _compare(how: str, a: Tensor, b: Tensor, out: Tensor) -> None:
+    """``out = a == b`` if ``how`` is "eq", ``out = a < b`` if it is "lt"."""
     if out.device.type == "cpu":  # NumPy compares with vector instructions
-        np.equal(a.numpy(), b.numpy(), out=out.numpy())
+        compare = {"eq": np.equal, "lt": np.less}[how]
+        compare(a.numpy(), b.numpy(), out=out.numpy())
     else:
-        torch.eq(a, b, out=out)
-
-
-def _less(a: Tensor, b: Tensor, out: Tensor) -> None:
-    """``out = a < b``"""
-    if out.device.type == "cpu":
-        np.less(a.numpy(), b.numpy(), out=out.numpy())
-    else:
-        torch.lt(a, b, out=out)
+        getattr(torch, how)(a, b, out=out)
 
 
 def _find_symmetric(index: CoordIndex, geometry: Geometry) -> Tensor:
