@@ -32,7 +32,7 @@ LONGER = {"fp32": 1e-3, "tf32": 4e-2, "fp16": 6e-3, "bf16": 1e-2}
 STEEPER = {"fp32": 1e-2, "tf32": 0.1, "fp16": 0.1, "bf16": 0.2}
 # Of each gradient, as the length of the difference: where a rounding turns a ReLU, it jumps. The
 # worst healthy parameter of three networks on small scenes: 0.008 in float32, 0.18 in float16,
-# 0.69 in bfloat16; on whole scans 0.17 in float16 and 0.15 in TF32. One that is missing is off by 1.
+# 0.69 in bfloat16; on whole scans 0.17 in float16 and 0.15 in TF32. A missing one is off by 1.
 ASTRAY = {"fp32": 0.1, "tf32": 0.9, "fp16": 0.9, "bf16": 0.95}
 GRADIENTS = {"gradient": "input", "parameter": "worst parameter"}  # of what
 SCALE = {"fp16": 2.0**16}  # of the loss, as a gradient scaler has it: nothing vanishes
