@@ -1,8 +1,9 @@
-"""Triton's interpreter without work that it does again and again.
+"""Triton's interpreter without work that it does again and again, and without a mistake.
 
 More than half of what a test of kernels took went into what does not depend on the values: with
 every call of a function inside a kernel, the interpreter walks through all names of the language,
-and for every intermediate result it builds its type anew. Nothing here changes what is computed.
+and for every intermediate result it builds its type anew. To spare it that changes nothing of what
+is computed; what a newer interpreter computes wrongly is mended.
 """
 
 from __future__ import annotations
@@ -11,23 +12,39 @@ import importlib.util
 import math
 from typing import Any
 
+import numpy as np
+
 __all__ = ["hasten"]
 
 
 def hasten() -> None:
-    """Spare the interpreter this work, if it is the one that this was written for."""
+    """Spare the interpreter this work, if it is the one that this was written for, or mend it."""
     if importlib.util.find_spec("triton") is None:
         return
     import triton
-
-    if not triton.__version__.startswith("3.6."):
-        return
     import triton.language as tl
     from triton.runtime import interpreter
 
+    if not triton.__version__.startswith("3.6."):
+        _keep_bools(interpreter, tl)
+        return
     _patch_once(interpreter, tl)
     _know_dtypes(interpreter, tl)
     _know_shapes(tl)
+
+
+def _keep_bools(interpreter: Any, tl: Any) -> None:
+    """That of Triton 3.9 takes a comparison of numbers, next to one of blocks, for whole numbers,
+    which it then refuses as a mask: ``(block < n) & (number < n)``."""
+    splat = interpreter.InterpreterBuilder.create_splat
+
+    def create_splat(self: Any, kind: Any, number: Any) -> Any:
+        if number.data.dtype != bool or kind.scalar != tl.int1:
+            return splat(self, kind, number)
+        data = np.full(kind.shape, number.data.reshape(-1)[0])
+        return interpreter.TensorHandle(data, tl.int1)
+
+    interpreter.InterpreterBuilder.create_splat = create_splat
 
 
 def _patch_once(interpreter: Any, tl: Any) -> None:
