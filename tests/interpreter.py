@@ -18,15 +18,18 @@ __all__ = ["hasten"]
 
 
 def hasten() -> None:
-    """Spare the interpreter this work, if it is the one that this was written for, or mend it."""
+    """Spare the interpreter this work, if it is the one that this was written for; mend newer
+    ones."""
     if importlib.util.find_spec("triton") is None:
         return
     import triton
     import triton.language as tl
     from triton.runtime import interpreter
 
-    if not triton.__version__.startswith("3.6."):
+    version = tuple(map(int, triton.__version__.split(".")[:2]))
+    if version > (3, 6):
         _keep_bools(interpreter, tl)
+    if version != (3, 6):
         return
     _patch_once(interpreter, tl)
     _know_dtypes(interpreter, tl)
