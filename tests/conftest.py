@@ -34,7 +34,7 @@ DEVICES = [ASKED] if ASKED else ["cpu", *(["cuda"] if torch.cuda.is_available() 
 ON_A_DEVICE = {"device", "gpu"}  # fixtures; a test with neither never leaves the CPU
 
 if not torch.cuda.is_available():
-    interpreter.hasten()
+    interpreter.prepare()
 
 settings.register_profile(
     "repeatable",

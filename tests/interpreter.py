@@ -14,12 +14,11 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["hasten"]
+__all__ = ["prepare"]
 
 
-def hasten() -> None:
-    """Spare the interpreter this work, if it is the one that this was written for; mend newer
-    ones."""
+def prepare() -> None:
+    """Spare the interpreter of Triton 3.6 this work; mend that of 3.9. Others stay as they are."""
     if importlib.util.find_spec("triton") is None:
         return
     import triton
@@ -27,7 +26,7 @@ def hasten() -> None:
     from triton.runtime import interpreter
 
     version = tuple(map(int, triton.__version__.split(".")[:2]))
-    if version > (3, 6):
+    if version >= (3, 9):
         _keep_bools(interpreter, tl)
     if version != (3, 6):
         return
